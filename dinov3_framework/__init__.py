@@ -1,0 +1,98 @@
+"""A plugin-based framework for DINOv3; this module is the public API, and all of it.
+
+Names are imported when first used: a plugin that registers configs does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "hookspecs": ["hookimpl"],
+    "registry": ["Component", "Registry"],
+    "configs": [
+        "AugmentationConfig",
+        "BackboneConfig",
+        "DatasetConfig",
+        "HeadConfig",
+        "ImagesConfig",
+        "InvalidOption",
+        "LauncherConfig",
+        "LossConfig",
+        "ObserverConfig",
+        "TaskConfig",
+        "config",
+        "fraction",
+        "interval",
+        "not_negative",
+        "one_of",
+        "option",
+        "positive",
+    ],
+    "schedules": ["Constant", "Cosine", "Schedule", "WarmupCosine"],
+    "errors": [
+        "CheckpointError",
+        "CorruptSampleError",
+        "DataError",
+        "ExitCode",
+        "OutputError",
+        "PluginError",
+        "Problem",
+        "RecipeError",
+        "UserError",
+    ],
+    "contracts": [
+        "Anchor",
+        "Augmentation",
+        "Backbone",
+        "Dataset",
+        "Head",
+        "Job",
+        "Launcher",
+        "Loss",
+        "LossResult",
+        "Observer",
+        "Projector",
+        "Report",
+        "Run",
+        "Sample",
+        "StepOutputs",
+        "StepRecord",
+        "Task",
+        "View",
+        "ViewFeatures",
+    ],
+    "randomness": ["keyed_rng", "keyed_seed"],
+    "engine.features": ["Features", "extract_features"],
+    "engine.export": ["load_backbone"],
+    "images": ["evaluation_batch", "normalize"],
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", "collectives", *sorted(_HOME_OF)]
+
+if TYPE_CHECKING:
+    from dinov3_framework import collectives as collectives
+    from dinov3_framework.configs import (
+        AugmentationConfig as AugmentationConfig,
+    )
+    from dinov3_framework.configs import (
+        BackboneConfig as BackboneConfig,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name == "collectives":
+        return importlib.import_module("dinov3_framework.collectives")
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

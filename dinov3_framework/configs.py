@@ -1,0 +1,167 @@
+"""Typed configs: one frozen attrs class per component, and the base class of each kind.
+
+A config *is* its component's constructor argument: nothing is forwarded by hand, so no value can
+be lost between the recipe and the code that uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, dataclass_transform
+
+import attrs
+
+from dinov3_framework.schedules import Constant, Schedule
+
+T = TypeVar("T")
+Check = Callable[[Any], str | None]
+
+
+def option(
+    doc: str,
+    *,
+    default: Any = attrs.NOTHING,
+    factory: Callable[[], Any] | None = None,
+    check: Check | None = None,
+) -> Any:
+    """A field of a config, with the sentence that ``dinov3-run --describe`` prints.
+
+    ``check`` gets the value and returns what is wrong with it, or None.
+    """
+
+    def validate(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        complaint = check(value) if check is not None and value is not None else None
+        if complaint:
+            raise InvalidOption(attribute.name, complaint)
+
+    return attrs.field(
+        default=attrs.Factory(factory) if factory is not None else default,
+        validator=validate,
+        metadata={"doc": doc},
+    )
+
+
+class InvalidOption(ValueError):
+    """A value that has the right type and is wrong all the same."""
+
+    def __init__(self, name: str, message: str) -> None:
+        self.name, self.message = name, message
+        super().__init__(f"{name}: {message}")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(option,))
+def config(cls: type[T]) -> type[T]:
+    """Class decorator: a frozen, keyword-only attrs class whose fields are ``option(...)``."""
+    return attrs.frozen(cls, kw_only=True)
+
+
+def positive(value: float) -> str | None:
+    return None if value > 0 else f"must be above 0, is {value}"
+
+
+def not_negative(value: float) -> str | None:
+    return None if value >= 0 else f"must not be negative, is {value}"
+
+
+def fraction(value: float) -> str | None:
+    return None if 0 <= value <= 1 else f"must lie in 0..1, is {value}"
+
+
+def interval(low: float, high: float) -> Check:
+    """A check for an array of two increasing numbers in low..high."""
+
+    def check(value: Any) -> str | None:
+        if len(value) == 2 and low <= value[0] <= value[1] <= high:
+            return None
+        return f"must be two increasing numbers in {low:g}..{high:g}, is {list(value)}"
+
+    return check
+
+
+def one_of(*choices: str) -> Check:
+    def check(value: str) -> str | None:
+        return None if value in choices else f"must be one of {', '.join(choices)}, is {value!r}"
+
+    return check
+
+
+@config
+class BackboneConfig:
+    """Base of every backbone's config."""
+
+    in_chans: int | None = option(
+        "input channels; left out, the recipe's images.channels (3 outside a recipe)",
+        default=None,
+        check=positive,
+    )
+
+
+@config
+class AugmentationConfig:
+    """Base of every augmentation's config."""
+
+
+@config
+class LossConfig:
+    """Base of every loss's config."""
+
+    weight: Schedule = option(
+        "factor of this loss in the total: a number or a schedule",
+        factory=lambda: Constant(value=1.0),
+    )
+
+
+@config
+class DatasetConfig:
+    """Base of every dataset's config."""
+
+
+@config
+class HeadConfig:
+    """Base of every evaluation head's config."""
+
+
+@config
+class LauncherConfig:
+    """Base of every launcher's config."""
+
+
+@config
+class ObserverConfig:
+    """Base of every observer's config."""
+
+    every: int = option("iterations between two calls", default=1, check=positive)
+
+
+@config
+class ImagesConfig:
+    """What an image is, set once for datasets, augmentation, backbone and evaluation."""
+
+    channels: int = option("channels of an image", default=3, check=positive)
+    mean: tuple[float, ...] = option(
+        "mean of each channel, of values in 0..1", default=(0.485, 0.456, 0.406)
+    )
+    std: tuple[float, ...] = option(
+        "standard deviation of each channel, of values in 0..1", default=(0.229, 0.224, 0.225)
+    )
+
+    def __attrs_post_init__(self) -> None:
+        for name in ("mean", "std"):
+            given = len(getattr(self, name))
+            if given != self.channels:
+                raise InvalidOption(name, f"has {given} numbers for channels = {self.channels}")
+        if min(self.std) <= 0:
+            raise InvalidOption("std", f"must be above 0, is {list(self.std)}")
+
+
+@config
+class TaskConfig:
+    """Base of every task's config, and so of every recipe: the keys that all recipes share."""
+
+    output_dir: str | None = option(
+        "folder of all that the run writes; left out, runs/<name of the recipe>", default=None
+    )
+    seed: int = option("seed of everything random", default=0, check=not_negative)
+    launcher: LauncherConfig | None = option(
+        "where the processes come from; left out, this process alone", default=None
+    )

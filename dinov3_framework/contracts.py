@@ -1,0 +1,316 @@
+"""What each kind of component must offer.
+
+Base classes rather than protocols where a default saves every author the same lines. The letters
+in shapes: B samples, G crops of a view, C channels, H and W pixels, P patches, R storage tokens,
+D the backbone's width.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dinov3_framework.configs import ImagesConfig
+from dinov3_framework.schedules import Schedule
+
+
+# --------------------------------------------------------------------------- data
+@attrs.frozen
+class Sample:
+    """One image, uint8 [C, H, W], and its label (None where there is none)."""
+
+    image: Tensor
+    label: int | None = None
+
+
+class Dataset(abc.ABC):
+    """Images by index."""
+
+    n_classes: int | None = None
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at ``index``; raises ``CorruptSampleError`` where it cannot be decoded."""
+
+    def describe(self) -> str:
+        """One line for the summary of a run."""
+        return f"{type(self).__name__}, {len(self):,} images"
+
+
+@attrs.frozen
+class View:
+    """A set of crops that an augmentation cuts from each image."""
+
+    crops: int
+    size: int  # pixels, square
+
+
+class Augmentation(abc.ABC):
+    """One image in, crops out; and the masks of a whole batch.
+
+    ``views`` says what it makes: ``{"global": View(2, 224), "local": View(8, 96)}``. The engine
+    knows ``global`` (student and teacher), ``local`` (student) and ``anchor`` (anchors).
+    """
+
+    views: Mapping[str, View]
+    makes_masks: bool = False
+
+    @abc.abstractmethod
+    def __call__(self, image: Tensor, rng: np.random.Generator) -> Mapping[str, Tensor]:
+        """Crops of one uint8 image [C, H, W], by view: [crops, C, size, size].
+
+        uint8 crops are scaled and normalised on the device; float crops are taken as they are. All
+        randomness comes from ``rng``, which depends on the sample's place in the stream alone.
+        """
+
+    def masks(self, *, rows: Sequence[int], total: int, seed: int, step: int) -> Tensor:
+        """Which patches of the global crops the student does not see, bool [len(rows), P].
+
+        ``rows`` are this process's rows among the ``total`` crop-major rows of the global batch
+        (crop g of sample j is row g * B + j). The masks of a step depend on (seed, step, row)
+        alone, however the rows are spread over processes.
+        """
+        raise TypeError(f"{type(self).__name__} makes no masks")
+
+
+# --------------------------------------------------------------------------- networks
+class Backbone(nn.Module, abc.ABC):
+    """A network from images to tokens."""
+
+    embed_dim: int
+    patch_size: int
+    in_chans: int
+
+    @abc.abstractmethod
+    def init_weights(self) -> None:
+        """Give every parameter *and buffer* its initial value (they come from the meta device)."""
+
+    @abc.abstractmethod
+    def forward_features(
+        self,
+        images: Tensor | Sequence[Tensor],
+        masks: Tensor | None | Sequence[Tensor | None] = None,
+    ) -> Any:
+        """Tokens of a batch [B, C, H, W], or of several batches of other sizes in one pass.
+
+        Each batch gives a dict: ``x_norm_clstoken`` [B, D], ``x_storage_tokens`` [B, R, D],
+        ``x_norm_patchtokens`` [B, P, D], ``x_prenorm`` [B, 1 + R + P, D], ``masks``. ``masks`` is
+        bool [B, P]: those patches are replaced by the mask token. Several batches are a list; the
+        first holds global crops, those after it local crops.
+        """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class tokens [B, D]."""
+        return self.forward_features(images)["x_norm_clstoken"]
+
+    def layer_of(self, name: str) -> tuple[int, int]:
+        """(layer, layers) of a parameter, for layer-wise learning-rate decay.
+
+        0 is the embedding, ``layers`` what comes after the last block. By default no decay.
+        """
+        return 0, 0
+
+    def blocks_to_shard(self) -> Iterable[nn.Module]:
+        """The submodules that are sharded (and checkpointed, and compiled) as units of their own."""
+        return ()
+
+
+class Projector(nn.Module, abc.ABC):
+    """A loss's own network on top of tokens; the engine makes its momentum twin."""
+
+    @abc.abstractmethod
+    def init_weights(self) -> None: ...
+
+
+class Head(nn.Module, abc.ABC):
+    """An evaluation head on top of a backbone's features."""
+
+    @abc.abstractmethod
+    def init_weights(self) -> None: ...
+
+
+# --------------------------------------------------------------------------- losses
+@attrs.frozen
+class ViewFeatures:
+    """What one network said of one view, crops apart from samples."""
+
+    cls: Tensor  # [G, B, D]
+    storage: Tensor  # [G, B, R, D]
+    patches: Tensor  # [G, B, P, D]
+    grid: tuple[int, int]  # patches along height and width
+
+
+@attrs.frozen
+class Anchor:
+    """A frozen copy of the momentum teacher's backbone that a loss wants to be held to.
+
+    Copied at iteration 0 and, with ``period``, after every iteration whose number (from 1) is a
+    multiple of it from ``first_refresh`` on, at most ``max_refreshes`` times. It sees the view
+    ``view``.
+    """
+
+    view: str = "anchor"
+    period: int | None = None
+    first_refresh: int = 0
+    max_refreshes: int | None = None
+
+
+@attrs.frozen
+class StepOutputs:
+    """All that a loss may look at in one step."""
+
+    iteration: int
+    total_iterations: int
+    student: Mapping[str, ViewFeatures]
+    teacher: Mapping[str, ViewFeatures]
+    anchor: ViewFeatures | None  # of the anchor that this loss asked for
+    masks: Tensor | None  # bool [G, B, P], of the global crops
+    project: Callable[[Tensor], Tensor]  # this loss's projector in the student
+    project_teacher: Callable[[Tensor], Tensor]  # and in the teacher, without gradient
+
+    def value(self, schedule: Schedule) -> float:
+        """A schedule's value in this step."""
+        return schedule.at(self.iteration, self.total_iterations)
+
+
+@attrs.frozen
+class LossResult:
+    """A scalar to minimise, before its weight, and figures to log by name."""
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor | float] = attrs.field(factory=dict)
+
+
+class Loss(nn.Module, abc.ABC):
+    """A term of the objective.
+
+    It has no parameters of its own, only buffers, which are checkpointed: what is to be trained
+    belongs into its projector. ``needs`` names what it reads, as ``network.view.output``, with
+    networks student, teacher and anchor and outputs class, storage and patches, or ``masks``; the
+    engine refuses a recipe that does not offer it, and computes nothing that no loss needs.
+    """
+
+    needs: frozenset[str] = frozenset()
+    # Whether halves of a batch give other values than the batch (said when accumulating).
+    sees_batch: ClassVar[bool] = False
+
+    def build_projector(self, embed_dim: int) -> Projector | None:
+        """A new projector for tokens of width ``embed_dim``; the engine calls it for each network.
+
+        In state dicts it is ``<name of the loss in the recipe>_head``.
+        """
+        return None
+
+    def anchor(self) -> Anchor | None:
+        """The anchor this loss wants, if any."""
+        return None
+
+    @abc.abstractmethod
+    def forward(self, step: StepOutputs) -> LossResult: ...
+
+
+# --------------------------------------------------------------------------- running
+@attrs.frozen
+class Job:
+    """What a launcher is to get done."""
+
+    command: Sequence[str]  # runs one process of the job, found by its environment variables
+    output_dir: Path
+    run: Callable[[], int]  # the same, in this process
+
+
+class Launcher(abc.ABC):
+    """Gets processes for a job."""
+
+    @abc.abstractmethod
+    def launch(self, job: Job) -> int:
+        """Run the job to its end (or hand it over) and return the exit code."""
+
+    def describe(self) -> str:
+        """One line: what would be started."""
+        return type(self).__name__
+
+    def world_size(self) -> int:
+        """How many processes there will be."""
+        return 1
+
+
+@attrs.frozen
+class Report:
+    """What a task has to say of itself before it runs: sections of (label, value) rows."""
+
+    sections: Mapping[str, Sequence[tuple[str, str]]]
+
+
+class Task(abc.ABC):
+    """What a recipe runs."""
+
+    @abc.abstractmethod
+    def check(self, world_size: int) -> Report:
+        """Build everything on the meta device, raise every mistake, write and allocate nothing."""
+
+    @abc.abstractmethod
+    def run(self, output_dir: Path) -> None:
+        """Do the work. Called in each process, after the process group is up."""
+
+
+class Run(Protocol):
+    """A training run as an observer sees it: to read, not to change."""
+
+    output_dir: Path
+    images: ImagesConfig
+    total_iterations: int
+    is_main: bool  # whether this process writes
+    device: torch.device
+    patch_size: int
+
+    def build(self, config: Any, **runtime: Any) -> Any:
+        """Build any component, as ``Registry.build`` does."""
+        ...
+
+    def teacher_backbone(self) -> Backbone:
+        """The momentum teacher's backbone, in eval mode; call it on every process or on none."""
+        ...
+
+    def initial_backbone(self) -> Backbone:
+        """A backbone as it was before the first iteration, whole, in eval mode."""
+        ...
+
+    def sample_batch(self, count: int) -> Mapping[str, Tensor]:
+        """The crops of the stream's first ``count`` samples, [crops, count, C, size, size] by view
+        (uint8 or normalised float, as the augmentation gives them), and ``masks`` if any."""
+        ...
+
+
+@attrs.frozen
+class StepRecord:
+    """One finished step."""
+
+    iteration: int  # from 1: how many are done
+    metrics: Mapping[str, float]  # averaged over processes
+
+
+class Observer:
+    """Watches a training run. Every method is called on every process; each may be left out."""
+
+    def on_start(self, run: Run, iteration: int) -> Mapping[str, float] | None:
+        """Before the first step of this process; ``iteration`` steps are already done."""
+
+    def on_step(self, run: Run, step: StepRecord) -> Mapping[str, float] | None:
+        """After every ``every``-th step and the last; what it returns is added to the metrics."""
+
+    def on_end(self, run: Run) -> Mapping[str, Any] | None:
+        """After the last step; what it returns is added to ``results.json``.
+
+        A value that is a list of flat dicts is shown as a table at the end of the run.
+        """

@@ -1,0 +1,107 @@
+"""Errors meant for a person, and the exit codes they end with.
+
+Whoever raises a :class:`UserError` has said everything there is to say: what is wrong, where, and
+what to do. The command line prints it without a traceback (``--traceback`` shows one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import NamedTuple
+
+
+class ExitCode(IntEnum):
+    """What ``dinov3-run`` ends with."""
+
+    OK = 0
+    FAILED = 1  # a fault of ours: comes with a traceback
+    WRONG_INPUT = 2  # the recipe, the data or the output folder has to change first
+    DIVERGED = 3  # training produced non-finite values and stopped
+    REQUEUE = 75  # asked to stop; the state is saved, running the same command goes on
+    INTERRUPTED = 130  # Ctrl-C
+
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend."""
+
+    exit_code = ExitCode.WRONG_INPUT
+
+
+class Problem(NamedTuple):
+    """One mistake in a recipe.
+
+    ``where`` is the dotted key path (empty for the recipe as a whole), ``source`` the file or
+    override that set it, ``message`` what is wrong, ``hint`` what to do about it.
+    """
+
+    where: str
+    message: str
+    hint: str = ""
+    source: str = ""
+
+    def __str__(self) -> str:
+        place = ": ".join(part for part in (self.source, self.where) if part)
+        text = f"{place}: {self.message}" if place else self.message
+        return f"{text}\n    {self.hint}" if self.hint else text
+
+
+class RecipeError(UserError):
+    """Everything that is wrong with a recipe, at once."""
+
+    def __init__(self, problems: Sequence[Problem] | str) -> None:
+        if isinstance(problems, str):
+            problems = [Problem("", problems)]
+        self.problems = list(problems)
+        lines = [str(problem) for problem in self.problems]
+        if len(lines) > 1:
+            lines.insert(0, f"{len(lines)} mistakes in this recipe:")
+            lines[1:] = [f"  - {line}" for line in lines[1:]]
+        super().__init__("\n".join(lines))
+
+
+class PluginError(UserError):
+    """A plugin that cannot be loaded, or two that claim the same name."""
+
+
+class UnknownNameError(UserError):
+    """A kind or component that no plugin registered."""
+
+
+class DataError(UserError):
+    """A dataset that is missing, empty or mostly unreadable."""
+
+
+class CorruptSampleError(Exception):
+    """One sample cannot be decoded.
+
+    Datasets raise it from ``__getitem__``; the loader answers with a substitute, so that one bad
+    file does not end a run of a week.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name, self.reason = name, reason
+        super().__init__(f"{name}: {reason}")
+
+    def __reduce__(self) -> tuple[type[CorruptSampleError], tuple[str, str]]:
+        return type(self), (self.name, self.reason)
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is incomplete, damaged, or does not fit the model."""
+
+
+class OutputError(UserError):
+    """An output folder that is in use, holds another run, or cannot be written."""
+
+
+class DivergenceError(UserError):
+    """Training went non-finite and did not recover."""
+
+    exit_code = ExitCode.DIVERGED
+
+
+class StopRequested(UserError):
+    """A signal asked the run to stop; its state is on disk."""
+
+    exit_code = ExitCode.REQUEUE
