@@ -66,9 +66,9 @@ _HOMES = {
         "ViewFeatures",
     ],
     "randomness": ["keyed_rng", "keyed_seed"],
-    "engine.features": ["Features", "extract_features"],
+    "engine.features": ["Features", "extract_features", "raw_pixels"],
     "engine.export": ["load_backbone"],
-    "images": ["evaluation_batch", "normalize"],
+    "images": ["evaluation_image", "normalize"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

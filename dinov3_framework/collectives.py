@@ -36,19 +36,28 @@ def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Te
     return tensor
 
 
+@torch.no_grad()
+def all_reduce_max(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The maximum over processes, in place and returned; without gradient."""
+    if is_distributed():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    return tensor
+
+
 class _Gather(torch.autograd.Function):
     """all_gather whose gradient is the sum over processes of each one's gradient to our part."""
 
     @staticmethod
     def forward(ctx, tensor, group):  # type: ignore[no-untyped-def]
         ctx.group = group
+        tensor = tensor.contiguous()
         parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, tensor.contiguous(), group=group)
+        dist.all_gather(parts, tensor, group=group)
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd's own stays
         dist.all_reduce(gradient, group=ctx.group)
         own = gradient.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)]
         return own.clone(), None

@@ -55,6 +55,11 @@ def config(cls: type[T]) -> type[T]:
     return attrs.frozen(cls, kw_only=True)
 
 
+def replace(config: T, **changes: Any) -> T:
+    """A copy of a config with some fields changed; checks run again."""
+    return attrs.evolve(config, **changes)  # type: ignore[misc,no-any-return]
+
+
 def positive(value: float) -> str | None:
     return None if value > 0 else f"must be above 0, is {value}"
 

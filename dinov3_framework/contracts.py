@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import attrs
 import numpy as np
@@ -99,7 +99,7 @@ class Backbone(nn.Module, abc.ABC):
     def forward_features(
         self,
         images: Tensor | Sequence[Tensor],
-        masks: Tensor | None | Sequence[Tensor | None] = None,
+        masks: Tensor | Sequence[Tensor | None] | None = None,
     ) -> Any:
         """Tokens of a batch [B, C, H, W], or of several batches of other sizes in one pass.
 
@@ -111,7 +111,8 @@ class Backbone(nn.Module, abc.ABC):
 
     def forward(self, images: Tensor) -> Tensor:
         """Class tokens [B, D]."""
-        return self.forward_features(images)["x_norm_clstoken"]
+        tokens: Tensor = self.forward_features(images)["x_norm_clstoken"]
+        return tokens
 
     def layer_of(self, name: str) -> tuple[int, int]:
         """(layer, layers) of a parameter, for layer-wise learning-rate decay.
@@ -121,7 +122,7 @@ class Backbone(nn.Module, abc.ABC):
         return 0, 0
 
     def blocks_to_shard(self) -> Iterable[nn.Module]:
-        """The submodules that are sharded (and checkpointed, and compiled) as units of their own."""
+        """The submodules that are sharded (and recomputed, and compiled) as units."""
         return ()
 
 
@@ -202,7 +203,7 @@ class Loss(nn.Module, abc.ABC):
 
     needs: frozenset[str] = frozenset()
     # Whether halves of a batch give other values than the batch (said when accumulating).
-    sees_batch: ClassVar[bool] = False
+    sees_batch: bool = False
 
     def build_projector(self, embed_dim: int) -> Projector | None:
         """A new projector for tokens of width ``embed_dim``; the engine calls it for each network.
@@ -247,9 +248,14 @@ class Launcher(abc.ABC):
 
 @attrs.frozen
 class Report:
-    """What a task has to say of itself before it runs: sections of (label, value) rows."""
+    """What a task has to say of itself before it runs: sections of (label, value) rows.
+
+    ``missing`` lists what the recipe may well be right about and this machine does not have, such
+    as a dataset: a check says so, a run refuses to start.
+    """
 
     sections: Mapping[str, Sequence[tuple[str, str]]]
+    missing: Sequence[str] = ()
 
 
 class Task(abc.ABC):
@@ -267,12 +273,21 @@ class Task(abc.ABC):
 class Run(Protocol):
     """A training run as an observer sees it: to read, not to change."""
 
-    output_dir: Path
-    images: ImagesConfig
-    total_iterations: int
-    is_main: bool  # whether this process writes
-    device: torch.device
-    patch_size: int
+    @property
+    def output_dir(self) -> Path: ...
+    @property
+    def images(self) -> ImagesConfig: ...
+    @property
+    def total_iterations(self) -> int: ...
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes."""
+        ...
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def patch_size(self) -> int: ...
 
     def build(self, config: Any, **runtime: Any) -> Any:
         """Build any component, as ``Registry.build`` does."""

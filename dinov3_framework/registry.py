@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import attrs
-from attrs import frozen
+from attrs import field, frozen
 
-from dinov3_framework import configs, hookspecs
+from dinov3_framework import configs
 from dinov3_framework.errors import PluginError, UnknownNameError
 from dinov3_framework.plugins import BrokenPlugin, FoundPlugins, find_plugins
 
@@ -81,6 +81,7 @@ class FieldInfo:
     type: str
     default: str
     doc: str
+    fields: list[FieldInfo] = field(factory=list)  # of the table that this field holds, if any
 
 
 @frozen
@@ -125,7 +126,12 @@ class Registry:
             for implementation in caller.get_hookimpls():
                 plugin = implementation.plugin_name
                 origin = found.distributions.get(plugin, "?")
-                components = implementation.function()
+                try:
+                    components = implementation.function()
+                except Exception as error:  # whatever a stranger's function may raise
+                    reason = f"{hook_of(kind)}: {type(error).__name__}: {error}"
+                    registry.broken.append(BrokenPlugin(plugin, origin, reason))
+                    continue
                 if not isinstance(components, list | tuple):
                     raise PluginError(
                         f"plugin {plugin!r} of distribution {origin!r}: {hook_of(kind)} returned "
@@ -137,6 +143,7 @@ class Registry:
 
     def add(self, kind: str, component: Component, plugin: str, distribution: str) -> None:
         """Take one component; a name or config class that is taken is an error."""
+        kind = self._known_kind(kind)
         new = Registered(kind, component, plugin, distribution)
         if not isinstance(component, Component):
             raise PluginError(f"{new.origin}: {component!r} is not a Component")
@@ -149,6 +156,12 @@ class Registry:
         if not attrs.has(component.config) or "__attrs_attrs__" not in vars(component.config):
             raise PluginError(
                 f"{new.origin}: {component.config.__name__} lacks the @config decorator"
+            )
+        reserved = {"task", "extends", "drop"} if kind == "task" else {"use"}
+        for name in sorted(reserved & attrs.fields_dict(component.config).keys()):
+            raise PluginError(
+                f"{new.origin}: {component.config.__name__} has a field {name!r}, a word that "
+                "recipes keep for themselves"
             )
         old = self._components[kind].get(component.name)
         if old is not None:
@@ -176,7 +189,7 @@ class Registry:
         if name in self._components[kind]:
             return self._components[kind][name]
         raise UnknownNameError(
-            f"no {kind} is named {name!r}; {self.suggest(kind, name)}" + self._failed_plugins()
+            f"no {kind} is named {name!r}; {self.suggest(kind, name)}" + self.failed_plugins()
         )
 
     def suggest(self, kind: str, name: str) -> str:
@@ -209,24 +222,14 @@ class Registry:
 
     def describe(self, kind: str, name: str) -> Description:
         """Fields, types, defaults and docs of a component; builds and imports nothing heavy."""
-        from dinov3_framework.structure import type_name
-
         found = self.get(kind, name)
-        fields = []
-        for attribute in attrs.fields(attrs.resolve_types(found.component.config)):
-            default: Any = attribute.default
-            if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
-                default = default.factory()
-            shown = "required" if default is attrs.NOTHING else show_default(default)
-            doc = attribute.metadata.get("doc", "")
-            fields.append(FieldInfo(attribute.name, type_name(attribute.type), shown, doc))
         return Description(
             found.kind,
             name,
             inspect.cleandoc(found.component.config.__doc__ or ""),
             found.plugin,
             found.distribution,
-            fields,
+            _describe_fields(found.component.config),
         )
 
     def _known_kind(self, kind: str) -> str:
@@ -237,11 +240,39 @@ class Registry:
             raise UnknownNameError(f"no kind is named {kind!r}; {hint}")
         return singular
 
-    def _failed_plugins(self) -> str:
+    def failed_plugins(self) -> str:
+        """Broken and blocked plugins, a line each: what is missing may be theirs."""
         notes = [str(broken) for broken in self.broken]
         if self.blocked:
             notes.append(f"blocked plugins: {', '.join(self.blocked)}")
         return "".join(f"\n  {note}" for note in notes)
+
+
+def _describe_fields(config: type) -> list[FieldInfo]:
+    from dinov3_framework.option_types import nested_config, resolved_fields, type_name
+
+    fields = []
+    for attribute in resolved_fields(config):
+        default: Any = attribute.default
+        if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
+            default = default.factory()
+        nested = nested_config(attribute.type)
+        if default is attrs.NOTHING:
+            shown = "required"
+        elif nested is not None and default == nested_default(nested):
+            shown = "as below"
+        else:
+            shown = show_default(default)
+        inner = _describe_fields(nested) if nested is not None else []
+        doc = attribute.metadata.get("doc", "")
+        fields.append(FieldInfo(attribute.name, type_name(attribute.type), shown, doc, inner))
+    return fields
+
+
+def nested_default(config: type) -> Any:
+    """A config with nothing set; None if it has required fields."""
+    required = [a for a in attrs.fields(config) if a.init and a.default is attrs.NOTHING]
+    return None if required else config()
 
 
 def show_default(value: Any) -> str:

@@ -1,0 +1,213 @@
+"""``dinov3-run``: from a recipe to a run.
+
+Nothing here imports torch before a task is built, so that help, lists and most mistakes come at
+once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dinov3_framework import __version__
+from dinov3_framework.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from dinov3_framework.configs import TaskConfig
+    from dinov3_framework.contracts import Job, Launcher, Task
+    from dinov3_framework.recipe import Composed
+    from dinov3_framework.registry import Registry
+
+_EPILOG = """\
+key=value replaces one value of the recipe, in TOML syntax; a bare word is a string:
+  dinov3-run recipes/my.toml optimizer.lr=1e-4 backbone.use=vit_small
+
+exit codes: 0 done, 1 a fault of the program, 2 the recipe, the data or the output folder has to
+change first, 3 training diverged, 75 stopped on request (the same command goes on), 130 Ctrl-C
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    options = _parse(argv)
+    try:
+        return _dispatch(options)
+    except UserError as error:
+        if options.traceback:
+            traceback.print_exc()
+        _complain(str(error))
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        if options.traceback:
+            traceback.print_exc()
+        _complain("interrupted")
+        return int(ExitCode.INTERRUPTED)
+    except Exception:
+        traceback.print_exc()
+        _complain("this is a fault of the program, not of your recipe; please report it as it is")
+        return int(ExitCode.FAILED)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="dinov3-run",
+        description="Run a recipe: training, evaluation, export.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("recipe", nargs="?", help="a file, an installed recipe's name, or package:recipe")
+    add("overrides", nargs="*", metavar="key=value", help="replaces a value of the recipe")
+    add("--check", action="store_true", help="say what would run, and write nothing")
+    add("--print-recipe", action="store_true", help="print the complete recipe and who set what")
+    add("--output-dir", metavar="DIR", help="folder of all that the run writes")
+    add("--launcher", metavar="NAME", help="where the processes come from (launcher.use=NAME)")
+    add("--list", nargs="?", const="", metavar="KIND", help="list components, of one kind or all")
+    add("--describe", nargs=2, metavar=("KIND", "NAME"), help="show a component's options")
+    add(
+        "--block-plugin",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="leave a plugin out (may be repeated; also DINOV3_BLOCK_PLUGINS=a,b)",
+    )
+    add("--traceback", action="store_true", help="show where an error came from")
+    add("--version", action="version", version=f"dinov3-framework {__version__}")
+    options = parser.parse_intermixed_args(argv)
+    if options.recipe is None and options.list is None and options.describe is None:
+        parser.error("a recipe is needed: a file, an installed recipe's name, or package:recipe")
+    return options
+
+
+def _dispatch(options: argparse.Namespace) -> int:
+    from dinov3_framework.registry import Registry
+
+    registry = Registry.load(block=options.block_plugin)
+    if _rank() in (None, 0):
+        for broken in registry.broken:
+            print(f"warning: {broken}", file=sys.stderr)
+    if options.list is not None or options.describe is not None:
+        from dinov3_framework import console
+
+        if options.list is not None:
+            return _show(console.listing(registry, options.list or None))
+        return _show(console.description(registry.describe(*options.describe)))
+    return _recipe(options, registry)
+
+
+def _recipe(options: argparse.Namespace, registry: Registry) -> int:
+    from dinov3_framework.configs import replace
+    from dinov3_framework.recipe import annotated_toml, compose
+    from dinov3_framework.structure import structure_recipe, unstructure
+
+    composed = compose(options.recipe, _overrides(options))
+    config = structure_recipe(registry, composed)
+    if options.print_recipe:
+        return _show(annotated_toml(unstructure(registry, config), composed.origins).rstrip())
+    output_dir = Path(config.output_dir or f"runs/{composed.name}")
+    config = replace(config, output_dir=str(output_dir))
+    task: Task = registry.build(config, registry=registry)
+    launcher = _launcher(config, registry)
+    if not _is_launched(composed, output_dir):
+        text = _check(task, launcher)
+        if _rank() in (None, 0):
+            code = _show(text)
+            if options.check:
+                return code
+    if options.check:
+        return ExitCode.OK
+    return _run(task, config, registry, output_dir, launcher, options.block_plugin)
+
+
+def _overrides(options: argparse.Namespace) -> list[str]:
+    from dinov3_framework.toml_text import inline
+
+    overrides = list(options.overrides)
+    for key, value in (("launcher.use", options.launcher), ("output_dir", options.output_dir)):
+        if value is not None:
+            overrides.append(f"{key}={inline(value)}")
+    return overrides
+
+
+# --------------------------------------------------------------------------- running
+def _rank() -> int | None:
+    """This process's place in a job, if something outside has started one."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["RANK"])
+    return None
+
+
+def _launcher(config: TaskConfig, registry: Registry) -> Launcher | None:
+    """The recipe's launcher; none if the processes are already there."""
+    if config.launcher is None or _rank() is not None:
+        return None
+    launcher: Launcher = registry.build(config.launcher)
+    return launcher
+
+
+def _is_launched(composed: Composed, output_dir: Path) -> bool:
+    """Whether a launcher started this process: the one that called it has checked everything."""
+    written = output_dir / "recipe.toml"
+    return _rank() is not None and composed.path.resolve() == written.resolve()
+
+
+def _check(task: Task, launcher: Launcher | None) -> str:
+    from dinov3_framework.console import report_text
+
+    outside = int(os.environ["WORLD_SIZE"]) if _rank() is not None else 1
+    world = launcher.world_size() if launcher else outside
+    text = report_text(task.check(world))
+    return f"{text}\n\nlauncher\n  {launcher.describe()}" if launcher else text
+
+
+def _run(
+    task: Task,
+    config: TaskConfig,
+    registry: Registry,
+    output_dir: Path,
+    launcher: Launcher | None,
+    blocked: Sequence[str],
+) -> int:
+    from dinov3_framework.engine import session
+
+    def run() -> int:
+        return int(session.run_task(task, config, registry, output_dir))
+
+    if launcher is None:
+        return run()
+    session.prepare_output(config, registry, output_dir)
+    return int(launcher.launch(_job(output_dir, blocked, run)))
+
+
+def _job(output_dir: Path, blocked: Sequence[str], run: Any) -> Job:
+    from dinov3_framework.contracts import Job
+
+    command = [sys.executable, "-m", "dinov3_framework", str(output_dir / "recipe.toml")]
+    for name in blocked:
+        command += ["--block-plugin", name]
+    return Job(command=command, output_dir=output_dir, run=run)
+
+
+# --------------------------------------------------------------------------- printing
+def _show(text: str) -> int:
+    """Print to standard output; a reader that went away (``| head``) is no mistake."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes once more at exit; give it somewhere to write.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return ExitCode.OK
+
+
+def _complain(message: str) -> None:
+    rank = _rank()
+    prefix = f"[rank {rank}] " if rank else ""
+    print(f"{prefix}{message}", file=sys.stderr, flush=True)

@@ -1,0 +1,53 @@
+"""Processes and the device of each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from dinov3_framework.errors import Problem, RecipeError
+
+
+def environment_world_size() -> int | None:
+    """The number of processes that a launcher announced, or None without one."""
+    value = os.environ.get("WORLD_SIZE")
+    return int(value) if value is not None and "RANK" in os.environ else None
+
+
+def pick_device(wanted: str) -> torch.device:
+    """This process's device for ``auto``, ``cpu`` or ``cuda``."""
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise RecipeError(
+            [Problem("parallel.device", "no CUDA device is visible", 'use "auto" or "cpu"')]
+        )
+    if wanted == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextmanager
+def process_group(device: torch.device, timeout: float) -> Iterator[None]:
+    """The default process group for the duration of a ``with``.
+
+    Alone, a group of one is made without any network, so that sharding takes the same path.
+    ``timeout`` (seconds) holds for every collective: a process that hangs ends the job.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    limit = timedelta(seconds=timeout)
+    if environment_world_size() is None:
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=limit)
+    else:
+        dist.init_process_group(backend, timeout=limit)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

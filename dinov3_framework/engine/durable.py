@@ -1,0 +1,62 @@
+"""Files that are whole or not there: written aside, brought to the disk, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_and_sync(path: Path, data: bytes) -> None:
+    """Write a new file and bring its bytes to the disk; the folder's entry is the caller's."""
+    with path.open("xb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to; it becomes ``path`` at the end and vanishes on an error.
+
+    Makes the folder. Until the last moment a file that ``path`` already names stays as it is.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        yield aside
+        sync(aside)
+        os.replace(aside, path)
+        sync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def no_room(number: int | None, folder: Path) -> str | None:
+    """What to say of an ``errno`` that means "no room left"; None for any other."""
+    if number not in NO_ROOM:
+        return None
+    try:
+        free = f"{shutil.disk_usage(_existing(folder)).free / 2**20:,.1f} MiB free"
+    except OSError:  # the message must come through whatever state the disk is in
+        free = "free space unknown"
+    return f"disk full ({os.strerror(number)}; {free} in {folder})"
+
+
+def _existing(folder: Path) -> Path:
+    return next((each for each in (folder, *folder.parents) if each.exists()), Path("/"))

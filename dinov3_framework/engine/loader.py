@@ -1,0 +1,211 @@
+"""Batches for training: from a place in the stream to crops and masks.
+
+A batch is a function of (seed, step, pass, rank) alone. Loader workers only decide who computes
+it, so their number never changes what is learnt, and a resumed run starts its loader at its step.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Iterator, Mapping
+
+import torch
+from attrs import frozen
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import Dataset as TorchDataset
+
+from dinov3_framework.contracts import Augmentation, Dataset
+from dinov3_framework.engine.sampling import ShuffledStream
+from dinov3_framework.engine.settings import LoaderConfig
+from dinov3_framework.errors import CorruptSampleError, DataError
+from dinov3_framework.randomness import keyed_rng
+
+log = logging.getLogger(__name__)
+
+_DEAD_WORKER = ("exited unexpectedly", "is killed by signal")
+_SUBSTITUTES = 20  # samples tried in place of a corrupt one before the dataset is given up
+
+
+@frozen
+class Layout:
+    """How the global batch of a step is split: processes, passes, images per pass."""
+
+    world_size: int
+    rank: int
+    accumulation_steps: int
+    batch_size: int  # images of a step, over all processes
+
+    @property
+    def per_pass(self) -> int:
+        """Images that one process sees in one pass."""
+        return self.batch_size // (self.world_size * self.accumulation_steps)
+
+    def places(self, step: int, micro: int) -> range:
+        """The places in the stream of this process's images in one pass of one step."""
+        first = (step * self.accumulation_steps + micro) * self.world_size + self.rank
+        return range(first * self.per_pass, (first + 1) * self.per_pass)
+
+
+@frozen
+class Batch:
+    """What one process sees in one pass."""
+
+    crops: Mapping[str, Tensor]  # view -> [crops, images, C, size, size]
+    masks: Tensor | None  # bool [crops, images, P], of the global crops
+    corrupt: tuple[str, ...]  # what could not be decoded and was substituted
+    step: int
+    micro: int
+
+    def to(self, device: torch.device) -> Batch:
+        move = {name: crops.to(device, non_blocking=True) for name, crops in self.crops.items()}
+        masks = self.masks.to(device, non_blocking=True) if self.masks is not None else None
+        return Batch(move, masks, self.corrupt, self.step, self.micro)
+
+    def pin_memory(self) -> Batch:
+        crops = {name: tensor.pin_memory() for name, tensor in self.crops.items()}
+        masks = self.masks.pin_memory() if self.masks is not None else None
+        return Batch(crops, masks, self.corrupt, self.step, self.micro)
+
+
+class BatchMaker(TorchDataset[Batch]):
+    """Makes the batch of any (step, pass)."""
+
+    def __init__(
+        self, dataset: Dataset, augmentation: Augmentation, layout: Layout, seed: int, workers: int
+    ) -> None:
+        self.dataset, self.augmentation = dataset, augmentation
+        self.layout, self.seed = layout, seed
+        self.stream = ShuffledStream(len(dataset), seed)
+        # What each worker is reading, for the message if it dies or hangs.
+        self.reading = torch.full((max(workers, 1),), -1, dtype=torch.int64).share_memory_()
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
+        step, micro = key
+        places = self.layout.places(step, micro)
+        corrupt: list[str] = []
+        samples = [self._crops(place, corrupt) for place in places]
+        crops = {
+            view: torch.stack([sample[view] for sample in samples], dim=1)
+            for view in self.augmentation.views
+        }
+        return Batch(crops, self._masks(step, places), tuple(corrupt), step, micro)
+
+    def _crops(self, place: int, corrupt: list[str]) -> Mapping[str, Tensor]:
+        index = self.stream[place]
+        rng = keyed_rng(self.seed, "crops", place)
+        for attempt in range(_SUBSTITUTES):
+            self._note(index)
+            try:
+                image = self.dataset[index].image
+            except CorruptSampleError as error:
+                corrupt.append(str(error))
+                substitute = keyed_rng(self.seed, "substitute", place, attempt)
+                index = int(substitute.integers(len(self.dataset)))
+                continue
+            return self.augmentation(image, rng)
+        raise DataError(
+            f"{_SUBSTITUTES} samples in a row could not be decoded, the last: {corrupt[-1]}\n"
+            "    the dataset seems to be damaged or of another format"
+        )
+
+    def _note(self, index: int) -> None:
+        worker = get_worker_info()
+        self.reading[worker.id if worker is not None else 0] = index
+
+    def _masks(self, step: int, places: range) -> Tensor | None:
+        if not self.augmentation.makes_masks:
+            return None
+        crops, size = self.augmentation.views["global"].crops, self.layout.batch_size
+        first = places.start - step * size
+        rows = [crop * size + first + i for crop in range(crops) for i in range(len(places))]
+        masks = self.augmentation.masks(rows=rows, total=crops * size, seed=self.seed, step=step)
+        unflat: Tensor = masks.unflatten(0, (crops, len(places)))
+        return unflat
+
+
+class TrainingLoader:
+    """Iterates over the batches of the steps ``start`` .. ``stop``, passes in order."""
+
+    def __init__(
+        self, maker: BatchMaker, config: LoaderConfig, start: int, stop: int, pin_memory: bool
+    ) -> None:
+        self.maker, self.config = maker, config
+        self.corrupt = 0
+        passes = maker.layout.accumulation_steps
+        keys = _Keys([range(start, stop), range(passes)])
+        workers = config.workers
+        self._loader: DataLoader[Batch] = DataLoader(
+            maker,
+            batch_size=None,
+            sampler=keys,
+            num_workers=workers,
+            timeout=config.timeout if workers else 0,
+            prefetch_factor=config.prefetch if workers else None,
+            worker_init_fn=_start_worker,
+            pin_memory=pin_memory,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self._loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except DataError:
+                raise
+            except (RuntimeError, OSError, EOFError) as error:
+                raise self.explain(error) from error
+            self._count(batch)
+            yield batch
+
+    def _count(self, batch: Batch) -> None:
+        for name in batch.corrupt:
+            self.corrupt += 1
+            log.warning("undecodable sample %d, substituted: %s", self.corrupt, name)
+        if self.corrupt > self.config.max_corrupt:
+            raise DataError(
+                f"{self.corrupt} samples could not be decoded, the last: {batch.corrupt[-1]}\n"
+                f"    loader.max_corrupt = {self.config.max_corrupt} are allowed"
+            )
+
+    def explain(self, error: Exception) -> Exception:
+        """Name worker and sample where torch's own message does not; other errors pass.
+
+        A killed worker is noticed by a signal handler, so the error may come up anywhere in a step.
+        """
+        text = str(error)
+        if "timed out" in text:
+            what = f"no batch came within loader.timeout = {self.config.timeout:g} s"
+        elif any(sign in text for sign in _DEAD_WORKER) or isinstance(error, OSError | EOFError):
+            what = "a loader worker died (killed, or out of memory)"
+        else:
+            return error
+        reading = [
+            f"worker {worker}: sample {index}"
+            for worker, index in enumerate(self.maker.reading.tolist())
+            if index >= 0
+        ]
+        return DataError(f"{what}; last read by {', '.join(reading) or 'none'}\n    {text}")
+
+
+class _Keys:
+    """The (step, pass) pairs of a run, without a list of them."""
+
+    def __init__(self, ranges: list[range]) -> None:
+        self.steps, self.passes = ranges
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((step, micro) for step in self.steps for micro in self.passes)
+
+    def __len__(self) -> int:
+        return len(self.steps) * len(self.passes)
+
+
+def _start_worker(_: int) -> None:
+    # Ctrl-C reaches the whole terminal group; the trainer alone decides when to stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)

@@ -1,0 +1,152 @@
+"""The output folder of a run: who may write into it, and what says that it is complete.
+
+    recipe.toml  metrics.jsonl  run.log  checkpoints/  exports/  figures/  results.json
+
+``results.json`` comes last, by a rename: where it is, the run is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tomli
+
+from dinov3_framework.configs import TaskConfig
+from dinov3_framework.errors import ExitCode, OutputError
+from dinov3_framework.recipe import to_toml
+from dinov3_framework.registry import Registry
+from dinov3_framework.structure import unstructure
+
+RECIPE, RESULTS, LOCK = "recipe.toml", "results.json", ".lock"
+# Keys that may change between two starts of the same run: they do not touch what is learnt.
+_FREE_KEYS = (
+    "output_dir",
+    "launcher",
+    "loader",
+    "checkpoint",
+    "observers",
+    "parallel.timeout",
+    "log_every",
+    "max_nonfinite_steps",
+)
+
+
+class RunComplete(OutputError):
+    """Nothing is left to do."""
+
+    exit_code = ExitCode.OK
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a whole file or none: under another name, then renamed."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise _explain(error, path) from error
+
+
+def _explain(error: OSError, path: Path) -> OutputError:
+    if error.errno == errno.ENOSPC:
+        return OutputError(f"disk full: {path} cannot be written; free some space and run again")
+    return OutputError(f"{path} cannot be written: {error.strerror or error}")
+
+
+def prepare_output(config: TaskConfig, registry: Registry, output_dir: Path) -> None:
+    """Make the folder ready for this recipe, or say why not.
+
+    Raises :class:`RunComplete` if there is nothing left to do and :class:`OutputError` if the
+    folder is in use, belongs to another recipe, or cannot be written.
+    """
+    with locked(output_dir):
+        recipe = unstructure(registry, config)
+        _refuse_another_recipe(recipe, output_dir)
+        if (output_dir / RESULTS).exists():
+            when = time.strftime(
+                "%Y-%m-%d %H:%M", time.localtime((output_dir / RESULTS).stat().st_mtime)
+            )
+            raise RunComplete(
+                f"This run is complete (since {when}): {output_dir / RESULTS}\n"
+                "To run it anew, choose another --output-dir or delete that folder; to carry on "
+                "from its weights, start from what lies in its exports folder."
+            )
+        write_aside(output_dir / RECIPE, to_toml(recipe))
+
+
+@contextmanager
+def locked(output_dir: Path) -> Iterator[None]:
+    """Hold the folder; a second run into it is refused while the first lives."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = (output_dir / LOCK).open("a+")
+    except OSError as error:
+        raise _explain(error, output_dir) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"{output_dir} is in use by another run; wait for it, or choose another "
+                "--output-dir"
+            ) from None
+        yield
+
+
+def _refuse_another_recipe(recipe: Mapping[str, Any], output_dir: Path) -> None:
+    path = output_dir / RECIPE
+    if not path.exists():
+        return
+    try:
+        before = tomli.loads(path.read_text(encoding="utf-8"))
+    except tomli.TOMLDecodeError as error:
+        raise OutputError(f"{path} is no recipe: {error}; choose another --output-dir") from error
+    old, new = flatten(before), flatten(recipe)
+    changed = sorted(
+        key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not _is_free(key)
+    )
+    if changed:
+        shown = "\n".join(
+            f"    {key}: {_show(old, key)} there, {_show(new, key)} now" for key in changed[:8]
+        )
+        more = f"\n    and {len(changed) - 8} more" if len(changed) > 8 else ""
+        raise OutputError(
+            f"{output_dir} holds a run of another recipe:\n{shown}{more}\n"
+            "  choose another --output-dir, or delete that folder to start anew"
+        )
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in _FREE_KEYS)
+
+
+def _show(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key]) if key in values else "nothing"
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def write_results(output_dir: Path, results: Mapping[str, Any]) -> None:
+    """Write ``results.json``, which completes the run."""
+    write_aside(output_dir / RESULTS, json.dumps(results, indent=2) + "\n")

@@ -1,0 +1,142 @@
+"""Sharding with FSDP2, and giving sharded networks their first values."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dinov3_framework.contracts import Backbone
+from dinov3_framework.engine.settings import ParallelConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_FORWARD_METHODS = ("forward_features", "get_intermediate_layers")
+
+
+class Sharder:
+    """Shards networks over all processes as a recipe's ``[parallel]`` asks."""
+
+    def __init__(self, config: ParallelConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.mesh: DeviceMesh | None = None
+        # One process in full precision has nothing to shard and nothing to cast.
+        if dist.get_world_size() > 1 or config.param_dtype != "fp32":
+            self.mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """Shard a network that is on the meta device and allocate it, without values."""
+        if self.mesh is not None:
+            self._shard(module, self.mesh)
+        return module.to_empty(device=self.device)
+
+    def _shard(self, module: nn.Module, mesh: DeviceMesh) -> None:
+        types: dict[str, Any] = {
+            "param_dtype": DTYPES[self.config.param_dtype],
+            "reduce_dtype": DTYPES[self.config.reduce_dtype],
+        }
+        if isinstance(module, Backbone):
+            # Inputs are cast once, at the root: a block would also cast its float32 RoPE tables.
+            inner = MixedPrecisionPolicy(**types, cast_forward_inputs=False)
+            for block in module.blocks_to_shard():
+                fully_shard(block, mesh=mesh, mp_policy=inner, reshard_after_forward=True)
+        fully_shard(
+            module, mesh=mesh, mp_policy=MixedPrecisionPolicy(**types), reshard_after_forward=True
+        )
+        for name in _FORWARD_METHODS:
+            if hasattr(module, name):
+                register_fsdp_forward_method(module, name)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    return isinstance(module, FSDPModule)
+
+
+def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name, the buffers that state dicts leave out too."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def initialise(module: nn.Module, blueprint: nn.Module, seed: int) -> None:
+    """Give a placed network the values that ``blueprint.init_weights()`` draws from ``seed``.
+
+    ``blueprint`` is the same network, whole, on the meta device. The main process alone draws, on
+    the CPU, and the rest receive their shards one tensor at a time: the values depend neither on
+    the device nor on how many processes there are.
+    """
+    whole = initial_values(blueprint, seed) if dist.get_rank() == 0 else blueprint
+    fill_from_main(module, whole)
+
+
+def initial_values(blueprint: nn.Module, seed: int) -> nn.Module:
+    """A copy of a meta-device network on the CPU, with the values drawn from ``seed``."""
+    whole = copy.deepcopy(blueprint).to_empty(device="cpu")
+    for tensor in (*whole.parameters(), *whole.buffers()):
+        if tensor.is_floating_point():
+            tensor.data.fill_(float("nan"))  # whatever init_weights forgets must be found
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        whole.init_weights()  # type: ignore[operator]
+    for name, tensor in tensors_of(whole):
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise RuntimeError(
+                f"{type(whole).__name__}.init_weights() left {name!r} without a finite value"
+            )
+    return whole
+
+
+@torch.no_grad()
+def fill_from_main(module: nn.Module, whole: nn.Module) -> None:
+    """Copy the main process's whole network into the (sharded) one of every process."""
+    source = dict(tensors_of(whole))
+    for name, target in tensors_of(module):
+        full = source[name].detach()
+        if full.is_meta:
+            full = torch.empty_like(full, device=target.device)
+        full = full.to(target.device)
+        if dist.get_world_size() > 1:
+            dist.broadcast(full, src=0)
+        if isinstance(target, DTensor):
+            shard = distribute_tensor(
+                full, target.device_mesh, target.placements, src_data_rank=None
+            )
+            target.to_local().copy_(shard.to_local())
+        else:
+            target.copy_(full)
+
+
+@torch.no_grad()
+def copy_network(source: nn.Module, target: nn.Module) -> None:
+    """Copy every parameter and buffer between two networks sharded alike."""
+    values = dict(tensors_of(source))
+    for name, tensor in tensors_of(target):
+        _local(tensor).copy_(_local(values[name]))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def momentum_update(teacher: nn.Module, student: nn.Module) -> Callable[[float], None]:
+    """A function m -> teacher = m teacher + (1 - m) student, over all parameters."""
+    ours = [_local(parameter.data) for parameter in teacher.parameters()]
+    theirs = [_local(parameter.data) for parameter in student.parameters()]
+
+    @torch.no_grad()
+    def update(momentum: float) -> None:
+        torch._foreach_mul_(ours, momentum)
+        torch._foreach_add_(ours, theirs, alpha=1 - momentum)
+
+    return update

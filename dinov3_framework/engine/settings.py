@@ -1,0 +1,130 @@
+"""The settings of a training run that belong to the engine; light to import."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from dinov3_framework.configs import (
+    AugmentationConfig,
+    BackboneConfig,
+    DatasetConfig,
+    ImagesConfig,
+    LossConfig,
+    ObserverConfig,
+    TaskConfig,
+    config,
+    fraction,
+    not_negative,
+    option,
+    positive,
+)
+from dinov3_framework.schedules import Schedule
+
+
+@config
+class OptimizerConfig:
+    """AdamW and its schedules."""
+
+    lr: Schedule = option("learning rate, before scaling: a number or a schedule")
+    lr_scaling: Literal["none", "sqrt_wrt_1024", "linear_wrt_256"] = option(
+        "how the learning rate grows with the global batch: 4 sqrt(batch / 1024), batch / 256",
+        default="none",
+    )
+    freeze_last_layer: int = option(
+        "iterations in which prototypes do not learn", default=0, check=not_negative
+    )
+    weight_decay: Schedule = option("weight decay: a number or a schedule")
+    betas: tuple[float, float] = option("AdamW's betas", default=(0.9, 0.999))
+    clip_grad: float | None = option(
+        'largest gradient norm of each network; "none": no clipping', default=3.0, check=positive
+    )
+    layerwise_decay: float = option(
+        "factor of the learning rate from a layer to the one below", default=0.9, check=fraction
+    )
+    patch_embed_lr_mult: float = option(
+        "factor of the patch embedding's learning rate", default=0.2, check=not_negative
+    )
+
+
+@config
+class TeacherConfig:
+    """The momentum teacher."""
+
+    momentum: Schedule = option("share of the old teacher that is kept: a number or a schedule")
+
+
+@config
+class LoaderConfig:
+    """How batches are made."""
+
+    workers: int = option("loader processes per training process", default=8, check=not_negative)
+    prefetch: int = option("batches that each worker makes ahead", default=2, check=positive)
+    timeout: float = option(
+        "seconds to wait for a batch before the run ends", default=300.0, check=positive
+    )
+    max_corrupt: int = option(
+        "undecodable samples, counted per process, after which the run ends",
+        default=1000,
+        check=not_negative,
+    )
+
+
+@config
+class ParallelConfig:
+    """Devices, precision and sharding."""
+
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "where to compute; auto takes CUDA where there is one", default="auto"
+    )
+    param_dtype: Literal["fp32", "bf16"] = option(
+        "type that parameters are gathered in for forward and backward", default="fp32"
+    )
+    reduce_dtype: Literal["fp32", "bf16"] = option(
+        "type that gradients are reduced in", default="fp32"
+    )
+    timeout: float = option(
+        "seconds after which a collective that somebody missed ends the run",
+        default=600.0,
+        check=positive,
+    )
+
+
+@config
+class CheckpointConfig:
+    """What is kept of a run while it goes on."""
+
+    every: int = option("iterations between checkpoints", default=1000, check=positive)
+    keep: int = option("how many of the newest to keep", default=3, check=positive)
+    keep_every: int | None = option(
+        "iterations between those that are kept for good", default=None, check=positive
+    )
+
+
+@config
+class PretrainConfig(TaskConfig):
+    """Self-supervised pretraining: a student, its momentum teacher, any losses."""
+
+    iterations: int = option("optimizer steps of the run", check=positive)
+    batch_size: int = option("images of one optimizer step, over all processes", check=positive)
+    accumulation_steps: int = option(
+        "passes that a process splits its share of the batch into", default=1, check=positive
+    )
+    dataset: DatasetConfig = option("where the images come from")
+    images: ImagesConfig = option("channels and normalisation", factory=ImagesConfig)
+    augmentation: AugmentationConfig = option("how an image becomes crops and masks")
+    backbone: BackboneConfig = option("the network that is trained")
+    losses: dict[str, LossConfig] = option("the objective, by names of your choice")
+    teacher: TeacherConfig = option("the momentum teacher")
+    optimizer: OptimizerConfig = option("how the student learns")
+    loader: LoaderConfig = option("how batches are made", factory=LoaderConfig)
+    parallel: ParallelConfig = option("devices, precision, sharding", factory=ParallelConfig)
+    checkpoint: CheckpointConfig = option("what is saved when", factory=CheckpointConfig)
+    observers: dict[str, ObserverConfig] = option(
+        "what watches the run, by names of your choice", factory=dict
+    )
+    log_every: int = option("iterations between lines of metrics.jsonl", default=10, check=positive)
+    max_nonfinite_steps: int = option(
+        "steps in a row that may be skipped for a NaN or inf before the run ends",
+        default=3,
+        check=not_negative,
+    )

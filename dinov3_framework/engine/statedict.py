@@ -1,0 +1,33 @@
+"""A module's tensors whole and under their official names, however they are sharded or wrapped."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dinov3_framework import collectives
+
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
+def official_name(name: str) -> str:
+    """A name in a state dict without what torch.compile, FSDP and the like put into it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+@torch.no_grad()
+def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of all of ``module``'s tensors, whole, on the CPU of rank 0; elsewhere nothing.
+
+    To be called by every process. Sharded tensors are gathered one at a time: besides the result,
+    no process holds more than one of them.
+    """
+    state = {}
+    for name, tensor in module.state_dict().items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if collectives.is_main():
+            state[official_name(name)] = full.detach().to("cpu", copy=True)
+    return state

@@ -1,0 +1,224 @@
+"""The training loop. It knows no loss, no backbone and no dataset."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from dinov3_framework import collectives
+from dinov3_framework.contracts import Observer, StepRecord
+from dinov3_framework.engine.checkpoint import CheckpointStore
+from dinov3_framework.engine.console import TrainingProgress
+from dinov3_framework.engine.loader import Batch, BatchMaker, TrainingLoader
+from dinov3_framework.engine.metrics import Agreement, MetricsFile, agree
+from dinov3_framework.engine.networks import Networks
+from dinov3_framework.engine.objective import Objective
+from dinov3_framework.engine.optimizer import Optimizer
+from dinov3_framework.engine.run import TrainingRun
+from dinov3_framework.engine.settings import PretrainConfig
+from dinov3_framework.engine.stopping import StopFlag
+from dinov3_framework.errors import DivergenceError, UserError
+from dinov3_framework.images import normalize
+from dinov3_framework.randomness import keyed_seed
+
+log = logging.getLogger(__name__)
+
+
+class OutOfMemory(UserError):
+    """A step did not fit."""
+
+
+@define
+class Trainer:
+    """All that a step touches, and the order in which it does."""
+
+    config: PretrainConfig
+    networks: Networks
+    objective: Objective
+    optimizer: Optimizer
+    maker: BatchMaker
+    store: CheckpointStore
+    observers: Mapping[str, Observer]
+    run: TrainingRun
+    done: int = 0  # iterations
+    _skipped: int = field(default=0, init=False)  # in a row
+
+    @property
+    def device(self) -> torch.device:
+        return self.run.device
+
+    # ------------------------------------------------------------------ state
+    def _tensors(self) -> dict[str, Tensor]:
+        optimizer = {f"optimizer.{k}": v for k, v in self.optimizer.named_state().items()}
+        return self.networks.named_state() | self.objective.named_state() | optimizer
+
+    def resume(self) -> None:
+        """Go on from the newest whole checkpoint, if there is one."""
+        restored = self.store.restore(self._tensors())
+        if restored is not None:
+            self.done = restored.step
+            log.info("Going on after iteration %s, from %s", f"{self.done:,}", restored.path)
+
+    def _save(self) -> None:
+        self.store.save(self.done, self._tensors(), {"iterations": self.config.iterations})
+
+    # ------------------------------------------------------------------ loop
+    def train(self) -> None:
+        """Run the remaining iterations; raises ``StopRequested`` after a signal, state saved."""
+        total = self.config.iterations
+        metrics = (
+            MetricsFile(self.run.output_dir / "metrics.jsonl", self.done)
+            if (self.run.is_main)
+            else None
+        )
+        loader = TrainingLoader(
+            self.maker, self.config.loader, self.done, total, self.device.type == "cuda"
+        )
+        try:
+            with StopFlag() as stop, TrainingProgress(self.done, total, self.run.is_main) as bar:
+                self._write(metrics, self._start_observers())
+                batches = iter(loader)
+                while self.done < total:
+                    self._iterate(batches, stop, bar, metrics)
+        except RuntimeError as error:
+            raise loader.explain(error) from error
+        finally:
+            if metrics is not None:
+                metrics.close()
+
+    def _iterate(
+        self,
+        batches: Iterator[Batch],
+        stop: StopFlag,
+        bar: TrainingProgress,
+        metrics: MetricsFile | None,
+    ) -> None:
+        started = time.perf_counter()
+        agreement, wait = self._step(batches, bool(stop))
+        self.done += 1
+        seconds = time.perf_counter() - started
+        figures = agreement.metrics | {
+            "images_per_second": self.config.batch_size / seconds,
+            "data_wait": wait,
+        }
+        bar.update(self.done, figures["loss"], figures["images_per_second"], wait)
+        observed = self._call_observers(figures)
+        last = self.done == self.config.iterations
+        if observed or last or self.done % self.config.log_every == 0:
+            self._write(metrics, figures | observed)
+        stopping = agreement.stop and not last
+        if stopping or last or self.done % self.config.checkpoint.every == 0:
+            self._save()
+        if stopping:
+            raise stop.stopped(self.done)
+
+    def _write(self, metrics: MetricsFile | None, figures: Mapping[str, float]) -> None:
+        if metrics is not None and figures:
+            metrics.write(self.done, figures)
+
+    # ------------------------------------------------------------------ one step
+    def _step(self, batches: Iterator[Batch], stop: bool) -> tuple[Agreement, float]:
+        """One optimizer step, or none if anybody's losses or gradients are not finite."""
+        iteration, total = self.done, self.config.iterations
+        values = self.optimizer.values(iteration, total)
+        values["momentum"] = self.config.teacher.momentum.at(iteration, total)
+        self.optimizer.set_values(values)
+        buffers = {name: tensor.clone() for name, tensor in self.objective.named_state().items()}
+        try:
+            figures, losses, wait = self._forward_backward(batches, iteration)
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory(error) from error
+        norms = self.optimizer.gradient_norms()
+        figures |= values | {f"gradient_norm/{name}": norm for name, norm in norms.items()}
+        guarded = {f"loss {name!r}": loss for name, loss in losses.items()}
+        guarded |= {f"gradient of {name}": norm for name, norm in norms.items()}
+        agreement = agree(figures, guarded, stop, self.device)
+        if agreement.nonfinite:
+            for name, tensor in self.objective.named_state().items():
+                tensor.copy_(buffers[name])
+            self._skip(agreement.nonfinite)
+        else:
+            self._skipped = 0
+            self.optimizer.clip(norms)
+            self.optimizer.step()
+            self.networks.update_teacher(values["momentum"])
+            for name in self.networks.refresh_anchors(iteration + 1):
+                log.info("Anchor of loss %r refreshed after iteration %d", name, iteration + 1)
+        self.optimizer.zero_grad()
+        return agreement, wait
+
+    def _forward_backward(
+        self, batches: Iterator[Batch], iteration: int
+    ) -> tuple[dict[str, Tensor | float], dict[str, Tensor], float]:
+        """Gradients of one step's batch; figures and losses are means over its passes."""
+        passes, wait = self.config.accumulation_steps, 0.0
+        figures: dict[str, Any] = defaultdict(float)
+        losses: dict[str, Any] = defaultdict(float)
+        for micro in range(passes):
+            asked = time.perf_counter()
+            batch = self._on_device(next(batches))
+            wait += time.perf_counter() - asked
+            # Drop path and RoPE augmentation draw from the global generator.
+            rank = collectives.rank()
+            torch.manual_seed(keyed_seed(self.config.seed, "forward", iteration, micro, rank))
+            outcome = self.objective(batch, iteration)
+            (outcome.total / passes).backward()
+            for name, loss in outcome.losses.items():
+                losses[name] = losses[name] + loss / passes
+            terms = {**outcome.metrics, **outcome.losses, "loss": outcome.total.detach()}
+            for name, value in terms.items():
+                figures[name] = figures[name] + value / passes
+        return dict(figures), dict(losses), wait
+
+    def _on_device(self, batch: Batch) -> Batch:
+        batch = batch.to(self.device)
+        crops = {view: normalize(c, self.config.images) for view, c in batch.crops.items()}
+        return Batch(crops, batch.masks, batch.corrupt, batch.step, batch.micro)
+
+    def _skip(self, nonfinite: Mapping[str, list[int]]) -> None:
+        self._skipped += 1
+        what = ", ".join(
+            f"{name} on rank {', '.join(map(str, ranks))}" for name, ranks in nonfinite.items()
+        )
+        message = f"iteration {self.done + 1:,}: not finite: {what}"
+        log.warning("%s; the step is skipped, weights stay as they are", message)
+        if self._skipped > self.config.max_nonfinite_steps:
+            raise DivergenceError(
+                f"{message}\n    {self._skipped} steps in a row (max_nonfinite_steps = "
+                f"{self.config.max_nonfinite_steps}); the last checkpoint is sound. Lower the "
+                "learning rate or look at the batch and the loss named above."
+            )
+
+    def _out_of_memory(self, error: Exception) -> OutOfMemory:
+        per_pass = self.maker.layout.per_pass
+        views = ", ".join(
+            f"{v.crops} x {v.size} px" for v in self.maker.augmentation.views.values()
+        )
+        return OutOfMemory(
+            f"out of memory with {per_pass} images per process and pass ({views} each): {error}\n"
+            "    What helps: a larger accumulation_steps, more processes, "
+            'parallel.param_dtype = "bf16", smaller crops, fewer prototypes.'
+        )
+
+    # ------------------------------------------------------------------ observers
+    def _start_observers(self) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        for observer in self.observers.values():
+            figures |= observer.on_start(self.run, self.done) or {}
+        return figures
+
+    def _call_observers(self, figures: Mapping[str, float]) -> dict[str, float]:
+        record = StepRecord(self.done, dict(figures))
+        added: dict[str, float] = {}
+        for name, observer in self.observers.items():
+            every = self.config.observers[name].every
+            if self.done % every == 0 or self.done == self.config.iterations:
+                added |= observer.on_step(self.run, record) or {}
+        return added

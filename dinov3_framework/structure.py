@@ -1,0 +1,254 @@
+"""Gives a recipe its types: a plain dict in, one frozen config out, or every mistake at once.
+
+Nothing is coerced: ``"7"`` is no integer, ``3.7`` is none either, ``"false"`` and ``1`` are no
+booleans. The one exception is an integer where a number is wanted.
+"""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import attrs
+from cattrs import Converter
+from cattrs.gen import make_dict_structure_fn, mapping_structure_factory, override
+
+from dinov3_framework.configs import TaskConfig
+from dinov3_framework.errors import Problem, RecipeError
+from dinov3_framework.option_types import (
+    element_types,
+    found,
+    kind_of,
+    resolved_fields,
+    says_none,
+)
+from dinov3_framework.option_types import type_name as type_name
+from dinov3_framework.plain import to_toml_value as to_toml_value
+from dinov3_framework.plain import unstructure as unstructure
+from dinov3_framework.recipe import Composed
+from dinov3_framework.registry import Registry
+from dinov3_framework.schedules import SCHEDULES, Constant, Schedule
+from dinov3_framework.structure_errors import Fault, problems_of
+from dinov3_framework.toml_text import near
+
+Hook = Callable[[Any, Any], Any]
+
+
+def structure_recipe(registry: Registry, composed: Composed) -> TaskConfig:
+    """The typed config of a whole recipe; its key ``task`` says of which class."""
+    values = dict(composed.data)
+    name = values.pop("task", None)
+    if not isinstance(name, str) or name not in registry.names("task"):
+        source = composed.origins.get(("task",), composed.source)
+        raise RecipeError([_unknown_task(registry, name, source)])
+    cls = registry.get("task", name).component.config
+    config: TaskConfig = _structure(registry, values, cls, composed.origins, composed.source)
+    return config
+
+
+def structure_component(registry: Registry, kind: str, name: str, values: Mapping[str, Any]) -> Any:
+    """The config of one component, checked as strictly as a recipe's.
+
+    ``values`` may also hold configs and schedules that are already built.
+    """
+    return _structure(registry, dict(values), registry.get(kind, name).component.config, {}, "")
+
+
+def _structure(
+    registry: Registry,
+    values: Mapping[str, Any],
+    cls: type,
+    origins: Mapping[tuple[str, ...], str],
+    source: str,
+) -> Any:
+    try:
+        return _converter(registry).structure(values, cls)
+    except Exception as error:
+        problems = list(problems_of(error, cls, origins, source))
+        raise RecipeError(problems) from error
+
+
+def _converter(registry: Registry) -> Converter:
+    """A converter whose hooks are all ours. cattrs asks the last one registered first."""
+    converter = Converter(detailed_validation=True, forbid_extra_keys=True)
+    for primitive, hook in ((int, _integer), (float, _number), (bool, _boolean), (str, _string)):
+        converter.register_structure_hook(primitive, hook)
+    converter.register_structure_hook_func(lambda declared: _origin(declared) is Literal, _literal)
+    converter.register_structure_hook_func(
+        lambda declared: _origin(declared) is tuple,
+        lambda value, declared: _array(value, declared, converter),
+    )
+    converter.register_structure_hook_factory(
+        lambda declared: _origin(declared) in (dict, Mapping),
+        lambda declared: _mapping_hook(declared, converter),
+    )
+    converter.register_structure_hook_factory(attrs.has, lambda cls: _class_hook(cls, converter))
+    # Predicates by identity: a hook registered for a base class would capture its subclasses.
+    converter.register_structure_hook_func(
+        lambda declared: declared is Schedule, lambda value, _: _schedule(value, converter)
+    )
+    converter.register_structure_hook_func(
+        lambda declared: kind_of(declared) is not None,
+        lambda value, base: _component(value, base, registry, converter),
+    )
+    return converter
+
+
+def _origin(declared: Any) -> Any:
+    return typing.get_origin(declared)
+
+
+def _integer(value: Any, _: Any) -> int:
+    if type(value) is int:
+        return value
+    raise Fault.mismatch("integer", value)
+
+
+def _number(value: Any, _: Any) -> float:
+    if type(value) not in (int, float):
+        raise Fault.mismatch("number", value)
+    if math.isnan(value):
+        raise Fault("must not be nan")
+    return float(value)
+
+
+def _boolean(value: Any, _: Any) -> bool:
+    if type(value) is bool:
+        return value
+    hint = "booleans are true and false, without quotes" if isinstance(value, str) else ""
+    raise Fault.mismatch("boolean", value, hint)
+
+
+def _string(value: Any, _: Any) -> str:
+    if type(value) is str:
+        return value
+    hint = "" if isinstance(value, Mapping | list) else "strings need quotes"
+    raise Fault.mismatch("string", value, hint)
+
+
+def _literal(value: Any, declared: Any) -> str:
+    choices = typing.get_args(declared)
+    if type(value) is str and value in choices:
+        return value
+    hint = near(value, choices) if isinstance(value, str) else ""
+    raise Fault.mismatch(type_name(declared), value, hint)
+
+
+def _array(value: Any, declared: Any, converter: Converter) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise Fault.mismatch(type_name(declared), value)
+    types = element_types(declared, len(value))
+    if types is None:
+        raise Fault(f"expected {type_name(declared)}, found an array of {len(value)}")
+    elements = []
+    for index, (item, inner) in enumerate(zip(value, types, strict=True), 1):
+        try:
+            elements.append(converter.structure(item, inner))
+        except Fault as fault:
+            raise Fault(f"element {index}: {fault.message}", fault.hint) from fault
+    return tuple(elements)
+
+
+def _mapping_hook(declared: Any, converter: Converter) -> Hook:
+    structure = mapping_structure_factory(declared, converter, detailed_validation=True)
+
+    def hook(value: Any, _: Any) -> Any:
+        if not isinstance(value, Mapping):
+            raise Fault.mismatch(type_name(declared), value)
+        return structure(value, declared)
+
+    return hook
+
+
+def _class_hook(cls: type, converter: Converter) -> Hook:
+    """A config's fields, each with its own check, so that all complaints come at once."""
+    overrides: dict[str, Any] = {
+        attribute.name: override(struct_hook=_checked(attribute, converter))
+        for attribute in resolved_fields(cls)
+    }
+    # The converter says that extra keys are forbidden and that every mistake is collected.
+    structure: Hook = make_dict_structure_fn(cls, converter, **overrides)
+
+    def hook(value: Any, _: Any) -> Any:
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise Fault.mismatch("table", value)
+        return structure(value, cls)
+
+    return hook
+
+
+def _checked(attribute: attrs.Attribute[Any], converter: Converter) -> Hook:
+    def hook(value: Any, declared: Any) -> Any:
+        if says_none(value, declared):
+            return None
+        structured = converter.structure(value, declared)
+        if attribute.validator is not None:
+            attribute.validator(None, attribute, structured)
+        return structured
+
+    return hook
+
+
+def _schedule(value: Any, converter: Converter) -> Schedule:
+    if isinstance(value, Schedule):
+        return value
+    if not isinstance(value, Mapping):
+        if type(value) not in (int, float):
+            raise Fault.mismatch("number or schedule", value)
+        return Constant(value=_number(value, float))
+    name, rest = _use(value, "a schedule", list(SCHEDULES))
+    if name not in SCHEDULES:
+        raise Fault(f"no schedule is named {name!r}", near(name, list(SCHEDULES)), at="use")
+    schedule: Schedule = converter.structure(rest, SCHEDULES[name])
+    return schedule
+
+
+def _component(value: Any, base: Any, registry: Registry, converter: Converter) -> Any:
+    if isinstance(value, base):
+        return value
+    kind = typing.cast(str, kind_of(base))
+    if not isinstance(value, Mapping):
+        raise Fault.mismatch("table", value, f'write {{ use = "..." }}: it picks the {kind}')
+    name, rest = _use(value, f"the {kind}", registry.names(kind))
+    if name not in registry.names(kind):
+        hint = registry.suggest(kind, name) + _absent_plugins(registry)
+        raise Fault(f"no {kind} is named {name!r}", hint, at="use")
+    return converter.structure(rest, registry.get(kind, name).component.config)
+
+
+def _use(value: Mapping[str, Any], what: str, known: list[str]) -> tuple[str, dict[str, Any]]:
+    """The name under ``use``, and the table without it."""
+    rest = dict(value)
+    if "use" not in rest:
+        raise Fault("missing", f"it picks {what}; known: {', '.join(known) or 'none'}", at="use")
+    name = rest.pop("use")
+    if type(name) is not str:
+        raise Fault(f"expected string, found {found(name)}", at="use")
+    return name, rest
+
+
+def _absent_plugins(registry: Registry) -> str:
+    """Plugins that might have offered what is missing; the reasons are printed once, elsewhere."""
+    notes = [
+        f"\n    {what}: {', '.join(names)}"
+        for what, names in (
+            ("plugins that could not be loaded", [broken.name for broken in registry.broken]),
+            ("blocked plugins", registry.blocked),
+        )
+        if names
+    ]
+    return "".join(notes)
+
+
+def _unknown_task(registry: Registry, name: Any, source: str) -> Problem:
+    known = f"known: {', '.join(registry.names('task')) or 'none'}" + _absent_plugins(registry)
+    if name is None:
+        return Problem("task", "missing", f"it says what the recipe runs; {known}", source)
+    if not isinstance(name, str):
+        return Problem("task", f"expected string, found {found(name)}", known, source)
+    hint = registry.suggest("task", name) + _absent_plugins(registry)
+    return Problem("task", f"no task is named {name!r}", hint, source)

@@ -1,0 +1,77 @@
+"""What the datasets can be told."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from dinov3_framework import DatasetConfig, InvalidOption, config, option, positive
+
+_EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jp2", ".png", ".webp", ".avif", ".bmp", ".gif",
+    ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".npy",
+)  # fmt: skip
+
+
+def _extensions(value: tuple[str, ...]) -> str | None:
+    if not value:
+        return "must name at least one extension"
+    wrong = [name for name in value if not name.startswith(".") or name != name.lower()]
+    return f"must be lower case and start with a dot, not {wrong}" if wrong else None
+
+
+def _classes(value: tuple[str, ...]) -> str | None:
+    if not value:
+        return "must name at least one folder"
+    wrong = [name for name in value if not name or "/" in name or name.startswith(".")]
+    if wrong:
+        return f"must be names of folders right below root, not {wrong}"
+    repeated = sorted({name for name in value if value.count(name) > 1})
+    return f"names {repeated} more than once" if repeated else None
+
+
+@config
+class ImageFolderConfig(DatasetConfig):
+    """All images below a folder, at any depth; with labels where class folders give them.
+
+    Files and folders whose names start with a dot are ignored, links are followed. The order is
+    that of the names, so every machine sees the same dataset.
+    """
+
+    root: str = option("the folder")
+    labels: Literal["auto", "folders", "none"] = option(
+        "where labels come from: the name of the folder right below root (folders), nowhere "
+        "(none), or folders if every image lies in one (auto)",
+        default="auto",
+    )
+    classes: tuple[str, ...] | None = option(
+        "class folders in the order of their labels, to the exclusion of all else; left out, "
+        "every folder, sorted by name",
+        default=None,
+        check=_classes,
+    )
+    extensions: tuple[str, ...] = option(
+        "endings of image files, upper case included", default=_EXTENSIONS, check=_extensions
+    )
+    max_pixels: int = option(
+        "pixels above which a file counts as corrupt, told from its header before decoding; the "
+        "default is where Pillow refuses, about 0.5 GB once decoded",
+        default=178_956_970,
+        check=positive,
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if self.classes is not None and self.labels == "none":
+            raise InvalidOption("classes", 'needs labels = "folders" or "auto", is with "none"')
+
+
+@config
+class FashionMnistConfig(DatasetConfig):
+    """Small Fashion-MNIST: 28 x 28 grey images of clothes in 10 classes, part of this package.
+
+    The first 500 images per class of the training set and the first 100 of the test set. Built
+    for 3 channels, the grey value is repeated.
+    """
+
+    split: Literal["train", "test"] = option(
+        "train (5,000 images) or test (1,000 images)", default="train"
+    )

@@ -1,0 +1,86 @@
+"""A folder of images as a dataset."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from dinov3_datasets.configs import ImageFolderConfig
+from dinov3_datasets.decoding import MODES, decode
+from dinov3_datasets.listing import FileList, image_files
+from dinov3_framework import DataError, Dataset, Sample
+
+
+class ImageFolder(Dataset):
+    """Images below a folder, uint8 [channels, H, W] each of its own size.
+
+    ``n_classes`` and ``classes`` (names, by label) are None without labels. Raises ``DataError``
+    for a folder that is missing, empty, or has not the layout that ``labels`` asks for.
+    """
+
+    classes: tuple[str, ...] | None = None
+
+    def __init__(self, config: ImageFolderConfig, *, channels: int) -> None:
+        self.config, self.channels = config, channels
+        self.root = Path(config.root).expanduser()
+        if not self.root.is_dir():
+            what = "is not a folder" if self.root.exists() else "does not exist"
+            raise DataError(f"image_folder: root = {config.root!r} {what}")
+        for name in config.classes or ():
+            if not (self.root / name).is_dir():
+                raise DataError(f"image_folder: no class folder {name!r} in {self.root}")
+        self.files = FileList(image_files(self.root, config.extensions, config.classes))
+        self._check_files()
+        self.labels = self._find_labels()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        index = range(len(self))[index]  # negative ones, and IndexError past the end
+        image = decode(self.root / self.files[index], self.channels, self.config.max_pixels)
+        return Sample(image, None if self.labels is None else int(self.labels[index]))
+
+    def describe(self) -> str:
+        kind = "no labels" if self.n_classes is None else f"{self.n_classes:,} classes"
+        return f"image_folder {self.root}: {len(self):,} images, {kind}"
+
+    def _check_files(self) -> None:
+        endings = " ".join(self.config.extensions)
+        if not len(self.files):
+            raise DataError(
+                f"image_folder: no images in {self.root} or below (looked for {endings}; names "
+                "that start with a dot are ignored)"
+            )
+        if self.channels not in MODES and not any(n.lower().endswith(".npy") for n in self.files):
+            raise DataError(
+                f"image_folder: images.channels is {self.channels}, image files give 1 to 4; "
+                f"save the images as uint8 .npy files, of which {self.root} has none"
+            )
+
+    def _find_labels(self) -> np.ndarray | None:
+        """The label of each file, int32 [N], from its first folder; sets the classes."""
+        if self.config.labels == "none":
+            return None
+        # The listing goes folder by folder, so that each class is one run of files.
+        runs = [(name, sum(1 for _ in run)) for name, run in groupby(self.files, key=_class_folder)]
+        if any(name == "" for name, _ in runs):
+            if self.config.labels == "auto":
+                return None
+            stray = next(name for name in self.files if not _class_folder(name))
+            raise DataError(
+                f'image_folder: labels = "folders", but {self.root / stray} lies in no class '
+                'folder; move it into one, or set labels = "none"'
+            )
+        self.classes = self.config.classes or tuple(name for name, _ in runs)
+        self.n_classes = len(self.classes)
+        label_of = {name: label for label, name in enumerate(self.classes)}
+        labels = np.array([label_of[name] for name, _ in runs], dtype=np.int32)
+        return np.repeat(labels, [count for _, count in runs])
+
+
+def _class_folder(name: str) -> str:
+    """The folder right below the root that a file lies in; empty for one in the root itself."""
+    return name.partition("/")[0] if "/" in name else ""

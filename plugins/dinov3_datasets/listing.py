@@ -1,0 +1,101 @@
+"""Finds the image files below a folder, in a fixed order and little memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from dinov3_framework import DataError
+
+
+class FileList:
+    """Paths relative to a root, in one buffer: a few bytes a file more than the names.
+
+    A list of a million str would take some 100 MB in every loader worker, and forked workers
+    would copy it, page by page, just by counting references.
+    """
+
+    def __init__(self, names: Iterator[str]) -> None:
+        buffer, ends = bytearray(), [0]
+        offsets = []
+        for name in names:
+            buffer += os.fsencode(name)
+            ends.append(len(buffer))
+            if len(ends) > 65536:
+                offsets.append(np.array(ends[:-1], dtype=np.int64))
+                ends = ends[-1:]
+        offsets.append(np.array(ends, dtype=np.int64))
+        self._buffer, self._offsets = bytes(buffer), np.concatenate(offsets)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> str:
+        start, stop = self._offsets[index], self._offsets[index + 1]
+        return os.fsdecode(self._buffer[start:stop])
+
+
+def image_files(
+    root: Path, extensions: Collection[str], folders: Collection[str] | None = None
+) -> Iterator[str]:
+    """Paths relative to ``root`` of all image files below it, folder by folder, sorted by name.
+
+    With ``folders`` only these, right below ``root``, are walked, in the order given. Links are
+    followed, but not one that leads back to a folder it lies in. Raises ``DataError`` for a folder
+    that cannot be read.
+    """
+    endings = tuple(extensions)
+    if folders is None:
+        yield from _walk(root, "", endings, ())
+    else:
+        for folder in folders:
+            yield from _walk(root, f"{folder}/", endings, ())
+
+
+def _walk(
+    root: Path, below: str, endings: tuple[str, ...], above: tuple[tuple[int, int], ...]
+) -> Iterator[str]:
+    """``below`` is a folder relative to ``root``; ``above`` identifies those that lead to it."""
+    folder = root / below
+    try:
+        status = os.stat(folder)
+        key = (status.st_dev, status.st_ino)
+        if key in above:
+            return
+        # Names alone are kept, since entries of a large flat folder would take gigabytes.
+        names, folders = [], set()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if _is_folder(entry):
+                    folders.add(entry.name)
+                elif not entry.name.lower().endswith(endings) or not _is_file(entry):
+                    continue
+                names.append(entry.name)
+    except OSError as error:
+        raise DataError(f"cannot read the folder {folder}: {error.strerror}") from error
+    names.sort()
+    for name in names:
+        if name in folders:
+            yield from _walk(root, f"{below}{name}/", endings, (*above, key))
+        else:
+            yield below + name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, say
+        return False
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    # A broken link counts: that its image is missing comes out when it is read.
+    return entry.is_symlink() or entry.is_file()

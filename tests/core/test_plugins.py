@@ -1,0 +1,179 @@
+"""Discovery, with real distributions: good, broken, blocked, misspelt and doubled plugins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dinov3_framework import PluginError, Registry
+from dinov3_framework.plugins import BLOCK_VARIABLE, find_plugins
+
+Install = Callable[[str, dict[str, str], dict[str, str]], Path]
+
+GOOD = """
+    from dinov3_framework import BackboneConfig, Component, config, hookimpl, option
+
+    @config
+    class ThirdConfig(BackboneConfig):
+        '''A third party's backbone.'''
+        depth: int = option("blocks", default=1)
+
+    @hookimpl
+    def dinov3_backbones():
+        return [Component("third", ThirdConfig, "{module}:ThirdConfig")]
+"""
+
+
+def good(module: str) -> str:
+    return GOOD.replace("{module}", module)
+
+
+def test_a_third_party_plugin_is_found(distribution: Install) -> None:
+    distribution("good-dist", {"third": "good_plugin"}, {"good_plugin": good("good_plugin")})
+    registry = Registry.load()
+    found = registry.get("backbone", "third")
+    assert (found.plugin, found.distribution) == ("third", "good-dist")
+    assert registry.distributions["third"] == "good-dist"
+    assert "pretrain" in registry.names("task"), "our own plugins come the same way"
+
+
+def test_a_plugin_that_fails_to_import_takes_nothing_down(distribution: Install) -> None:
+    distribution(
+        "bad-dist",
+        {"bad": "bad_plugin", "gone": "no_such_module_here", "quits": "quitting_plugin"},
+        {
+            "bad_plugin": "import a_library_that_is_missing",
+            "quitting_plugin": "raise SystemExit(3)",
+        },
+    )
+    distribution("good-dist", {"third": "good_plugin"}, {"good_plugin": good("good_plugin")})
+    registry = Registry.load()
+    assert "third" in registry.names("backbone")
+    broken = {plugin.name: str(plugin) for plugin in registry.broken}
+    assert "plugin 'bad' of distribution 'bad-dist' cannot be loaded" in broken["bad"]
+    assert "No module named 'a_library_that_is_missing'" in broken["bad"]
+    assert "--block-plugin bad" in broken["bad"]
+    assert "no_such_module_here" in broken["gone"]
+    assert "SystemExit: 3" in broken["quits"]
+    assert "third" not in broken
+
+
+def test_a_hook_that_raises_takes_nothing_down(distribution: Install) -> None:
+    source = """
+        from dinov3_framework import hookimpl
+
+        @hookimpl
+        def dinov3_losses():
+            raise RuntimeError("no luck")
+    """
+    distribution("raising-dist", {"raising": "raising_plugin"}, {"raising_plugin": source})
+    registry = Registry.load()
+    assert "pretrain" in registry.names("task")
+    (broken,) = [plugin for plugin in registry.broken if plugin.name == "raising"]
+    assert broken.distribution == "raising-dist"
+    assert broken.error == "dinov3_losses: RuntimeError: no luck"
+
+
+def test_a_plugin_without_hooks_is_reported(distribution: Install) -> None:
+    distribution("empty-dist", {"empty": "empty_plugin"}, {"empty_plugin": "x = 1"})
+    (broken,) = [plugin for plugin in Registry.load().broken if plugin.name == "empty"]
+    assert broken.error == "empty_plugin implements no hook"
+
+
+def test_a_distribution_seen_twice_is_loaded_once(
+    distribution: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = distribution(
+        "twice-dist",
+        {"third": "good_plugin", "bad": "bad_plugin"},
+        {"good_plugin": good("good_plugin"), "bad_plugin": "1 / 0"},
+    )
+    monkeypatch.syspath_prepend(str(folder.parent / "." / folder.name / ".." / folder.name))
+    registry = Registry.load()
+    assert "third" in registry.names("backbone")
+    assert [plugin.name for plugin in registry.broken].count("bad") == 1
+
+
+# --------------------------------------------------------------------------- mistakes of authors
+def test_a_misspelt_hook_is_an_error(distribution: Install) -> None:
+    source = good("typo_plugin").replace("dinov3_backbones", "dinov3_backbons")
+    distribution("typo-dist", {"typo": "typo_plugin"}, {"typo_plugin": source})
+    with pytest.raises(PluginError) as caught:
+        Registry.load()
+    text = str(caught.value)
+    assert "plugin 'typo' of distribution 'typo-dist': " in text
+    assert "dinov3_backbons" in text
+    assert "the hooks are: dinov3_augmentations, dinov3_backbones, " in text
+
+
+def test_a_hook_without_its_decorator_is_an_error(distribution: Install) -> None:
+    source = good("bare_plugin").replace("@hookimpl", "")
+    distribution("bare-dist", {"bare": "bare_plugin"}, {"bare_plugin": source})
+    with pytest.raises(PluginError, match="dinov3_backbones lacks the @hookimpl decorator"):
+        Registry.load()
+
+
+def test_a_hook_with_arguments_is_an_error(distribution: Install) -> None:
+    source = good("args_plugin").replace("dinov3_backbones()", "dinov3_backbones(registry)")
+    distribution("args-dist", {"args": "args_plugin"}, {"args_plugin": source})
+    with pytest.raises(PluginError, match="'args' of distribution 'args-dist'"):
+        Registry.load()
+
+
+def test_two_plugins_of_one_name_are_an_error(distribution: Install) -> None:
+    distribution("one-dist", {"same": "one_plugin"}, {"one_plugin": good("one_plugin")})
+    distribution("two-dist", {"same": "two_plugin"}, {"two_plugin": good("two_plugin")})
+    with pytest.raises(PluginError, match="two plugins are named 'same'") as caught:
+        Registry.load()
+    assert "'one-dist'" in str(caught.value)
+    assert "'two-dist'" in str(caught.value)
+
+
+def test_one_module_under_two_names_is_an_error(distribution: Install) -> None:
+    entries = {"first": "good_plugin", "second": "good_plugin"}
+    distribution("alias-dist", entries, {"good_plugin": good("good_plugin")})
+    with pytest.raises(PluginError, match="good_plugin is already loaded under another name"):
+        Registry.load()
+
+
+def test_two_components_of_one_name_are_an_error(distribution: Install) -> None:
+    distribution("one-dist", {"one": "one_plugin"}, {"one_plugin": good("one_plugin")})
+    distribution("two-dist", {"two": "two_plugin"}, {"two_plugin": good("two_plugin")})
+    with pytest.raises(PluginError, match="backbone 'third' is registered twice") as caught:
+        Registry.load()
+    text = str(caught.value)
+    assert "plugin 'one' of distribution 'one-dist'" in text
+    assert "plugin 'two' of distribution 'two-dist'" in text
+    assert Registry.load(block=["two"]).get("backbone", "third").plugin == "one"
+
+
+def test_a_hook_that_returns_no_list_is_an_error(distribution: Install) -> None:
+    source = good("shape_plugin").replace("return [", "return {").replace('Config")]', 'Config")}')
+    distribution("shape-dist", {"shape": "shape_plugin"}, {"shape_plugin": source})
+    with pytest.raises(PluginError, match="dinov3_backbones returned set, not a list"):
+        Registry.load()
+
+
+# --------------------------------------------------------------------------- blocking
+def test_blocked_plugins_are_not_even_imported(
+    distribution: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distribution("bomb-dist", {"bomb": "bomb_plugin"}, {"bomb_plugin": "raise SystemExit('boom')"})
+    assert "bomb" not in [plugin.name for plugin in Registry.load(block=["bomb"]).broken]
+    monkeypatch.setenv(BLOCK_VARIABLE, "bomb, losses ,")
+    registry = Registry.load()
+    assert registry.blocked == ["bomb", "losses"]
+    assert registry.names("loss") == []
+    assert "bomb" not in [plugin.name for plugin in registry.broken]
+
+
+def test_blocking_what_is_not_there() -> None:
+    with pytest.raises(PluginError, match=r"no plugin is named 'enginee'.*did you mean 'engine'"):
+        find_plugins(name for name in ["enginee"])
+
+
+def test_the_environment_may_block_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(BLOCK_VARIABLE, "not_installed_here")
+    assert Registry.load().blocked == ["not_installed_here"]

@@ -1,0 +1,136 @@
+"""A plugin that breaks runs on purpose; tests put its folder on PYTHONPATH."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+from dinov3_framework import (
+    Component,
+    DatasetConfig,
+    LossConfig,
+    ObserverConfig,
+    config,
+    hookimpl,
+    option,
+)
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+@config
+class SignalAtConfig(ObserverConfig):
+    """Sends a signal to its own process after an iteration."""
+
+    signal: str = option("name of the signal", default="SIGKILL")
+    iteration: int = option("iteration after which it is sent")
+    rank: int = option("process that it is sent to", default=0)
+
+
+class SignalAt:
+    def __init__(self, config: SignalAtConfig) -> None:
+        self.config = config
+
+    def on_start(self, run: Any, iteration: int) -> None:
+        return None
+
+    def on_step(self, run: Any, step: Any) -> None:
+        if step.iteration == self.config.iteration and self.config.rank == RANK:
+            os.kill(os.getpid(), getattr(signal, self.config.signal))
+
+    def on_end(self, run: Any) -> None:
+        return None
+
+
+@config
+class PoisonConfig(LossConfig):
+    """A loss that is 0, or NaN in the chosen iterations on one process."""
+
+    iterations: tuple[int, ...] = option("iterations (from 1) that it poisons")
+    rank: int = option("process that it poisons", default=0)
+    value: float = option("what it gives", default=float("nan"))
+
+
+def build_poison(config: PoisonConfig) -> Any:
+    from dinov3_framework import Loss, LossResult
+
+    class Poison(Loss):
+        needs = frozenset({"student.global.class"})
+
+        def forward(self, step: Any) -> LossResult:
+            poisoned = step.iteration + 1 in config.iterations and config.rank == RANK
+            factor = config.value if poisoned else 0.0
+            return LossResult((step.student["global"].cls * factor).sum())
+
+    return Poison()
+
+
+@config
+class ScaledMeanConfig(LossConfig):
+    """A loss that is a mean over samples, so that halves of a batch average to the whole."""
+
+
+def build_scaled_mean(config: ScaledMeanConfig) -> Any:
+    from dinov3_framework import Loss, LossResult
+
+    class ScaledMean(Loss):
+        needs = frozenset({"student.global.class", "student.global.patches"})
+
+        def forward(self, step: Any) -> LossResult:
+            view = step.student["global"]
+            return LossResult(((view.cls - view.patches.mean(2)) ** 2).mean())
+
+    return ScaledMean()
+
+
+@config
+class FlakyConfig(DatasetConfig):
+    """Noise images of which some are corrupt, or end or hang whoever reads them."""
+
+    size: int = option("images", default=64)
+    corrupt_every: int = option("every so many images is corrupt; 0 for none", default=0)
+    kill_at: int = option("image that kills its reader", default=-1)
+    hang_at: int = option("image that hangs its reader", default=-1)
+
+
+def build_flaky(config: FlakyConfig, *, channels: int) -> Any:
+    import torch
+
+    from dinov3_framework import CorruptSampleError, Dataset, Sample
+
+    class Flaky(Dataset):
+        def __len__(self) -> int:
+            return config.size
+
+        def __getitem__(self, index: int) -> Sample:
+            if index == config.kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if index == config.hang_at:
+                time.sleep(3600)
+            if config.corrupt_every and index % config.corrupt_every == 0:
+                raise CorruptSampleError(f"image {index}", "broken on purpose")
+            noise = torch.Generator().manual_seed(index)
+            image = torch.randint(0, 256, (channels, 28, 28), generator=noise, dtype=torch.uint8)
+            return Sample(image)
+
+    return Flaky()
+
+
+@hookimpl
+def dinov3_observers() -> list[Component]:
+    return [Component("signal_at", SignalAtConfig, SignalAt)]
+
+
+@hookimpl
+def dinov3_losses() -> list[Component]:
+    return [
+        Component("poison", PoisonConfig, build_poison),
+        Component("scaled_mean", ScaledMeanConfig, build_scaled_mean),
+    ]
+
+
+@hookimpl
+def dinov3_datasets() -> list[Component]:
+    return [Component("flaky", FlakyConfig, build_flaky)]

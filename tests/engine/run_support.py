@@ -1,0 +1,62 @@
+"""Runs of the real command line on a tiny recipe, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TINY = HERE / "tiny.toml"
+
+
+def command(output: Path, *overrides: str, recipe: Path = TINY) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "dinov3_framework",
+        str(recipe),
+        "--output-dir",
+        str(output),
+        *overrides,
+    ]
+
+
+def environment() -> dict[str, str]:
+    """One thread a process, and the plugin that breaks things."""
+    paths = [str(HERE / "faults_plugin"), os.environ.get("PYTHONPATH", "")]
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return kept | {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def run(output: Path, *overrides: str, recipe: Path = TINY) -> subprocess.CompletedProcess[str]:
+    """One start of a run, to its end."""
+    return subprocess.run(
+        command(output, *overrides, recipe=recipe),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def losses(output: Path) -> list[tuple[int, str]]:
+    """(iteration, every learnt figure in hex) of each line of metrics.jsonl."""
+    lines = []
+    for text in (output / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        timing = {"iteration", "images_per_second", "data_wait"}
+        figures = {k: float(v).hex() for k, v in sorted(line.items()) if k not in timing}
+        lines.append((line["iteration"], json.dumps(figures)))
+    return lines
+
+
+def export_bytes(output: Path) -> bytes:
+    return (output / "exports" / "teacher_backbone.safetensors").read_bytes()

@@ -1,0 +1,98 @@
+"""A training run as the observer sees it, without any training; and figures read back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dinov3_framework import Backbone, CorruptSampleError, Dataset, ImagesConfig, Sample
+
+
+class BlockMeans(Backbone):
+    """Patch tokens are the pixels' means within each patch; any image size."""
+
+    def __init__(self, in_chans: int, patch_size: int) -> None:
+        super().__init__()
+        self.embed_dim, self.patch_size, self.in_chans = in_chans, patch_size, in_chans
+        self.scale = nn.Parameter(torch.ones(()))
+        self.sizes: list[int] = []
+
+    def init_weights(self) -> None:
+        nn.init.ones_(self.scale)
+
+    def forward_features(self, images: Any, masks: Any = None) -> Any:
+        self.sizes.append(images.shape[-1])
+        means = nn.functional.avg_pool2d(images, self.patch_size) * self.scale
+        return {"x_norm_patchtokens": means.flatten(2).transpose(1, 2)}
+
+
+class Gradients(Dataset):
+    """Ten images, each brighter than the one before; the first cannot be decoded."""
+
+    def __init__(self, channels: int) -> None:
+        self.channels = channels
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == 0:
+            raise CorruptSampleError("0.png", "half a file")
+        return Sample(torch.full((self.channels, 28, 28), index, dtype=torch.uint8))
+
+
+@attrs.define
+class FakeRun:
+    """Implements ``contracts.Run`` with random crops and :class:`BlockMeans` for a teacher."""
+
+    output_dir: Path
+    images: ImagesConfig = attrs.field(factory=ImagesConfig)
+    total_iterations: int = 100
+    is_main: bool = True
+    device: torch.device = attrs.field(factory=lambda: torch.device("cpu"))
+    patch_size: int = 7
+    teacher: BlockMeans = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.teacher = BlockMeans(self.images.channels, self.patch_size)
+
+    def build(self, config: Any, **runtime: Any) -> Any:
+        return Gradients(**runtime)
+
+    def teacher_backbone(self) -> Backbone:
+        return self.teacher
+
+    def initial_backbone(self) -> Backbone:
+        return self.teacher
+
+    def sample_batch(self, count: int) -> Mapping[str, Tensor]:
+        return make_batch(count, self.images.channels)
+
+
+def make_batch(count: int, channels: int) -> dict[str, Tensor]:
+    """Two global crops of 28 px with 4 x 4 masks and six local ones of 14 px, uint8."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8))
+
+    masks = torch.from_numpy(rng.random((2, count, 16)) < 0.4)
+    return {
+        "global": draw(2, count, channels, 28, 28),
+        "local": draw(6, count, channels, 14, 14),
+        "masks": masks,
+    }
+
+
+def read_png(path: Path) -> np.ndarray:
+    """A whole PNG file as uint8 [H, W, 3]."""
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))

@@ -1,0 +1,138 @@
+"""Patch features as colours: segments that were put in must come out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from dinov3_figures.canvas import save_png
+from dinov3_figures.pca import (
+    patch_features,
+    patch_map,
+    pca_figure,
+    pca_sheet,
+    principal_components,
+)
+from figures_support import BlockMeans, read_png
+from torch import Tensor
+
+from dinov3_framework import ImagesConfig
+
+
+def segmented(segments: Tensor, dim: int, noise: float = 0.02) -> Tensor:
+    """Features [n, h, w, dim]: a direction for each segment, and a little noise."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(int(segments.max()) + 1, dim, generator=generator)
+    return directions[segments] + noise * torch.randn(*segments.shape, dim, generator=generator)
+
+
+def four_segments() -> Tensor:
+    """Two images [2, 8, 8]: one split left and right, one in four quarters."""
+    halves = torch.zeros(8, 8, dtype=torch.long)
+    halves[:, 4:] = 1
+    quarters = halves.clone()
+    quarters[4:] += 2
+    return torch.stack([halves, quarters])
+
+
+@pytest.mark.parametrize("dim", [16, 500])  # fewer and more dimensions than patches
+def test_segments_get_a_colour_each_alike_in_all_images(dim: int) -> None:
+    segments = four_segments()
+    found = patch_map(segmented(segments, dim), size=8)
+    assert found.colours.shape == (2, 8, 8, 3)
+    assert found.colours.dtype == np.uint8
+    assert found.explained > 0.95
+    colours = torch.from_numpy(found.colours).float()
+    means = torch.stack([colours[segments == segment].mean(0) for segment in range(4)])
+    nearest = torch.cdist(colours.flatten(0, 2), means).argmin(1)
+    assert torch.equal(nearest, segments.flatten())
+    assert torch.pdist(means).min() > 60
+
+
+def test_components_agree_with_a_singular_value_decomposition() -> None:
+    for rows, columns in ((50, 12), (12, 50)):
+        tokens = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).double()
+        scores, explained = principal_components(tokens)
+        left, values, _ = torch.linalg.svd(tokens - tokens.mean(0), full_matrices=False)
+        torch.testing.assert_close(scores.abs(), (left * values)[:, :3].abs())
+        expected = values[:3].square().sum() / values.square().sum()
+        assert explained == pytest.approx(float(expected))
+        assert (scores.pow(3).sum(0) > 0).all()
+
+
+def test_signs_do_not_depend_on_the_basis() -> None:
+    tokens = segmented(four_segments(), 16).flatten(0, 2).double()
+    random = torch.randn(16, 16, generator=torch.Generator().manual_seed(2)).double()
+    turned, _ = principal_components(tokens @ torch.linalg.qr(random).Q)
+    torch.testing.assert_close(turned, principal_components(tokens)[0])
+
+
+def test_missing_components_are_mid_grey() -> None:
+    line = torch.arange(16.0).reshape(1, 4, 4, 1) * torch.tensor([1.0, 2.0])
+    found = patch_map(line, size=4)
+    assert len(np.unique(found.colours[..., 0])) > 8
+    assert (found.colours[..., 1:] == 128).all()
+    assert found.explained == pytest.approx(1.0)
+    constant = patch_map(torch.ones(1, 4, 4, 7), size=4)
+    assert (constant.colours == 128).all()
+    assert constant.explained == 0.0
+
+
+def test_one_extreme_patch_leaves_the_others_their_colours() -> None:
+    features = segmented(four_segments(), 16)
+    features[0, 0, 0] *= 10
+    colours = torch.from_numpy(patch_map(features, size=8).colours).float()
+    means = torch.stack([colours[four_segments() == segment].mean(0) for segment in range(4)])
+    assert torch.pdist(means).min() > 30
+
+
+# ---------------------------------------------------------------------- features of a backbone
+def test_features_keep_the_image_layout_at_any_size() -> None:
+    backbone = BlockMeans(3, patch_size=7)
+    images = torch.zeros(2, 3, 28, 28)
+    images[1, 0, 7:14, 21:] = 1.0  # one patch: row 1, column 3
+    features = patch_features(backbone, images, scale=1)
+    assert features.shape == (2, 4, 4, 3)
+    assert not features.requires_grad
+    assert [tuple(place) for place in features[..., 0].nonzero().tolist()] == [(1, 1, 3)]
+    enlarged = patch_features(backbone, images, scale=4)
+    assert enlarged.shape == (2, 16, 16, 3)
+    torch.testing.assert_close(
+        enlarged[1, 5:7, 13:15, 0].mean(), torch.tensor(1.0), rtol=0, atol=0.1
+    )
+    assert backbone.sizes == [28, 28, 112, 112]
+
+
+def test_features_follow_the_type_of_the_parameters() -> None:
+    backbone = BlockMeans(1, patch_size=7).to(torch.bfloat16)
+    features = patch_features(backbone, torch.rand(1, 1, 14, 14), scale=2)
+    assert features.dtype == torch.float32
+    assert features.shape == (1, 4, 4, 1)
+
+
+# ---------------------------------------------------------------------- the sheet
+def test_maps_stand_beside_their_images_as_squares() -> None:
+    segments = four_segments()
+    found = patch_map(segmented(segments, 16), size=28)
+    images = np.stack([np.full((28, 28, 3), level, np.uint8) for level in (10, 20)])
+    sheet = pca_sheet(images, [found])
+    (_, left, right), (title, start, end) = sheet.titles
+    assert title.startswith("8 x 8 patches of 28 px")
+    assert right - left == end - start == 196
+    assert (sheet.pixels[:196, left:right] == 10).all()
+    assert (sheet.pixels[-196:, left:right] == 20).all()
+    # The middle of each patch has the patch's very colour.
+    middles = ((np.arange(8) + 0.5) * 196 / 8).astype(int)
+    shown = sheet.pixels[-196:, start:end][middles][:, middles]
+    assert np.array_equal(shown, found.colours[1])
+
+
+def test_figure_is_a_png_of_sensible_size(tmp_path) -> None:
+    images = torch.randint(0, 256, (6, 1, 28, 28), dtype=torch.uint8)
+    spec = ImagesConfig(channels=1, mean=(0.3,), std=(0.2,))
+    found = patch_map(torch.randn(6, 4, 4, 8), size=28)
+    save_png(pca_figure(images, [found, found], spec), tmp_path / "patch_pca.png")
+    picture = read_png(tmp_path / "patch_pca.png")
+    assert 500 <= picture.shape[1] <= 2000
+    assert 500 <= picture.shape[0] <= 2000
+    assert 0.2 < (picture < 250).mean() < 0.95

@@ -1,0 +1,196 @@
+"""What the golden cases are read and filled with; see golden/README.md for the rule."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dinov3_framework import Constant, Cosine, Schedule, WarmupCosine
+
+RTOL, ATOL = 1e-4, 1e-5
+
+
+# --------------------------------------------------------------------------- cases
+@attrs.frozen
+class Case:
+    """One folder: what was computed, and the arrays."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return json.loads((self.folder / "case.json").read_text())
+
+    def tensors(self) -> dict[str, Tensor]:
+        with np.load(self.folder / "tensors.npz") as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays}
+
+
+def cases() -> list[Case]:
+    """Every folder with a case.json under $GOLDEN_DIR, or else beside this file."""
+    root = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")
+    return [Case(path.parent) for path in sorted(root.glob("*/case.json"))]
+
+
+# --------------------------------------------------------------------------- seeded values
+def random_state(key: str, seed: int) -> np.random.RandomState:
+    return np.random.RandomState((zlib.crc32(key.encode()) ^ seed) & 0x7FFFFFFF)
+
+
+def seeded(key: str, seed: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal float32 numbers for a key; images are made so."""
+    return torch.from_numpy(random_state(key, seed).standard_normal(shape).astype(np.float32))
+
+
+def filled(key: str, seed: int, shape: tuple[int, ...]) -> Tensor:
+    """The value of the parameter that a state dict calls ``key``."""
+    z = seeded(key, seed, shape)
+    if key.endswith("gamma"):
+        return 0.5 + 0.1 * z
+    if key.endswith("weight"):
+        if len(shape) == 1:
+            return 1 + 0.1 * z
+        return z * math.prod(shape[1:]) ** -0.5
+    return 0.1 * z
+
+
+@torch.no_grad()
+def fill(module: nn.Module, seed: int, prefix: str = "") -> None:
+    """Fill every parameter by ``prefix`` + its name; buffers stay."""
+    for name, parameter in module.named_parameters():
+        parameter.copy_(filled(prefix + name, seed, tuple(parameter.shape)))
+
+
+# --------------------------------------------------------------------------- comparing
+def assert_close(actual: Any, expected: Any, what: str) -> None:
+    torch.testing.assert_close(
+        torch.as_tensor(actual, dtype=torch.float32),
+        torch.as_tensor(expected, dtype=torch.float32),
+        rtol=RTOL,
+        atol=ATOL,
+        msg=lambda text: f"{what}: {text}",
+    )
+
+
+def assert_figure(actual: Any, golden: Tensor, textbook: Tensor, what: str) -> None:
+    """``actual`` agrees with a plain float64 calculation, and with the golden figure if it is one.
+
+    The reference exponentiates logits over a temperature as they are, in float32; where that
+    overflows, its figure is NaN and says nothing.
+    """
+    assert_close(actual, textbook, f"{what}, textbook")
+    if golden.isnan().all():
+        warnings.warn(f"{what}: the golden figure is NaN; compared in float64 alone", stacklevel=2)
+    else:
+        assert_close(actual, golden, what)
+
+
+def textbook_sinkhorn(logits: Tensor, temperature: float, iterations: int) -> Tensor:
+    """Sinkhorn-Knopp word by word, in float64, where these logits do not overflow: [n, K]."""
+    q = (logits.double() / temperature).exp()
+    n, k = q.shape
+    q = q / q.sum()
+    for _ in range(iterations):
+        q = q / q.sum(dim=0, keepdim=True) / k
+        q = q / q.sum(dim=1, keepdim=True) / n
+    return q * n
+
+
+def textbook_cross_entropy(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Of rows [n, K], in float64: [n]."""
+    return -(targets.double() * (logits.double() / temperature).log_softmax(dim=-1)).sum(dim=-1)
+
+
+# --------------------------------------------------------------------------- schedules
+@attrs.frozen(kw_only=True)
+class Schedules:
+    """The five schedules of a recipe; the last layer's rate is 0 for ``freeze`` iterations."""
+
+    lr: Schedule
+    wd: Schedule
+    momentum: Schedule
+    teacher_temp: Schedule
+    freeze: int
+
+    def at(self, iteration: int, total: int) -> dict[str, float]:
+        names = ("lr", "wd", "momentum", "teacher_temp")
+        values = {name: getattr(self, name).at(iteration, total) for name in names}
+        values["last_layer_lr"] = 0.0 if iteration < self.freeze else values["lr"]
+        return values
+
+
+def constant(value: float) -> Constant:
+    return Constant(value=value)
+
+
+def scale_of(batch: int) -> float:
+    """The square-root rule that the published learning rates are given for."""
+    return 4 * math.sqrt(batch / 1024)
+
+
+def _dinov2_style(*, batch: int) -> Schedules:
+    """100 epochs of 1250 iterations in the style of DINOv2's recipes."""
+    warm = 30 * 1250
+    return Schedules(
+        lr=WarmupCosine(start=0.0, peak=1e-3, end=1e-6, warmup=12_500).scaled(scale_of(batch)),
+        wd=WarmupCosine(peak=0.04, end=0.4),
+        momentum=WarmupCosine(peak=0.992, end=1.0),
+        teacher_temp=WarmupCosine(start=0.04, peak=0.07, end=0.07, warmup=warm, span=warm),
+        freeze=1250,
+    )
+
+
+PUBLISHED: Mapping[str, Schedules] = {
+    "dinov3_vit7b16_pretrain": Schedules(
+        lr=Cosine(start=0.0, peak=5e-5, end=5e-5, warmup=100_000).scaled(scale_of(16 * 256)),
+        wd=constant(0.04),
+        momentum=constant(0.994),
+        teacher_temp=Cosine(start=0.04, peak=0.07, end=0.07, warmup=100_000),
+        freeze=5_000,
+    ),
+    "dinov3_vit7b16_gram_anchor": Schedules(
+        lr=Cosine(start=0.0, peak=3e-5, end=3e-5, warmup=100_000).scaled(scale_of(16 * 256)),
+        wd=constant(0.04),
+        momentum=constant(0.999),
+        teacher_temp=Cosine(start=0.04, peak=0.07, end=0.07, warmup=100_000),
+        freeze=5_000,
+    ),
+    "dinov3_vit7b16_high_res_adapt": Schedules(
+        lr=Cosine(start=0.0, peak=0.0, end=1.25e-5, cosine=10_000).scaled(scale_of(8 * 256)),
+        wd=constant(0.04),
+        momentum=constant(0.999),
+        teacher_temp=constant(0.07),
+        freeze=0,
+    ),
+    "vitl_im1k_lin834": _dinov2_style(batch=64 * 32),
+    "dinov3_vitl16_lvd1689m_distilled": Schedules(
+        lr=Cosine(start=0.0, peak=0.0, end=5e-5, cosine=12_500).scaled(scale_of(3 * 256)),
+        wd=constant(0.04),
+        momentum=Cosine(start=0.994, peak=0.994, end=1.0),
+        teacher_temp=constant(0.07),
+        freeze=0,
+    ),
+    "distillation_convnext__convnext_tiny_p16": Schedules(
+        lr=Cosine(start=1e-6, peak=2e-4, end=1e-6, warmup=100_000).scaled(scale_of(64 * 256)),
+        wd=Cosine(start=0.04, peak=0.2, end=0.2, warmup=625_000),
+        momentum=Cosine(start=0.994, peak=1.0, end=1.0, warmup=625_000),
+        teacher_temp=Cosine(start=0.04, peak=0.07, end=0.07, warmup=150_000),
+        freeze=1250,
+    ),
+    "multidist_tests__vits_p16": _dinov2_style(batch=64 * 256),
+}
