@@ -53,17 +53,17 @@ def curves_figure(series: Mapping[str, Series], title: str) -> Figure:
 
 
 def smooth(iterations: Array, values: Array) -> tuple[Array, Array]:
-    """A Gaussian mean of ``values`` [n], which may hold NaN, at no more than 300 places.
+    """A Gaussian mean of ``values`` [n], n > 0, at no more than 300 places.
 
-    Each mean is over what is finite under the kernel, so that neither the ends nor gaps pull it
-    down.
+    Values may be NaN: each mean is over what is finite under the kernel, so that neither the ends
+    nor gaps pull it down.
     """
     bins = np.array_split(np.arange(len(values)), min(len(values), _BINS))
     finite = np.isfinite(values)
     filled = np.where(finite, values, 0.0)
     sums = np.array([filled[index].sum() for index in bins])
     counts = np.array([finite[index].sum() for index in bins], dtype=float)
-    reach = int(min(3 * _SIGMA, len(bins) // 2))
+    reach = int(min(3 * _SIGMA, (len(bins) - 1) // 2))
     offsets = np.arange(-reach, reach + 1)
     kernel = np.exp(-0.5 * (offsets / _SIGMA) ** 2)
     with np.errstate(invalid="ignore", divide="ignore"):
