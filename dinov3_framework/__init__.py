@@ -1,12 +1,13 @@
 """A plugin-based framework for DINOv3; this module is the public API, and all of it.
 
-Names are imported when first used: a plugin that registers configs does not import torch.
+Names are imported when first used: a plugin that registers configs does not import torch. Type
+checkers read ``__init__.pyi`` instead, so that to them no name is ``Any`` and none is made up.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -73,15 +74,6 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = ["__version__", "collectives", *sorted(_HOME_OF)]
-
-if TYPE_CHECKING:
-    from dinov3_framework import collectives as collectives
-    from dinov3_framework.configs import (
-        AugmentationConfig as AugmentationConfig,
-    )
-    from dinov3_framework.configs import (
-        BackboneConfig as BackboneConfig,
-    )
 
 
 def __getattr__(name: str) -> Any:

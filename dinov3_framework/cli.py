@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinov3_framework import __version__
-from dinov3_framework.errors import ExitCode, UserError
+from dinov3_framework.errors import DataError, ExitCode, UserError
 
 if TYPE_CHECKING:
     from dinov3_framework.configs import TaskConfig
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if options.traceback:
             traceback.print_exc()
-        _complain(str(error))
+        if not (error.shared and _rank()):
+            _complain(str(error))
         return int(error.exit_code)
     except KeyboardInterrupt:
         if options.traceback:
@@ -116,7 +117,7 @@ def _recipe(options: argparse.Namespace, registry: Registry) -> int:
     task: Task = registry.build(config, registry=registry)
     launcher = _launcher(config, registry)
     if not _is_launched(composed, output_dir):
-        text = _check(task, launcher)
+        text = _check(task, launcher, may_miss=options.check)
         if _rank() in (None, 0):
             code = _show(text)
             if options.check:
@@ -158,12 +159,16 @@ def _is_launched(composed: Composed, output_dir: Path) -> bool:
     return _rank() is not None and composed.path.resolve() == written.resolve()
 
 
-def _check(task: Task, launcher: Launcher | None) -> str:
+def _check(task: Task, launcher: Launcher | None, may_miss: bool) -> str:
+    """What the task says of itself; what this machine lacks is an error unless it ``may_miss``."""
     from dinov3_framework.console import report_text
 
     outside = int(os.environ["WORLD_SIZE"]) if _rank() is not None else 1
     world = launcher.world_size() if launcher else outside
-    text = report_text(task.check(world))
+    report = task.check(world)
+    if report.missing and not may_miss:
+        raise DataError("\n".join(report.missing))
+    text = report_text(report)
     return f"{text}\n\nlauncher\n  {launcher.describe()}" if launcher else text
 
 

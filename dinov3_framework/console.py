@@ -74,4 +74,8 @@ def report_text(report: Report) -> str:
         for title, rows in report.sections.items()
         if rows
     ]
+    if report.missing:
+        title = "warning: the recipe is sound, but could not run here as it stands"
+        lacks = "\n".join(f"- {lack}" for lack in report.missing)
+        blocks.append(f"{title}\n{textwrap.indent(lacks, '  ')}")
     return "\n\n".join(blocks)

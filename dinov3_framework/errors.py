@@ -26,6 +26,8 @@ class UserError(Exception):
     """A mistake that the person at the keyboard can mend."""
 
     exit_code = ExitCode.WRONG_INPUT
+    # Whether every process of a run raises it alike, so that the main one alone need say it.
+    shared = False
 
 
 class Problem(NamedTuple):
@@ -99,9 +101,18 @@ class DivergenceError(UserError):
     """Training went non-finite and did not recover."""
 
     exit_code = ExitCode.DIVERGED
+    shared = True
 
 
 class StopRequested(UserError):
     """A signal asked the run to stop; its state is on disk."""
 
     exit_code = ExitCode.REQUEUE
+    shared = True
+
+
+class PeerError(UserError):
+    """Another process of the run failed; it says itself what went wrong."""
+
+    exit_code = ExitCode.FAILED
+    shared = True

@@ -16,8 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinov3_framework import Constant, Cosine, Schedule, WarmupCosine
+from dinov3_framework import Constant, Cosine, Registry, Schedule, WarmupCosine
+from dinov3_framework.engine.optimizer import lr_factor
+from dinov3_framework.recipe import compose
+from dinov3_framework.structure import structure_recipe
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 RTOL, ATOL = 1e-4, 1e-5
 
 
@@ -134,6 +138,20 @@ class Schedules:
         return values
 
 
+def of_recipe(name: str) -> Schedules:
+    """The schedules that a recipe of this project gives the engine."""
+    config: Any = structure_recipe(Registry.load(), compose(RECIPES / f"{name}.toml"))
+    optimizer, losses = config.optimizer, config.losses
+    assert losses["ibot"].teacher_temp == losses["dino"].teacher_temp
+    return Schedules(
+        lr=optimizer.lr.scaled(lr_factor(optimizer, config.batch_size)),
+        wd=optimizer.weight_decay,
+        momentum=config.teacher.momentum,
+        teacher_temp=losses["dino"].teacher_temp,
+        freeze=optimizer.freeze_last_layer,
+    )
+
+
 def constant(value: float) -> Constant:
     return Constant(value=value)
 
@@ -156,13 +174,7 @@ def _dinov2_style(*, batch: int) -> Schedules:
 
 
 PUBLISHED: Mapping[str, Schedules] = {
-    "dinov3_vit7b16_pretrain": Schedules(
-        lr=Cosine(start=0.0, peak=5e-5, end=5e-5, warmup=100_000).scaled(scale_of(16 * 256)),
-        wd=constant(0.04),
-        momentum=constant(0.994),
-        teacher_temp=Cosine(start=0.04, peak=0.07, end=0.07, warmup=100_000),
-        freeze=5_000,
-    ),
+    "dinov3_vit7b16_pretrain": of_recipe("vit7b_pretrain"),
     "dinov3_vit7b16_gram_anchor": Schedules(
         lr=Cosine(start=0.0, peak=3e-5, end=3e-5, warmup=100_000).scaled(scale_of(16 * 256)),
         wd=constant(0.04),
@@ -177,7 +189,7 @@ PUBLISHED: Mapping[str, Schedules] = {
         teacher_temp=constant(0.07),
         freeze=0,
     ),
-    "vitl_im1k_lin834": _dinov2_style(batch=64 * 32),
+    "vitl_im1k_lin834": of_recipe("vitl_im1k"),
     "dinov3_vitl16_lvd1689m_distilled": Schedules(
         lr=Cosine(start=0.0, peak=0.0, end=5e-5, cosine=12_500).scaled(scale_of(3 * 256)),
         wd=constant(0.04),

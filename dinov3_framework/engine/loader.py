@@ -19,12 +19,14 @@ from torch.utils.data import Dataset as TorchDataset
 from dinov3_framework.contracts import Augmentation, Dataset
 from dinov3_framework.engine.sampling import ShuffledStream
 from dinov3_framework.engine.settings import LoaderConfig
-from dinov3_framework.errors import CorruptSampleError, DataError
+from dinov3_framework.errors import CorruptSampleError, DataError, UserError
 from dinov3_framework.randomness import keyed_rng
 
 log = logging.getLogger(__name__)
 
+# Parts of torch's messages.
 _DEAD_WORKER = ("exited unexpectedly", "is killed by signal")
+_NO_BATCH, _RAISED_BY_WORKER = "DataLoader timed out", "in DataLoader worker process"
 _SUBSTITUTES = 20  # samples tried in place of a corrupt one before the dataset is given up
 
 
@@ -125,6 +127,29 @@ class BatchMaker(TorchDataset[Batch]):
         return unflat
 
 
+@frozen
+class _Unmade:
+    """Why a batch could not be made."""
+
+    error: UserError
+
+
+class _ForLoader(TorchDataset[Batch | _Unmade]):
+    """A :class:`BatchMaker` whose complaints to the user arrive as they are.
+
+    Raised in a worker, torch would wrap them in a traceback.
+    """
+
+    def __init__(self, maker: BatchMaker) -> None:
+        self.maker = maker
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch | _Unmade:
+        try:
+            return self.maker[key]
+        except UserError as error:
+            return _Unmade(error)
+
+
 class TrainingLoader:
     """Iterates over the batches of the steps ``start`` .. ``stop``, passes in order."""
 
@@ -136,8 +161,8 @@ class TrainingLoader:
         passes = maker.layout.accumulation_steps
         keys = _Keys([range(start, stop), range(passes)])
         workers = config.workers
-        self._loader: DataLoader[Batch] = DataLoader(
-            maker,
+        self._loader: DataLoader[Batch | _Unmade] = DataLoader(
+            _ForLoader(maker),
             batch_size=None,
             sampler=keys,
             num_workers=workers,
@@ -154,10 +179,11 @@ class TrainingLoader:
                 batch = next(batches)
             except StopIteration:
                 return
-            except DataError:
-                raise
             except (RuntimeError, OSError, EOFError) as error:
-                raise self.explain(error) from error
+                self.explain(error)
+                raise
+            if isinstance(batch, _Unmade):
+                raise batch.error
             self._count(batch)
             yield batch
 
@@ -171,24 +197,30 @@ class TrainingLoader:
                 f"    loader.max_corrupt = {self.config.max_corrupt} are allowed"
             )
 
-    def explain(self, error: Exception) -> Exception:
-        """Name worker and sample where torch's own message does not; other errors pass.
+    def explain(self, error: Exception) -> None:
+        """Raise a ``DataError`` with worker and sample if ``error`` is of a worker's end or delay.
 
         A killed worker is noticed by a signal handler, so the error may come up anywhere in a step.
         """
         text = str(error)
-        if "timed out" in text:
+        if not self.config.workers or _RAISED_BY_WORKER in text:
+            return  # the dataset's own error
+        if _NO_BATCH in text:
             what = f"no batch came within loader.timeout = {self.config.timeout:g} s"
-        elif any(sign in text for sign in _DEAD_WORKER) or isinstance(error, OSError | EOFError):
+        elif any(sign in text for sign in _DEAD_WORKER) or isinstance(
+            error, ConnectionError | EOFError
+        ):
             what = "a loader worker died (killed, or out of memory)"
         else:
-            return error
+            return
         reading = [
             f"worker {worker}: sample {index}"
             for worker, index in enumerate(self.maker.reading.tolist())
             if index >= 0
         ]
-        return DataError(f"{what}; last read by {', '.join(reading) or 'none'}\n    {text}")
+        raise DataError(
+            f"{what}; last read by {', '.join(reading) or 'none'}\n    {text}"
+        ) from error
 
 
 class _Keys:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from attrs import frozen
 from torch import Tensor
 
 from dinov3_framework import collectives
+from dinov3_framework.engine.output import unwritable, write_aside
 
 
 class MetricsFile:
@@ -21,22 +22,29 @@ class MetricsFile:
 
     def __init__(self, path: Path, done: int) -> None:
         """Open for the iterations after ``done``; lines of later ones, left by a run that died
-        after its last checkpoint, are taken away."""
+        after its last checkpoint, are taken away. Raises ``OutputError`` where that fails."""
         self.path = path
-        lines = [json.dumps(line) for line in read_metrics(path) if line["iteration"] <= done]
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        aside.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        try:
+            # A run that starts anew also measures anew what there was before its first iteration.
+            kept = [line for line in read_metrics(path) if 0 < done >= line["iteration"]]
+            write_aside(path, "".join(f"{json.dumps(line)}\n" for line in kept))
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise unwritable(error, path) from error
 
     def write(self, iteration: int, values: Mapping[str, float]) -> None:
         # JSON knows no NaN; a reader of null sees that the figure was not finite.
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise unwritable(error, self.path) from error
 
     def close(self) -> None:
-        self._file.close()
+        # Each line is on its way already; what a full disk refused, it would refuse again.
+        with suppress(OSError):
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -44,7 +52,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
@@ -70,8 +78,7 @@ def agree(
     """Average figures and share verdicts, with one collective in a normal step."""
     names, guarded = sorted(metrics), sorted(must_be_finite)
     figures = [_figure(metrics[name], device) for name in names]
-    bad = [(~must_be_finite[name].isfinite()).any() for name in guarded]
-    flags = [flag.to(device) for flag in bad]
+    flags = [(~must_be_finite[name].isfinite()).any().to(device) for name in guarded]
     flags.append(torch.as_tensor(stop, device=device))
     vector = torch.stack([value.to(torch.float64) for value in (*figures, *flags)])
     total = collectives.all_reduce_sum(vector.clone()).tolist()
@@ -85,7 +92,7 @@ def agree(
 
 def _figure(value: Tensor | float, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
-        return value.detach().to(torch.float64)
+        return value.detach().to(device, torch.float64)
     return torch.tensor(value, dtype=torch.float64, device=device)
 
 

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -20,6 +19,7 @@ from typing import Any
 import tomli
 
 from dinov3_framework.configs import TaskConfig
+from dinov3_framework.engine.durable import no_room
 from dinov3_framework.errors import ExitCode, OutputError
 from dinov3_framework.recipe import to_toml
 from dinov3_framework.registry import Registry
@@ -56,17 +56,20 @@ def write_aside(path: Path, text: str) -> None:
         aside.replace(path)
     except OSError as error:
         aside.unlink(missing_ok=True)
-        raise _explain(error, path) from error
+        raise unwritable(error, path) from error
 
 
-def _explain(error: OSError, path: Path) -> OutputError:
-    if error.errno == errno.ENOSPC:
-        return OutputError(f"disk full: {path} cannot be written; free some space and run again")
+def unwritable(error: OSError, path: Path) -> OutputError:
+    """What to say when ``path`` cannot be written."""
+    reason = no_room(error.errno, path.parent)
+    if reason is not None:
+        return OutputError(f"{path} cannot be written: {reason}; make room and run again")
     return OutputError(f"{path} cannot be written: {error.strerror or error}")
 
 
-def prepare_output(config: TaskConfig, registry: Registry, output_dir: Path) -> None:
-    """Make the folder ready for this recipe, or say why not.
+@contextmanager
+def prepared(config: TaskConfig, registry: Registry, output_dir: Path) -> Iterator[None]:
+    """Make the folder ready for this recipe and hold it, or say why not.
 
     Raises :class:`RunComplete` if there is nothing left to do and :class:`OutputError` if the
     folder is in use, belongs to another recipe, or cannot be written.
@@ -84,6 +87,13 @@ def prepare_output(config: TaskConfig, registry: Registry, output_dir: Path) -> 
                 "from its weights, start from what lies in its exports folder."
             )
         write_aside(output_dir / RECIPE, to_toml(recipe))
+        yield
+
+
+def prepare_output(config: TaskConfig, registry: Registry, output_dir: Path) -> None:
+    """As :func:`prepared`, for processes to come."""
+    with prepared(config, registry, output_dir):
+        pass
 
 
 @contextmanager
@@ -93,15 +103,21 @@ def locked(output_dir: Path) -> Iterator[None]:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = (output_dir / LOCK).open("a+")
     except OSError as error:
-        raise _explain(error, output_dir) from error
+        raise unwritable(error, output_dir) from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # Not flock, whose locks live on in loader workers that outlive a killed run.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise OutputError(
                 f"{output_dir} is in use by another run; wait for it, or choose another "
                 "--output-dir"
             ) from None
+        except OSError as error:
+            raise OutputError(
+                f"{lock.name} cannot be locked ({error.strerror or error}), so another run might "
+                "write there too; choose an --output-dir on a file system that knows locks"
+            ) from error
         yield
 
 
@@ -111,7 +127,7 @@ def _refuse_another_recipe(recipe: Mapping[str, Any], output_dir: Path) -> None:
         return
     try:
         before = tomli.loads(path.read_text(encoding="utf-8"))
-    except tomli.TOMLDecodeError as error:
+    except (OSError, ValueError) as error:
         raise OutputError(f"{path} is no recipe: {error}; choose another --output-dir") from error
     old, new = flatten(before), flatten(recipe)
     changed = sorted(

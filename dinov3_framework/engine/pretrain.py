@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from dinov3_framework import collectives
 from dinov3_framework.configs import BackboneConfig, replace
 from dinov3_framework.contracts import Augmentation, Dataset, Loss, Report, Task
+from dinov3_framework.engine.agreement import RankFailure, together
 from dinov3_framework.engine.checkpoint import CheckpointStore
 from dinov3_framework.engine.console import print_table
 from dinov3_framework.engine.distributed import pick_device
@@ -37,6 +39,13 @@ from dinov3_framework.structure import unstructure
 log = logging.getLogger(__name__)
 
 EXPORT = "exports/teacher_backbone.safetensors"
+# Figures that metrics.jsonl has of every run; a loss is logged by its name.
+_FIGURES = {"iteration", "loss", "images_per_second", "data_wait"} | {
+    "lr",
+    "last_layer_lr",
+    "weight_decay",
+    "momentum",
+}
 
 
 @attrs.frozen
@@ -58,9 +67,7 @@ class Pretrain(Task):
     def check(self, world_size: int) -> Report:
         config = self.config
         problems = [*_batch_problems(config, world_size), *_schedule_problems(config)]
-        problems += _channel_problems(config)
-        if not config.losses:
-            problems.append(Problem("losses", "no loss: nothing would be learnt"))
+        problems += [*_channel_problems(config), *_loss_problems(config)]
         pick_device(config.parallel.device)
         if problems:
             raise RecipeError(problems)
@@ -115,12 +122,18 @@ class Pretrain(Task):
     def run(self, output_dir: Path) -> None:
         started = time.time()
         device = pick_device(self.config.parallel.device)
-        trainer = self._trainer(self._parts(), output_dir, device)
+        try:
+            dataset = together(self._dataset)
+        except RankFailure as failure:
+            raise failure.for_process() from failure.own
+        trainer = self._trainer(self._parts(), dataset, output_dir, device)
         trainer.resume()
         trainer.train()
         self._finish(trainer, started)
 
-    def _trainer(self, parts: Parts, output_dir: Path, device: torch.device) -> Trainer:
+    def _trainer(
+        self, parts: Parts, dataset: Dataset, output_dir: Path, device: torch.device
+    ) -> Trainer:
         config = self.config
         networks = Networks(parts.blueprint, Sharder(config.parallel, device), config.seed)
         layout = Layout(
@@ -129,9 +142,7 @@ class Pretrain(Task):
             accumulation_steps=config.accumulation_steps,
             batch_size=config.batch_size,
         )
-        maker = BatchMaker(
-            self._dataset(), parts.augmentation, layout, config.seed, config.loader.workers
-        )
+        maker = BatchMaker(dataset, parts.augmentation, layout, config.seed, config.loader.workers)
         losses = {name: loss.to(device) for name, loss in parts.losses.items()}
         return Trainer(
             config=config,
@@ -238,6 +249,16 @@ def _channel_problems(config: PretrainConfig) -> Iterator[Problem]:
             f"is {given}, but images.channels is {wanted}",
             "set images.channels alone (with mean and std) and leave in_chans out",
         )
+
+
+def _loss_problems(config: PretrainConfig) -> Iterator[Problem]:
+    if not config.losses:
+        yield Problem("losses", "no loss: nothing would be learnt")
+    for name in config.losses:
+        if not re.fullmatch(r"[\w-]+", name):
+            yield Problem(f"losses.{name}", "a name is made of letters, digits, - and _")
+        elif name in _FIGURES or hasattr(nn.ModuleDict, name):
+            yield Problem(f"losses.{name}", "the engine has this name for itself", "choose another")
 
 
 def _view_problems(parts: Parts) -> Iterator[Problem]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dinov3_framework import collectives
 from dinov3_framework.contracts import Observer, StepRecord
+from dinov3_framework.engine.agreement import RankFailure, together
 from dinov3_framework.engine.checkpoint import CheckpointStore
 from dinov3_framework.engine.console import TrainingProgress
 from dinov3_framework.engine.loader import Batch, BatchMaker, TrainingLoader
@@ -88,7 +89,8 @@ class Trainer:
                 while self.done < total:
                     self._iterate(batches, stop, bar, metrics)
         except RuntimeError as error:
-            raise loader.explain(error) from error
+            loader.explain(error)
+            raise
         finally:
             if metrics is not None:
                 metrics.close()
@@ -101,7 +103,10 @@ class Trainer:
         metrics: MetricsFile | None,
     ) -> None:
         started = time.perf_counter()
-        agreement, wait = self._step(batches, bool(stop))
+        try:
+            agreement, wait = self._step(batches, bool(stop))
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory(error) from error
         self.done += 1
         seconds = time.perf_counter() - started
         figures = agreement.metrics | {
@@ -130,29 +135,38 @@ class Trainer:
         values = self.optimizer.values(iteration, total)
         values["momentum"] = self.config.teacher.momentum.at(iteration, total)
         self.optimizer.set_values(values)
-        buffers = {name: tensor.clone() for name, tensor in self.objective.named_state().items()}
-        try:
-            figures, losses, wait = self._forward_backward(batches, iteration)
-        except torch.OutOfMemoryError as error:
-            raise self._out_of_memory(error) from error
+        buffers = [(tensor, tensor.clone()) for tensor in self._buffers()]
+        figures, losses, wait = self._forward_backward(batches, iteration)
         norms = self.optimizer.gradient_norms()
         figures |= values | {f"gradient_norm/{name}": norm for name, norm in norms.items()}
         guarded = {f"loss {name!r}": loss for name, loss in losses.items()}
         guarded |= {f"gradient of {name}": norm for name, norm in norms.items()}
         agreement = agree(figures, guarded, stop, self.device)
         if agreement.nonfinite:
-            for name, tensor in self.objective.named_state().items():
-                tensor.copy_(buffers[name])
+            for tensor, before in buffers:
+                tensor.copy_(before)
             self._skip(agreement.nonfinite)
         else:
             self._skipped = 0
             self.optimizer.clip(norms)
             self.optimizer.step()
             self.networks.update_teacher(values["momentum"])
-            for name in self.networks.refresh_anchors(iteration + 1):
-                log.info("Anchor of loss %r refreshed after iteration %d", name, iteration + 1)
+        for name in self.networks.refresh_anchors(iteration + 1):
+            log.info("Anchor of loss %r refreshed after iteration %d", name, iteration + 1)
         self.optimizer.zero_grad()
         return agreement, wait
+
+    def _buffers(self) -> Iterator[Tensor]:
+        """What a forward pass may change without the optimizer."""
+        yield from self.objective.named_state().values()
+        yield from self.networks.student.buffers()
+
+    def _fetch(self, batches: Iterator[Batch]) -> Batch:
+        """This process's next batch; if anybody gets none, all end here and nobody waits."""
+        try:
+            return together(next, batches)
+        except RankFailure as failure:
+            raise failure.for_process() from failure.own
 
     def _forward_backward(
         self, batches: Iterator[Batch], iteration: int
@@ -163,7 +177,7 @@ class Trainer:
         losses: dict[str, Any] = defaultdict(float)
         for micro in range(passes):
             asked = time.perf_counter()
-            batch = self._on_device(next(batches))
+            batch = self._on_device(self._fetch(batches))
             wait += time.perf_counter() - asked
             # Drop path and RoPE augmentation draw from the global generator.
             rank = collectives.rank()
@@ -192,8 +206,8 @@ class Trainer:
         if self._skipped > self.config.max_nonfinite_steps:
             raise DivergenceError(
                 f"{message}\n    {self._skipped} steps in a row (max_nonfinite_steps = "
-                f"{self.config.max_nonfinite_steps}); the last checkpoint is sound. Lower the "
-                "learning rate or look at the batch and the loss named above."
+                f"{self.config.max_nonfinite_steps}); what is saved is sound. Lower the learning "
+                "rate or look at the batch and the loss named above."
             )
 
     def _out_of_memory(self, error: Exception) -> OutOfMemory:

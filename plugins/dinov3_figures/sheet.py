@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ GAP = 6  # pixels between images of a block
 ROW_GAP = 16
 _BLOCK_GAP = 20
 _DPI = 100
+_NOTE_GLYPH = 6.6  # pixels that a letter of the note takes, on average
 _LARGEST = 1800  # pixels along a side of the finished sheet
 
 
@@ -92,8 +94,13 @@ def draw_sheet(sheet: Sheet, title: str, note: str) -> Figure:
     rows, columns = sheet.pixels.shape[:2]
     scale = min(1.0, _LARGEST / max(rows, columns))
     width, height = columns * scale, rows * scale
-    margin, head = 24, 92 + 14 * len(note.splitlines())
-    full = max(width + 2 * margin, 560), height + head + margin
+    margin = 24
+    across = max(width + 2 * margin, 560)
+    note = "\n".join(
+        textwrap.fill(line, int((across - 2 * margin) / _NOTE_GLYPH)) for line in note.splitlines()
+    )
+    head = 92 + 14 * len(note.splitlines())
+    full = across, height + head + margin
     figure = new_figure(full[0] / _DPI, full[1] / _DPI, _DPI)
     axes = figure.add_axes(
         (margin / full[0], margin / full[1], width / full[0], height / full[1]), frameon=False

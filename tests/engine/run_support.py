@@ -47,6 +47,45 @@ def run(output: Path, *overrides: str, recipe: Path = TINY) -> subprocess.Comple
     )
 
 
+def two_processes(
+    output: Path, *overrides: str, recipe: Path = TINY
+) -> subprocess.CompletedProcess[str]:
+    """The same by the local launcher."""
+    return run(output, "launcher.use=local", "launcher.processes=2", *overrides, recipe=recipe)
+
+
+def outside_torchrun(output: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Two processes that somebody else started."""
+    python, *arguments = command(output, *overrides)
+    options = ["--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    return subprocess.run(
+        [python, "-m", "torch.distributed.run", *options, "--local-addr=localhost", *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def processes_with(text: str) -> list[int]:
+    """Other processes that have ``text`` in their command line."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                if text in (entry / "cmdline").read_text():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def metrics(output: Path) -> list[dict[str, float | None]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(output: Path) -> list[tuple[int, str]]:
     """(iteration, every learnt figure in hex) of each line of metrics.jsonl."""
     lines = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from typing import Any
+from typing import Any, Literal
 
 from dinov3_framework import (
     Component,
@@ -46,11 +46,11 @@ class SignalAt:
 
 @config
 class PoisonConfig(LossConfig):
-    """A loss that is 0, or NaN in the chosen iterations on one process."""
+    """A loss that is 0, or NaN or infinite in the chosen iterations on one process."""
 
     iterations: tuple[int, ...] = option("iterations (from 1) that it poisons")
     rank: int = option("process that it poisons", default=0)
-    value: float = option("what it gives", default=float("nan"))
+    value: Literal["NaN", "infinity", "-infinity"] = option("what it gives", default="NaN")
 
 
 def build_poison(config: PoisonConfig) -> Any:
@@ -61,10 +61,92 @@ def build_poison(config: PoisonConfig) -> Any:
 
         def forward(self, step: Any) -> LossResult:
             poisoned = step.iteration + 1 in config.iterations and config.rank == RANK
-            factor = config.value if poisoned else 0.0
+            factor = float(config.value) if poisoned else 0.0
             return LossResult((step.student["global"].cls * factor).sum())
 
     return Poison()
+
+
+@config
+class TroubleConfig(LossConfig):
+    """A loss that is 0, or runs out of memory or hangs in one iteration on one process."""
+
+    what: Literal["out_of_memory", "sleep"] = option("what happens")
+    iteration: int = option("iteration (from 1) that it happens in", default=2)
+    rank: int = option("process that it happens to", default=0)
+
+
+def build_trouble(config: TroubleConfig) -> Any:
+    import torch
+
+    from dinov3_framework import Loss, LossResult
+
+    class Trouble(Loss):
+        needs = frozenset({"student.global.class"})
+
+        def forward(self, step: Any) -> LossResult:
+            if step.iteration + 1 == config.iteration and config.rank == RANK:
+                if config.what == "sleep":
+                    time.sleep(3600)
+                raise torch.OutOfMemoryError("tried to allocate 1.5 TiB")
+            return LossResult((step.student["global"].cls * 0).sum())
+
+    return Trouble()
+
+
+@config
+class CentreConfig(LossConfig):
+    """A loss with a state: the distance to a running mean of what it has seen."""
+
+    poisoned: tuple[int, ...] = option("iterations (from 1) in which it is NaN", default=())
+
+
+def build_centre(config: CentreConfig) -> Any:
+    import torch
+
+    from dinov3_framework import Loss, LossResult, collectives
+
+    class Centre(Loss):
+        needs = frozenset({"student.global.class", "teacher.global.class"})
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("centre", torch.zeros(()))
+
+        def forward(self, step: Any) -> LossResult:
+            mean = step.teacher["global"].cls.float().mean()
+            mean = collectives.all_reduce_sum(mean.clone()) / collectives.world_size()
+            poison = float("nan") if step.iteration + 1 in config.poisoned else 1.0
+            self.centre.lerp_(mean * poison + step.iteration + 1, 0.5)
+            loss = ((step.student["global"].cls - self.centre) ** 2).mean()
+            return LossResult(loss, {"centre": self.centre.clone()})
+
+    return Centre()
+
+
+@config
+class RaiseAtConfig(ObserverConfig):
+    """Raises after an iteration on one process."""
+
+    iteration: int = option("iteration after which it is raised")
+    rank: int = option("process that raises", default=0)
+
+
+class RaiseAt:
+    def __init__(self, config: RaiseAtConfig) -> None:
+        self.config = config
+
+    def on_start(self, run: Any, iteration: int) -> None:
+        return None
+
+    def on_step(self, run: Any, step: Any) -> None:
+        from dinov3_framework import OutputError
+
+        if step.iteration == self.config.iteration and self.config.rank == RANK:
+            raise OutputError("the observer cannot go on")
+
+    def on_end(self, run: Any) -> None:
+        return None
 
 
 @config
@@ -93,6 +175,7 @@ class FlakyConfig(DatasetConfig):
     corrupt_every: int = option("every so many images is corrupt; 0 for none", default=0)
     kill_at: int = option("image that kills its reader", default=-1)
     hang_at: int = option("image that hangs its reader", default=-1)
+    rank: int = option("process that has these troubles; -1 for all", default=-1)
 
 
 def build_flaky(config: FlakyConfig, *, channels: int) -> Any:
@@ -105,22 +188,29 @@ def build_flaky(config: FlakyConfig, *, channels: int) -> Any:
             return config.size
 
         def __getitem__(self, index: int) -> Sample:
+            if config.rank in (-1, RANK):
+                self._trouble(index)
+            noise = torch.Generator().manual_seed(index)
+            image = torch.randint(0, 256, (channels, 28, 28), generator=noise, dtype=torch.uint8)
+            return Sample(image)
+
+        def _trouble(self, index: int) -> None:
             if index == config.kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             if index == config.hang_at:
                 time.sleep(3600)
             if config.corrupt_every and index % config.corrupt_every == 0:
                 raise CorruptSampleError(f"image {index}", "broken on purpose")
-            noise = torch.Generator().manual_seed(index)
-            image = torch.randint(0, 256, (channels, 28, 28), generator=noise, dtype=torch.uint8)
-            return Sample(image)
 
     return Flaky()
 
 
 @hookimpl
 def dinov3_observers() -> list[Component]:
-    return [Component("signal_at", SignalAtConfig, SignalAt)]
+    return [
+        Component("signal_at", SignalAtConfig, SignalAt),
+        Component("raise_at", RaiseAtConfig, RaiseAt),
+    ]
 
 
 @hookimpl
@@ -128,6 +218,8 @@ def dinov3_losses() -> list[Component]:
     return [
         Component("poison", PoisonConfig, build_poison),
         Component("scaled_mean", ScaledMeanConfig, build_scaled_mean),
+        Component("trouble", TroubleConfig, build_trouble),
+        Component("centre", CentreConfig, build_centre),
     ]
 
 

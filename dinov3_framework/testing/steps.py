@@ -1,0 +1,132 @@
+"""Made-up steps for losses: features at random, and a record of what is read of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from attrs import field, frozen
+from torch import Tensor
+
+from dinov3_framework.contracts import StepOutputs, ViewFeatures
+
+Reads = set[str]
+Project = Callable[[Tensor], Tensor]
+
+# Crops and grid of each view; all different, so that nothing fits by chance.
+VIEWS = {"global": (2, (4, 3)), "local": (3, (2, 2)), "anchor": (2, (5, 6))}
+_STORAGE = 1
+_OUTPUTS = {"cls": "class", "storage": "storage", "patches": "patches"}
+
+
+class _Watched(ViewFeatures):
+    """Features that note which of their outputs somebody reads."""
+
+    def __getattribute__(self, name: str) -> object:
+        if name in _OUTPUTS:
+            watch = object.__getattribute__(self, "__dict__")
+            watch["reads"].add(f"{watch['place']}.{_OUTPUTS[name]}")
+        return object.__getattribute__(self, name)
+
+
+def _watched(features: ViewFeatures, place: str, reads: Reads) -> ViewFeatures:
+    watched = _Watched(features.cls, features.storage, features.patches, features.grid)
+    object.__setattr__(watched, "place", place)
+    object.__setattr__(watched, "reads", reads)
+    return watched
+
+
+@frozen
+class Features:
+    """Tokens [crops, samples, ..., D] by ``network.view``, and masks of the global crops."""
+
+    tokens: Mapping[str, ViewFeatures]
+    masks: Tensor | None
+    reads: Reads = field(factory=set)
+
+    @classmethod
+    def draw(
+        cls,
+        needs: frozenset[str],
+        samples: int,
+        dim: int,
+        *,
+        collapsed: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> Features:
+        """What ``needs`` names; ``collapsed`` makes all tokens of all crops and samples equal."""
+        generator = torch.Generator().manual_seed(3)
+        one = torch.randn(dim, generator=generator)
+
+        def tokens(*shape: int) -> Tensor:
+            drawn = torch.randn(*shape, dim, generator=generator)
+            return (one.expand_as(drawn).clone() if collapsed else drawn).to(dtype)
+
+        networks = {}
+        for place in sorted({need.rpartition(".")[0] for need in needs if need != "masks"}):
+            crops, grid = VIEWS[place.partition(".")[2]]
+            sizes = (crops, samples)
+            networks[place] = ViewFeatures(
+                cls=tokens(*sizes),
+                storage=tokens(*sizes, _STORAGE),
+                patches=tokens(*sizes, grid[0] * grid[1]),
+                grid=grid,
+            )
+        return cls(networks, _masks(samples) if "masks" in needs else None)
+
+    def of_samples(self, start: int, stop: int) -> Features:
+        """A part of the batch."""
+        part = {
+            place: ViewFeatures(
+                cls=f.cls[:, start:stop],
+                storage=f.storage[:, start:stop],
+                patches=f.patches[:, start:stop],
+                grid=f.grid,
+            )
+            for place, f in self.tokens.items()
+        }
+        return Features(part, None if self.masks is None else self.masks[:, start:stop])
+
+    def requires_grad(self) -> dict[str, Tensor]:
+        """Let gradient flow to the student's tokens, and give them by need."""
+        leaves = {}
+        for place, features in self.tokens.items():
+            if place.startswith("student."):
+                for name, output in _OUTPUTS.items():
+                    leaves[f"{place}.{output}"] = getattr(features, name).requires_grad_()
+        return leaves
+
+    def copies(self) -> dict[str, Tensor]:
+        """Every tensor by name, as it is now."""
+        values = {
+            f"{place}.{output}": getattr(features, name).detach().clone()
+            for place, features in self.tokens.items()
+            for name, output in _OUTPUTS.items()
+        }
+        return values if self.masks is None else values | {"masks": self.masks.clone()}
+
+    def step(self, project: Project, project_teacher: Project) -> StepOutputs:
+        """The middle of a short run, with these features."""
+        by_network: dict[str, dict[str, ViewFeatures]] = {}
+        for place, features in self.tokens.items():
+            network, _, view = place.partition(".")
+            by_network.setdefault(network, {})[view] = _watched(features, place, self.reads)
+        return StepOutputs(
+            iteration=5,
+            total_iterations=10,
+            student=by_network.get("student", {}),
+            teacher=by_network.get("teacher", {}),
+            anchor=next(iter(by_network.get("anchor", {}).values()), None),
+            masks=self.masks,
+            project=project,
+            project_teacher=torch.no_grad()(project_teacher),
+        )
+
+
+def _masks(samples: int) -> Tensor:
+    """Every crop masked differently; the first not at all, as happens in training."""
+    crops, (height, width) = VIEWS["global"]
+    count = crops * samples
+    fractions = torch.arange(count).view(crops, samples, 1) / count * 0.6
+    generator = torch.Generator().manual_seed(4)
+    return torch.rand(crops, samples, height * width, generator=generator) < fractions

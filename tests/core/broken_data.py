@@ -1,0 +1,236 @@
+"""Augmentations and datasets that each break one promise, and how the checks say so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinov3_framework import (
+    Augmentation,
+    AugmentationConfig,
+    CorruptSampleError,
+    Dataset,
+    DatasetConfig,
+    Sample,
+    View,
+    config,
+)
+
+
+@config
+class ToyAugmentationConfig(AugmentationConfig):
+    """Config of the augmentations below."""
+
+
+class SoundAugmentation(Augmentation):
+    """Crops of random brightness; masks half of each crop, by turns."""
+
+    views: Mapping[str, View] = {"global": View(2, 8), "local": View(1, 4)}
+    makes_masks = True
+
+    def __init__(self, config: ToyAugmentationConfig, *, channels: int, patch_size: int) -> None:
+        self.channels = channels
+
+    def __call__(self, image: Tensor, rng: np.random.Generator) -> Mapping[str, Tensor]:
+        level = int(image.float().mean())
+        return {
+            name: torch.from_numpy(
+                rng.integers(0, 1 + level, (v.crops, self.channels, v.size, v.size), np.uint8)
+            )
+            for name, v in self.views.items()
+        }
+
+    def masks(self, *, rows: Sequence[int], total: int, seed: int, step: int) -> Tensor:
+        return torch.tensor([[(row + step) % 2 == 0] * 2 + [False] * 2 for row in rows])
+
+
+class NoGlobal(SoundAugmentation):
+    views = {"local": View(1, 4)}  # noqa: RUF012
+
+
+class OddSize(SoundAugmentation):
+    views = {"global": View(2, 10)}  # noqa: RUF012
+
+
+class OtherViews(SoundAugmentation):
+    def __call__(self, image: Tensor, rng: np.random.Generator) -> Mapping[str, Tensor]:
+        crops = dict(super().__call__(image, rng))
+        return {"global": crops["global"]}
+
+
+class OtherCount(SoundAugmentation):
+    def __call__(self, image: Tensor, rng: np.random.Generator) -> Mapping[str, Tensor]:
+        return {name: crops[:1] for name, crops in super().__call__(image, rng).items()}
+
+
+class Integers(SoundAugmentation):
+    def __call__(self, image: Tensor, rng: np.random.Generator) -> Mapping[str, Tensor]:
+        return {name: crops.long() for name, crops in super().__call__(image, rng).items()}
+
+
+class GlobalGenerator(SoundAugmentation):
+    def __call__(self, image: Tensor, rng: np.random.Generator) -> Mapping[str, Tensor]:
+        crops = super().__call__(image, rng)
+        return {name: torch.randint_like(value, 200) for name, value in crops.items()}
+
+
+class Remembers(SoundAugmentation):
+    calls = 0
+
+    def __call__(self, image: Tensor, rng: np.random.Generator) -> Mapping[str, Tensor]:
+        self.calls += 1
+        return {name: crops + self.calls for name, crops in super().__call__(image, rng).items()}
+
+
+class WritesToImage(SoundAugmentation):
+    def __call__(self, image: Tensor, rng: np.random.Generator) -> Mapping[str, Tensor]:
+        return super().__call__(image.fill_(7), rng)
+
+
+class NoTinyImages(SoundAugmentation):
+    def __call__(self, image: Tensor, rng: np.random.Generator) -> Mapping[str, Tensor]:
+        image.unfold(1, 8, 1)
+        return super().__call__(image, rng)
+
+
+class Unpicklable(SoundAugmentation):
+    def __init__(self, config: ToyAugmentationConfig, *, channels: int, patch_size: int) -> None:
+        super().__init__(config, channels=channels, patch_size=patch_size)
+        self.function = lambda image: image
+
+
+class FloatMasks(SoundAugmentation):
+    def masks(self, *, rows: Sequence[int], total: int, seed: int, step: int) -> Tensor:
+        return super().masks(rows=rows, total=total, seed=seed, step=step).float()
+
+
+class MasksByPlace(SoundAugmentation):
+    """Depends on where in the request a row stands."""
+
+    def masks(self, *, rows: Sequence[int], total: int, seed: int, step: int) -> Tensor:
+        return super().masks(rows=range(len(rows)), total=total, seed=seed, step=step)
+
+
+class MasksAll(SoundAugmentation):
+    def masks(self, *, rows: Sequence[int], total: int, seed: int, step: int) -> Tensor:
+        return torch.ones(len(rows), 4, dtype=torch.bool)
+
+
+AUGMENTATIONS: dict[str, tuple[Callable[..., Any], str]] = {
+    "no global": (NoGlobal, "no global crops"),
+    "odd size": (OddSize, "a multiple of the patch size 4"),
+    "other views": (OtherViews, r"makes the views \['global'\]"),
+    "other count": (OtherCount, r"global crops of an image \[3, 40, 40\] are \[1, 3, 8, 8\]"),
+    "integers": (Integers, "uint8 or finite floats, are torch.int64"),
+    "global generator": (GlobalGenerator, "other crops for the same rng"),
+    "remembers": (Remembers, "other crops for the same rng"),
+    "writes to image": (WritesToImage, "writes into the image"),
+    "no tiny images": (NoTinyImages, r"an image of \[3, 5, 3\] raised"),
+    "unpicklable": (Unpicklable, "pickling raised"),
+    "float masks": (FloatMasks, "masks are torch.float32"),
+    "masks by place": (MasksByPlace, "masks depend on which rows"),
+    "masks all": (MasksAll, "leaves no patch"),
+}
+
+
+# --------------------------------------------------------------------------- datasets
+@config
+class ToyDatasetConfig(DatasetConfig):
+    """Config of the datasets below."""
+
+
+class SoundDataset(Dataset):
+    """Grey levels by index; every third image is corrupt."""
+
+    n_classes = 4
+
+    def __init__(self, config: ToyDatasetConfig, *, channels: int) -> None:
+        self.channels = channels
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> Sample:
+        if index % 3 == 2:
+            raise CorruptSampleError(f"image {index}", "as every third")
+        return Sample(torch.full((self.channels, 5, 6), index, dtype=torch.uint8), index % 4)
+
+
+class Empty(SoundDataset):
+    def __len__(self) -> int:
+        return 0
+
+
+class AllCorrupt(SoundDataset):
+    def __getitem__(self, index: int) -> Sample:
+        raise CorruptSampleError("image", "as all are")
+
+
+class Floats(SoundDataset):
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(super().__getitem__(index).image.float())
+
+
+class Grey(SoundDataset):
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(super().__getitem__(index).image[:1])
+
+
+class TensorLabel(SoundDataset):
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(super().__getitem__(index).image, torch.tensor(1))  # type: ignore[arg-type]
+
+
+class HighLabel(SoundDataset):
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(super().__getitem__(index).image, 4)
+
+
+class Tuples(SoundDataset):
+    def __getitem__(self, index: int) -> Sample:
+        return super().__getitem__(index).image, 1  # type: ignore[return-value]
+
+
+class Shares(SoundDataset):
+    """Hands out its own memory."""
+
+    def __init__(self, config: ToyDatasetConfig, *, channels: int) -> None:
+        self.images = torch.full((20, channels, 5, 6), 3, dtype=torch.uint8)
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(self.images[index])
+
+
+class OpenFile(SoundDataset):
+    def __init__(self, config: ToyDatasetConfig, *, channels: int) -> None:
+        super().__init__(config, channels=channels)
+        self.reader = iter(lambda: 0, 1)
+
+
+class Chatty(SoundDataset):
+    def describe(self) -> str:
+        return "images\nof mine"
+
+
+class Crashes(SoundDataset):
+    def __getitem__(self, index: int) -> Sample:
+        raise OSError("no such file")
+
+
+DATASETS: dict[str, tuple[Callable[..., Any], str]] = {
+    "empty": (Empty, "holds no image"),
+    "all corrupt": (AllCorrupt, "not one of 16 samples"),
+    "floats": (Floats, "torch.float32"),
+    "grey": (Grey, r"\[1, 5, 6\], not torch.uint8 \[3, H, W\]"),
+    "tensor label": (TensorLabel, "must be an int or None"),
+    "high label": (HighLabel, "is 4, n_classes is 4"),
+    "tuples": (Tuples, "must be a Sample, is tuple"),
+    "shares": (Shares, "writes into what it gave"),
+    "open file": (OpenFile, "pickling raised"),
+    "chatty": (Chatty, r"describe\(\) must give one line"),
+    "crashes": (Crashes, "reading sample 0 raised OSError"),
+}

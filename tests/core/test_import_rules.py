@@ -1,0 +1,298 @@
+"""The core knows no plugin, plugins know the public API only, and the core's layers point one way.
+
+Imports are read from the source, those inside functions too, and factories given as strings.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tomli
+from source_imports import CORE, Import, imports_of, imports_of_file, module_name
+
+import dinov3_framework
+from dinov3_framework import hookspecs
+
+ROOT = Path(__file__).parents[2]
+PLUGINS = sorted(path.name for path in (ROOT / "plugins").iterdir() if path.is_dir())
+EXAMPLES = sorted(path.parent for path in (ROOT / "examples").glob("*/src"))
+PUBLIC_MODULES = {f"{CORE}.collectives", f"{CORE}.testing"}
+HEAVY = {"torch", "torchvision", "numpy", "PIL", "matplotlib", "scipy", "sklearn"}
+
+
+def is_part_of(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def ours(module: str) -> bool:
+    """Whether a module is the core's or some plugin's (recipes are no code)."""
+    top = module.partition(".")[0]
+    return top.startswith("dinov3") and top != "dinov3_recipes"
+
+
+# --------------------------------------------------------------------------- plugins
+def plugin_faults(package: str, imports: list[Import]) -> list[str]:
+    """What a plugin imports of the core's insides or of other plugins."""
+    faults = []
+    for found in imports:
+        public = found.module in PUBLIC_MODULES or (
+            found.module == CORE
+            and (found.name in dinov3_framework.__all__ or found.name in ("", "testing"))
+        )
+        if ours(found.module) and not is_part_of(found.module, package) and not public:
+            faults.append(f"line {found.line}: {found}")
+    return faults
+
+
+def source_roots() -> list[tuple[Path, str]]:
+    """(folder, package) of every plugin: the first-party ones and the examples."""
+    first = [(ROOT / "plugins", name) for name in PLUGINS]
+    examples = [
+        (folder / "src", package.name)
+        for folder in EXAMPLES
+        for package in (folder / "src").iterdir()
+        if (package / "__init__.py").is_file()
+    ]
+    return first + examples
+
+
+@pytest.mark.parametrize(
+    ("root", "package"), [pytest.param(*found, id=found[1]) for found in source_roots()]
+)
+def test_plugins_import_the_public_api_only(root: Path, package: str) -> None:
+    files = sorted((root / package).rglob("*.py"))
+    assert files
+    faults = {
+        str(file.relative_to(root)): found
+        for file in files
+        if (found := plugin_faults(package, imports_of_file(file, root)))
+    }
+    assert faults == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from dinov3_framework.engine.trainer import Trainer",
+        "import dinov3_framework.registry",
+        "from dinov3_framework import registry",
+        "from dinov3_vit import VitConfig",
+        "def f():\n    import dinov3_vit.block",
+        "def f():\n    return importlib.import_module('dinov3_vit.block')",
+        "Component('vit', Config, 'dinov3_vit.transformer:VisionTransformer')",
+        "if TYPE_CHECKING:\n    from dinov3_framework.contracts import Run",
+        "from ..dinov3_vit import block",
+    ],
+)
+def test_what_plugins_may_not_import_is_noticed(source: str) -> None:
+    assert len(plugin_faults("dinov3_own", imports_of(ast.parse(source), "dinov3_own"))) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from dinov3_framework import Component, collectives",
+        "from dinov3_framework.testing import check_loss",
+        "from dinov3_own.configs import OwnConfig",
+        "from .configs import OwnConfig",
+        "import torch, numpy",
+        "Component('own', Config, 'dinov3_own.loss:Own')",
+        "import dinov3_framework",
+    ],
+)
+def test_what_plugins_may_import_is_let_through(source: str) -> None:
+    assert plugin_faults("dinov3_own", imports_of(ast.parse(source), "dinov3_own")) == []
+
+
+# --------------------------------------------------------------------------- the core
+# From the bottom up; a module imports what stands on a lower line, or beside it.
+LAYERS = (
+    ("errors", "schedules", "randomness", "collectives", "toml_text"),
+    ("configs", "hookspecs", "recipe_files"),
+    ("contracts", "images", "plugins", "recipe"),
+    ("registry",),
+    ("option_types", "plain", "structure_errors", "structure"),
+    ("engine",),
+    ("testing", "console", "cli", "__main__"),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+# Imports that point upwards; none of them happens while the lower module is being imported.
+UPWARDS = {
+    # A hook's return type; nothing at run time.
+    ("hookspecs", "registry"),
+    # Building by name and describing need the strict structuring, which needs the registry.
+    ("registry", "structure"),
+    ("registry", "option_types"),
+}
+
+
+def core_files() -> Iterator[Path]:
+    # The package's own __init__ is the face of all layers: it names their homes in a lazy table.
+    for file in sorted((ROOT / CORE).rglob("*.py")):
+        if file != ROOT / CORE / "__init__.py":
+            yield file
+
+
+def part_of(module: str, name: str = "") -> str:
+    """The module or subpackage of the core: ``engine`` for ``dinov3_framework.engine.loader``."""
+    if module == CORE:
+        return name
+    return module.removeprefix(f"{CORE}.").partition(".")[0]
+
+
+def core_edges(file: Path) -> Iterator[tuple[str, str, Import]]:
+    """(part, imported part, import) for each import of the core by the core."""
+    importer = part_of(module_name(file, ROOT))
+    for found in imports_of_file(file, ROOT):
+        imported = part_of(found.module, found.name)
+        if is_part_of(found.module, CORE) and imported not in (importer, "__version__"):
+            yield importer, imported, found
+
+
+def test_the_core_imports_no_plugin() -> None:
+    faults = [
+        f"{file.name}, line {found.line}: {found}"
+        for file in (ROOT / CORE).rglob("*.py*")
+        if file.suffix in (".py", ".pyi")
+        for found in imports_of_file(file, ROOT)
+        if ours(found.module) and not is_part_of(found.module, CORE)
+    ]
+    assert faults == []
+
+
+def test_the_core_names_no_plugin() -> None:
+    """Nor does it look for one by a string."""
+    hooks = {name for name in vars(hookspecs) if name.startswith("dinov3_")}  # some share a name
+    packages = {package for _, package in source_roots()} - hooks
+    texts = {file: file.read_text("utf-8") for file in (ROOT / CORE).rglob("*.py")}
+    named = [(file.name, name) for file, text in texts.items() for name in packages if name in text]
+    assert named == []
+
+
+def test_every_part_of_the_core_has_a_layer() -> None:
+    parts = {part_of(module_name(file, ROOT)) for file in core_files()}
+    assert parts == LEVEL.keys()
+
+
+def upward(importer: str, imported: str, found: Import) -> bool:
+    """Whether an import points up without being one of those that may."""
+    if LEVEL[imported] <= LEVEL[importer]:
+        return False
+    return (importer, imported) not in UPWARDS or not found.lazy
+
+
+def test_imports_inside_the_core_point_one_way() -> None:
+    faults = [
+        f"{file.relative_to(ROOT)}, line {found.line}: {importer} imports {imported}"
+        for file in core_files()
+        for importer, imported, found in core_edges(file)
+        if upward(importer, imported, found)
+    ]
+    assert faults == []
+
+
+def test_imports_that_point_up_are_noticed() -> None:
+    (down,) = imports_of(ast.parse("from dinov3_framework.configs import config"), CORE)
+    (lazy,) = imports_of(ast.parse("def f():\n    import dinov3_framework.structure"), CORE)
+    (eager,) = imports_of(ast.parse("import dinov3_framework.structure"), CORE)
+    assert not upward("registry", "configs", down)
+    assert not upward("registry", "structure", lazy)
+    assert upward("registry", "structure", eager)
+    assert upward("contracts", "structure", lazy)
+
+
+def test_modules_of_one_layer_import_each_other_one_way() -> None:
+    """No circle anywhere: a module can be understood before those that import it."""
+    edges: dict[str, set[str]] = {}
+    for file in core_files():
+        name = module_name(file, ROOT)
+        for found in imports_of_file(file, ROOT):
+            if not found.lazy and is_part_of(found.module, CORE):
+                inner = f"{found.module}.{found.name}"
+                imported = inner if _is_module(inner) else found.module
+                if imported not in (name, CORE):
+                    edges.setdefault(name, set()).add(imported)
+    assert _circle(edges) == []
+    assert _circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
+
+
+def _is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def _circle(edges: dict[str, set[str]]) -> list[str]:
+    done: set[str] = set()
+
+    def walk(name: str, trail: list[str]) -> list[str]:
+        if name in trail:
+            return [*trail[trail.index(name) :], name]
+        if name in done:
+            return []
+        for imported in sorted(edges.get(name, ())):
+            if circle := walk(imported, [*trail, name]):
+                return circle
+        done.add(name)
+        return []
+
+    return next((circle for name in sorted(edges) if (circle := walk(name, []))), [])
+
+
+# --------------------------------------------------------------------------- lightness, hooks
+@pytest.mark.parametrize("package", PLUGINS)
+def test_registering_a_plugin_imports_nothing_heavy(package: str) -> None:
+    script = (
+        f"import sys, {package} as plugin\n"
+        "for name in dir(plugin):\n"
+        "    if name.startswith('dinov3_') and callable(getattr(plugin, name)):\n"
+        "        assert getattr(plugin, name)()\n"
+        f"heavy = {HEAVY!r} & sys.modules.keys()\n"
+        "sys.exit(f'imported {sorted(heavy)}' if heavy else 0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_plugin_folder_is_installed() -> None:
+    """A folder that the package's metadata forget works for nobody but its author."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        data = tomli.load(file)
+    points = data["project"]["entry-points"]["dinov3_framework"]
+    setuptools = data["tool"]["setuptools"]
+    for package in PLUGINS:
+        assert package in points.values()
+        assert package in setuptools["packages"]
+        assert setuptools["package-dir"][package] == f"plugins/{package}"
+    modules = {
+        module_name(file.parent / "__init__.py", root)
+        for root, top in ((ROOT, CORE), *((ROOT / "plugins", name) for name in PLUGINS))
+        for file in (root / top).rglob("*.py")
+    }
+    assert modules <= set(setuptools["packages"])
+
+
+def test_every_hook_has_a_user() -> None:
+    hooks = {name for name in vars(hookspecs) if name.startswith("dinov3_")}
+    folders = [ROOT / CORE, ROOT / "plugins", *EXAMPLES]
+    defined = {
+        node.name
+        for folder in folders
+        for file in folder.rglob("*.py")
+        if file.name != "hookspecs.py"
+        for node in ast.parse(file.read_text("utf-8")).body
+        if isinstance(node, ast.FunctionDef)
+        and any("hookimpl" in ast.dump(decorator) for decorator in node.decorator_list)
+    }
+    page = (ROOT / "docs" / "plugins.md").read_text("utf-8")
+    documented = {name for name in hooks if f"| `{name}` |" in page}
+    assert hooks <= defined | documented
+    assert defined <= hooks
+    assert {"dinov3_backbones", "dinov3_losses", "dinov3_tasks"} <= defined

@@ -1,0 +1,151 @@
+"""The top level of the package is the public API: lazy, complete, and known to type checkers."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dinov3_framework
+
+PACKAGE = Path(dinov3_framework.__file__).parent
+STUB = PACKAGE / "__init__.pyi"
+# What is at the top level without a home of its own in _HOMES.
+BESIDES = {"__version__", "collectives"}
+
+
+def homes() -> dict[str, str]:
+    return {name: home for home, names in dinov3_framework._HOMES.items() for name in names}
+
+
+def stub_homes() -> dict[str, str]:
+    """name -> module, of everything that the stub exports."""
+    exported = {}
+    for node in ast.parse(STUB.read_text("utf-8")).body:
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                assert alias.asname == alias.name, f"{alias.name} is not exported without 'as'"
+                module = (node.module or "").removeprefix("dinov3_framework").removeprefix(".")
+                exported[alias.name] = module
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            exported[node.target.id] = ""
+    return exported
+
+
+def test_the_stub_says_what_the_package_does() -> None:
+    assert stub_homes() == homes() | dict.fromkeys(BESIDES, "")
+
+
+def test_all_lists_every_name_once() -> None:
+    assert sorted(dinov3_framework.__all__) == sorted(homes().keys() | BESIDES)
+    listed = [name for names in dinov3_framework._HOMES.values() for name in names]
+    assert len(listed) == len(set(listed))
+    assert dir(dinov3_framework) == sorted(dinov3_framework.__all__)
+
+
+@pytest.mark.parametrize(("name", "home"), homes().items())
+def test_every_name_comes_from_its_home(name: str, home: str) -> None:
+    value = getattr(dinov3_framework, name)
+    assert value is getattr(importlib.import_module(f"dinov3_framework.{home}"), name)
+    # A name that lives elsewhere would be listed under two homes one day.
+    assert getattr(value, "__module__", f"dinov3_framework.{home}").startswith(
+        f"dinov3_framework.{home}"
+    ) or not isinstance(value, type)
+
+
+def test_every_public_class_and_function_is_documented() -> None:
+    unsaid = [
+        name
+        for name in homes()
+        if callable(value := getattr(dinov3_framework, name))
+        and isinstance(value, type)
+        and not (value.__doc__ or "").strip()
+    ]
+    assert unsaid == []
+
+
+def test_unknown_names_are_errors() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'Backbones'"):
+        _ = dinov3_framework.Backbones  # type: ignore[attr-defined]
+
+
+def test_collectives_are_the_module() -> None:
+    assert dinov3_framework.collectives is importlib.import_module("dinov3_framework.collectives")
+
+
+CONFIG_ONLY = """
+import sys
+from dinov3_framework import Component, LossConfig, UserError, config, hookimpl, option, positive
+
+@config
+class SpreadConfig(LossConfig):
+    target: float = option("a target", default=1.0, check=positive)
+
+Component("spread", SpreadConfig, "somewhere:Spread")
+heavy = {"torch", "numpy", "PIL", "torchvision", "matplotlib"} & sys.modules.keys()
+sys.exit(f"imported {heavy}" if heavy else 0)
+"""
+
+
+def test_configs_are_written_without_heavy_imports() -> None:
+    done = subprocess.run([sys.executable, "-c", CONFIG_ONLY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+USER = """
+from dinov3_framework import Backbone, LossConfig, Registry, View, config, load_backbone, option
+from dinov3_framework import collectives
+
+@config
+class SpreadConfig(LossConfig):
+    target: float = option("a target", default=1.0)
+
+reveal_type(SpreadConfig(target=2.0).target)
+reveal_type(View(crops=2, size=8).size)
+reveal_type(Registry.load().names("loss"))
+reveal_type(load_backbone("file").backbone.embed_dim)
+reveal_type(collectives.world_size())
+reveal_type(SpreadConfig().weight)
+SpreadConfig(tarhet=2.0)
+View(crops="two", size=8)
+from dinov3_framework import Backbones
+"""
+
+
+@pytest.mark.slow
+def test_users_see_types(tmp_path: Path) -> None:
+    """Nothing that is imported from the top level is Any, and mistakes are found."""
+    script = tmp_path / "user.py"
+    script.write_text(USER, "utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", str(script)],
+        cwd=PACKAGE.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    revealed = [
+        line.partition('"')[2].rpartition('"')[0]
+        for line in done.stdout.splitlines()
+        if "Revealed type" in line
+    ]
+    plain = [kind.replace("builtins.", "") for kind in revealed]
+    assert plain == [
+        "float",
+        "int",
+        "list[str]",
+        "int",
+        "int",
+        "dinov3_framework.schedules.Schedule",
+    ]
+    for complaint in (
+        'Unexpected keyword argument "tarhet"',
+        'Argument "crops" to "View" has incompatible type "str"',
+        'has no attribute "Backbones"',
+    ):
+        assert complaint in done.stdout
+    assert "Found 3 errors" in done.stdout

@@ -1,0 +1,232 @@
+"""The example plugin, installed as a stranger's would be, takes part in everything."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+NAME = "dinov3_example_plugin"
+FAULTS = ROOT / "tests" / "engine" / "faults_plugin"  # offers an observer that kills a run
+RECIPE = f"{NAME}:fashion_vicreg"
+TINY = (
+    "iterations=6",
+    "batch_size=12",
+    "log_every=1",
+    "backbone.embed_dim=16",
+    "backbone.depth=2",
+    "augmentation.local_crops=2",
+    "losses.dino.head={ n_prototypes = 32, bottleneck_dim = 8, hidden_dim = 16 }",
+    "losses.ibot.head={ n_prototypes = 24, bottleneck_dim = 8, hidden_dim = 16 }",
+    "losses.vicreg.hidden_dim=16",
+    "losses.vicreg.output_dim=12",
+    "optimizer.lr.warmup=2",
+    "loader.workers=0",
+    "checkpoint.every=2",
+)
+TWO = ("launcher.use=local", "launcher.processes=2")
+
+Start = Callable[..., subprocess.CompletedProcess[str]]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example's source, where a build may leave its traces."""
+    folder = tmp_path_factory.mktemp("example") / NAME
+    shutil.copytree(ROOT / "examples" / NAME, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(copied: Path) -> Start:
+    """Install the example beside the framework; then ``start("-m", module, ...)`` runs Python."""
+    site = copied.parent / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(site), str(copied)]
+    offline = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
+    subprocess.run([*pip, *offline], check=True, capture_output=True, text=True)
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    paths = [str(site), str(FAULTS), os.environ.get("PYTHONPATH", "")]
+    environment = kept | {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+    def start(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            env=environment,
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    return start
+
+
+def train(start: Start, output: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = ("-m", "dinov3_framework", RECIPE, "--output-dir", str(output))
+    return start(*command, *TINY, *overrides)
+
+
+@pytest.fixture(scope="module")
+def whole(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of the example's recipe in one process."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    done = train(start, output)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def metrics(output: Path) -> list[dict[str, float]]:
+    """The lines of training steps; observers of the extended recipe may write others."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def learnt(output: Path) -> list[dict[str, float]]:
+    timing = ("images_per_second", "data_wait")
+    return [{k: v for k, v in line.items() if k not in timing} for line in metrics(output)]
+
+
+CHECKPOINT = """
+import json, sys
+from pathlib import Path
+from torch.distributed.checkpoint import FileSystemReader
+
+folder = sorted(Path(sys.argv[1]).glob("step_*"))[-1]
+metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
+print(json.dumps({name: list(entry.size) for name, entry in metadata.items()}))
+"""
+
+
+def test_its_own_tests_pass(start: Start, copied: Path) -> None:
+    done = start("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", cwd=copied)
+    assert done.returncode == 0, done.stdout
+    assert "passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+def test_it_is_listed_and_described(start: Start) -> None:
+    listed = start("-m", "dinov3_framework", "--list")
+    assert listed.returncode == 0, listed.stderr
+    assert "conv_mixer" in listed.stdout
+    described = start("-m", "dinov3_framework", "--describe", "loss", "vicreg")
+    assert "width of the embeddings" in described.stdout
+    assert "1024" in described.stdout
+
+
+def test_its_loss_is_in_the_metrics(whole: Path) -> None:
+    lines = metrics(whole)
+    assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for line in lines:
+        terms = {"invariance": 25.0, "variance": 25.0, "covariance": 1.0}
+        total = sum(factor * line[f"vicreg/{name}"] for name, factor in terms.items())
+        assert line["vicreg"] == pytest.approx(total, rel=1e-4)
+        assert line["vicreg/weight"] == 0.1
+        assert line["gradient_norm/vicreg_head"] > 0
+        assert not any(name.startswith("koleo") for name in line)
+
+
+def test_the_recipe_extends_the_installed_one(whole: Path) -> None:
+    written = (whole / "recipe.toml").read_text()
+    assert 'use = "conv_mixer"' in written
+    assert 'use = "fashion_mnist"' in written
+
+
+def test_its_projector_and_twin_are_in_the_checkpoint(start: Start, whole: Path) -> None:
+    done = start("-c", CHECKPOINT, str(whole / "checkpoints"))
+    assert done.returncode == 0, done.stderr
+    shapes = json.loads(done.stdout)
+    for network in ("student", "teacher"):
+        assert shapes[f"{network}.vicreg_head.mlp.0.weight"] == [16, 16]
+        assert shapes[f"{network}.vicreg_head.mlp.6.weight"] == [12, 16]
+        assert shapes[f"{network}.backbone.blocks.1.channels.weight"] == [16, 16, 1, 1]
+    moments = [name for name in shapes if "vicreg_head.mlp.6.weight" in name and "exp_avg" in name]
+    assert len(moments) == 2
+
+
+def test_its_backbone_loads_from_the_export(start: Start, whole: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys, torch\n"
+        "from dinov3_framework import load_backbone\n"
+        "loaded = load_backbone(sys.argv[1])\n"
+        "images = torch.arange(2 * 28 * 28, dtype=torch.float32).view(2, 1, 28, 28) % 251\n"
+        "torch.save(loaded.features(images.to(torch.uint8)), sys.argv[2])\n"
+        "assert type(loaded.backbone).__module__ == 'dinov3_example_plugin.conv_mixer'\n"
+    )
+    export = whole / "exports" / "teacher_backbone.safetensors"
+    done = start("-c", script, str(export), str(tmp_path / "features.pt"))
+    assert done.returncode == 0, done.stderr
+    features = torch.load(tmp_path / "features.pt", weights_only=True)
+    assert features.shape == (2, 16)
+    assert features.isfinite().all()
+    assert not torch.equal(features[0], features[1])
+
+
+def test_without_the_plugin_its_export_is_refused(start: Start, whole: Path) -> None:
+    export = str(whole / "exports" / "teacher_backbone.safetensors")
+    script = (
+        "import sys\n"
+        "from dinov3_framework import Registry, load_backbone\n"
+        "load_backbone(sys.argv[1], registry=Registry.load(block=['example']))\n"
+    )
+    done = start("-c", script, export)
+    assert done.returncode != 0
+    assert "conv_mixer" in done.stderr.splitlines()[-1] + done.stderr.splitlines()[-2]
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    start: Start, whole: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "killed"
+    killed = train(start, output, "observers.killer.use=signal_at", "observers.killer.iteration=5")
+    assert killed.returncode == -signal.SIGKILL
+    assert not (output / "results.json").exists()
+    resumed = train(start, output)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Going on after iteration 4" in (output / "run.log").read_text()
+    assert learnt(output) == learnt(whole)
+
+
+def test_two_sharded_processes_learn_the_same(start: Start, whole: Path, tmp_path: Path) -> None:
+    """VICReg's statistics are the global batch's, so splitting it changes rounding only."""
+    output = tmp_path / "two"
+    done = train(start, output, *TWO)
+    assert done.returncode == 0, done.stderr
+    assert "2 x 1 passes x 6 images" in done.stdout
+    two, one = learnt(output), learnt(whole)
+    assert len(two) == len(one)
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-5)
+
+
+def test_nothing_outside_mentions_it() -> None:
+    words = (NAME, "conv_mixer", "vicreg_head", "fashion_vicreg")
+    sources = [
+        file
+        for folder in ("dinov3_framework", "plugins", "recipes")
+        for file in (ROOT / folder).rglob("*")
+        if file.suffix in (".py", ".pyi", ".toml")
+    ]
+    assert len(sources) > 50
+    mentioned = [
+        (str(file.relative_to(ROOT)), word)
+        for file in [*sources, ROOT / "pyproject.toml"]
+        for word in words
+        if word in file.read_text("utf-8")
+    ]
+    assert mentioned == []
