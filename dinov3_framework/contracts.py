@@ -318,6 +318,12 @@ class StepRecord:
 class Observer:
     """Watches a training run. Every method is called on every process; each may be left out."""
 
+    def check(self, build: Callable[..., Any], images: ImagesConfig) -> None:
+        """Before anything is written: raise ``UserError`` for what would fail later.
+
+        ``build`` is ``Registry.build``; data that this machine lacks are a ``DataError``.
+        """
+
     def on_start(self, run: Run, iteration: int) -> Mapping[str, float] | None:
         """Before the first step of this process; ``iteration`` steps are already done."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 
 import torch
 from attrs import frozen
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 # Parts of torch's messages.
 _DEAD_WORKER = ("exited unexpectedly", "is killed by signal")
 _NO_BATCH, _RAISED_BY_WORKER = "DataLoader timed out", "in DataLoader worker process"
+_GRACE = 60  # seconds that a worker goes on after SIGTERM
 _SUBSTITUTES = 20  # samples tried in place of a corrupt one before the dataset is given up
 
 
@@ -172,20 +173,30 @@ class TrainingLoader:
             pin_memory=pin_memory,
         )
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
+        """Close it, or run it to its end, and its workers are gone."""
         batches = iter(self._loader)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except (RuntimeError, OSError, EOFError) as error:
-                self.explain(error)
-                raise
-            if isinstance(batch, _Unmade):
-                raise batch.error
-            self._count(batch)
-            yield batch
+        try:
+            while True:
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                except (RuntimeError, OSError, EOFError) as error:
+                    self.explain(error)
+                    raise
+                if isinstance(batch, _Unmade):
+                    raise batch.error
+                self._count(batch)
+                yield batch
+        finally:
+            # Not left to the garbage collector: an error's traceback keeps the iterator alive, and
+            # workers that Python kills when it ends look to torch like workers that died.
+            shut_down = getattr(batches, "_shutdown_workers", None)
+            if shut_down is not None:
+                shut_down()
+                for worker in batches._workers:  # type: ignore[attr-defined]
+                    worker.kill()  # one that hangs
 
     def _count(self, batch: Batch) -> None:
         for name in batch.corrupt:
@@ -237,7 +248,10 @@ class _Keys:
 
 
 def _start_worker(_: int) -> None:
-    # Ctrl-C reaches the whole terminal group; the trainer alone decides when to stop.
+    # Ctrl-C, schedulers and timeout(1) signal the whole group; the trainer alone decides when to
+    # stop, and until then it needs batches.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
     torch.set_num_threads(1)

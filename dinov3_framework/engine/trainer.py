@@ -82,16 +82,17 @@ class Trainer:
         loader = TrainingLoader(
             self.maker, self.config.loader, self.done, total, self.device.type == "cuda"
         )
+        batches = iter(loader)
         try:
             with StopFlag() as stop, TrainingProgress(self.done, total, self.run.is_main) as bar:
                 self._write(metrics, self._start_observers())
-                batches = iter(loader)
                 while self.done < total:
                     self._iterate(batches, stop, bar, metrics)
         except RuntimeError as error:
             loader.explain(error)
             raise
         finally:
+            batches.close()
             if metrics is not None:
                 metrics.close()
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dinov3_classify.configs import KnnConfig
 from dinov3_classify.evaluation import KnnEvaluation, KnnResult
-from dinov3_framework import Observer, Run, StepRecord
+from dinov3_framework import ImagesConfig, Observer, Run, StepRecord
 
 
 class KnnObserver(Observer):
@@ -17,6 +17,9 @@ class KnnObserver(Observer):
         self.config = config
         self._evaluation: KnnEvaluation | None = None
         self._latest: tuple[int, KnnResult] | None = None
+
+    def check(self, build: Callable[..., Any], images: ImagesConfig) -> None:
+        KnnEvaluation.build(self.config, build, images, self.config.size)
 
     def on_start(self, run: Run, iteration: int) -> Mapping[str, float] | None:
         # The datasets are built whether or not they are used now: what is wrong with them should

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from dinov3_framework import (
     CorruptSampleError,
     DataError,
     Dataset,
+    ImagesConfig,
     Observer,
     Run,
     StepRecord,
@@ -45,6 +46,10 @@ class Figures(Observer):
     def __init__(self, config: FiguresConfig) -> None:
         self.config = config
         self._dataset: Dataset | None = None
+
+    def check(self, build: Callable[..., Any], images: ImagesConfig) -> None:
+        if self.config.dataset is not None:
+            build(self.config.dataset, channels=images.channels)
 
     def on_start(self, run: Run, iteration: int) -> Mapping[str, float] | None:
         # Not caught: a dataset that is not there should be known now, not after the last step.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -111,10 +112,33 @@ def test_two_processes_stop_together(tmp_path: Path) -> None:
     assert (output / "checkpoints" / "step_00000004").is_dir()
 
 
+def test_a_signal_to_the_whole_group_leaves_the_workers_time(whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "group"
+    process = subprocess.Popen(
+        command(output, "loader.workers=2", "observers.slow.use=pause"),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for_lines(process, output / "metrics.jsonl", 2)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == ExitCode.REQUEUE, stderr
+    assert run(output).returncode == 0
+    assert_same_run(whole, output)
+
+
+def wait_for_lines(process: subprocess.Popen[str], path: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (path.exists() and path.read_text().count("\n") >= count):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_the_launcher_hands_a_signal_on_and_leaves_no_orphans(tmp_path: Path) -> None:
-    import subprocess
-
     output = tmp_path / "signalled"
     process = subprocess.Popen(
         command(output, *TWO, "iterations=100000", "checkpoint.every=100000"),
@@ -122,12 +146,7 @@ def test_the_launcher_hands_a_signal_on_and_leaves_no_orphans(tmp_path: Path) ->
         stderr=subprocess.PIPE,
         text=True,
     )
-    metrics = output / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.1)
+    wait_for_lines(process, output / "metrics.jsonl", 3)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     assert process.returncode == ExitCode.REQUEUE

@@ -29,19 +29,26 @@ class SignalAtConfig(ObserverConfig):
     rank: int = option("process that it is sent to", default=0)
 
 
-class SignalAt:
-    def __init__(self, config: SignalAtConfig) -> None:
-        self.config = config
+class Silent:
+    """An observer without the base class, whose module imports torch."""
+
+    def check(self, build: Any, images: Any) -> None:
+        return None
 
     def on_start(self, run: Any, iteration: int) -> None:
         return None
 
+    def on_end(self, run: Any) -> None:
+        return None
+
+
+class SignalAt(Silent):
+    def __init__(self, config: SignalAtConfig) -> None:
+        self.config = config
+
     def on_step(self, run: Any, step: Any) -> None:
         if step.iteration == self.config.iteration and self.config.rank == RANK:
             os.kill(os.getpid(), getattr(signal, self.config.signal))
-
-    def on_end(self, run: Any) -> None:
-        return None
 
 
 @config
@@ -132,21 +139,15 @@ class RaiseAtConfig(ObserverConfig):
     rank: int = option("process that raises", default=0)
 
 
-class RaiseAt:
+class RaiseAt(Silent):
     def __init__(self, config: RaiseAtConfig) -> None:
         self.config = config
-
-    def on_start(self, run: Any, iteration: int) -> None:
-        return None
 
     def on_step(self, run: Any, step: Any) -> None:
         from dinov3_framework import OutputError
 
         if step.iteration == self.config.iteration and self.config.rank == RANK:
             raise OutputError("the observer cannot go on")
-
-    def on_end(self, run: Any) -> None:
-        return None
 
 
 @config
@@ -205,9 +206,25 @@ def build_flaky(config: FlakyConfig, *, channels: int) -> Any:
     return Flaky()
 
 
+@config
+class PauseConfig(ObserverConfig):
+    """Sleeps after each step, so that somebody outside has time to act."""
+
+    seconds: float = option("seconds of sleep", default=1.0)
+
+
+class Pause(Silent):
+    def __init__(self, config: PauseConfig) -> None:
+        self.config = config
+
+    def on_step(self, run: Any, step: Any) -> None:
+        time.sleep(self.config.seconds)
+
+
 @hookimpl
 def dinov3_observers() -> list[Component]:
     return [
+        Component("pause", PauseConfig, Pause),
         Component("signal_at", SignalAtConfig, SignalAt),
         Component("raise_at", RaiseAtConfig, RaiseAt),
     ]
