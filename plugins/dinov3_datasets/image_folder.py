@@ -27,7 +27,10 @@ class ImageFolder(Dataset):
         self.root = Path(config.root).expanduser()
         if not self.root.is_dir():
             what = "is not a folder" if self.root.exists() else "does not exist"
-            raise DataError(f"image_folder: root = {config.root!r} {what}")
+            raise DataError(
+                f"image_folder: root = {config.root!r} {what}\n"
+                "    root is the folder of your images, at any depth; relative to where you start"
+            )
         for name in config.classes or ():
             if not (self.root / name).is_dir():
                 raise DataError(f"image_folder: no class folder {name!r} in {self.root}")

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from run_support import command, environment, export_bytes, losses, run
+from run_support import command, environment, export_bytes, losses, processes_with, run
 
 from dinov3_framework.errors import ExitCode
 
@@ -151,19 +151,7 @@ def test_the_launcher_hands_a_signal_on_and_leaves_no_orphans(tmp_path: Path) ->
     process.communicate(timeout=120)
     assert process.returncode == ExitCode.REQUEUE
     assert any((output / "checkpoints").glob("step_*"))
-    assert not _processes_with(str(output))
-
-
-def _processes_with(text: str) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                if text in (entry / "cmdline").read_text():
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-    return found
+    assert not processes_with(str(output))
 
 
 @pytest.mark.slow
