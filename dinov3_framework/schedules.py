@@ -8,6 +8,7 @@ whose ``use`` names one of the classes below. Unless it says otherwise, a schedu
 
 from __future__ import annotations
 
+import abc
 import math
 from typing import ClassVar
 
@@ -15,18 +16,18 @@ from attrs import evolve, field, frozen
 
 
 @frozen(kw_only=True)
-class Schedule:
+class Schedule(abc.ABC):
     """What every schedule offers."""
 
     use: ClassVar[str]
 
+    @abc.abstractmethod
     def at(self, iteration: int, total: int) -> float:
         """The value at ``iteration`` (from 0) of a run of ``total`` iterations."""
-        raise NotImplementedError  # pragma: no cover - Schedule itself is never built
 
+    @abc.abstractmethod
     def scaled(self, factor: float) -> Schedule:
         """The schedule with its learning-rate level multiplied, as batch-size scaling rules ask."""
-        raise NotImplementedError  # pragma: no cover
 
     def problems(self, total: int) -> list[str]:
         """What makes this schedule impossible in a run of ``total`` iterations."""

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov3_framework import Registry
+from dinov3_framework import ExitCode, Registry
 from dinov3_framework.cli import main
 from dinov3_framework.recipe import compose
 from dinov3_framework.structure import structure_recipe
@@ -151,3 +151,18 @@ def test_a_published_recipe_runs_small(
         assert {"dino", "ibot", "koleo", "gradient_norm/ibot_head"} <= line.keys()
     assert (output / "exports" / "teacher_backbone.safetensors").exists()
     assert json.loads((output / "results.json").read_text())["images_seen"] == 24
+
+
+def test_what_an_observer_misses_is_known_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    missing = ("train.use=image_folder", f"train.root={tmp_path / 'nowhere'}")
+    words = ["quickstart", *(f"observers.knn.{part}" for part in missing)]
+    words += ["--output-dir", str(output)]
+    assert main([*words, "--check"]) == 0
+    assert main(words) == ExitCode.WRONG_INPUT
+    message = capsys.readouterr().err
+    assert "observers.knn" in message
+    assert "does not exist" in message
+    assert not output.exists()
