@@ -135,7 +135,9 @@ def test_the_command_line_refuses_to_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([str(TINY), *MISSING, *launcher]) == 2
-    assert capsys.readouterr().err == "image_folder: root = 'no/such/folder' does not exist\n"
+    message, advice = capsys.readouterr().err.splitlines()
+    assert message == "image_folder: root = 'no/such/folder' does not exist"
+    assert "root is the folder of your images" in advice
     assert not list(tmp_path.iterdir())
 
 
