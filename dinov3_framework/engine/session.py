@@ -96,12 +96,17 @@ def _logging(output_dir: Path) -> Iterator[None]:
         other.setFormatter(logging.Formatter(f"[rank {collectives.rank()}] %(message)s"))
         handlers = [other]
         root.setLevel(logging.WARNING)
+    # Libraries' warnings: into the main process's file, and not once per process on the console.
+    captured = logging.getLogger("py.warnings")
+    captured.addHandler(handlers[0] if collectives.is_main() else logging.NullHandler())
     logging.captureWarnings(True)
     for handler in handlers:
         root.addHandler(handler)
     try:
         yield
     finally:
+        logging.captureWarnings(False)
+        captured.removeHandler(handlers[0])
         for handler in handlers:
             root.removeHandler(handler)
             handler.close()

@@ -76,7 +76,7 @@ class Trainer:
         total = self.config.iterations
         metrics = (
             MetricsFile(self.run.output_dir / "metrics.jsonl", self.done)
-            if (self.run.is_main)
+            if self.run.is_main
             else None
         )
         loader = TrainingLoader(
