@@ -24,6 +24,7 @@ _HOMES = {
         "LauncherConfig",
         "LossConfig",
         "ObserverConfig",
+        "SubjectConfig",
         "TaskConfig",
         "config",
         "fraction",
@@ -69,7 +70,8 @@ _HOMES = {
     "randomness": ["keyed_rng", "keyed_seed"],
     "engine.features": ["Features", "extract_features", "raw_pixels"],
     "engine.export": ["load_backbone"],
-    "images": ["evaluation_image", "normalize"],
+    "engine.subject": ["Subject"],
+    "images": ["SATELLITE_IMAGES", "WEB_IMAGES", "evaluation_image", "normalize"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

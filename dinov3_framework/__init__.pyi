@@ -10,6 +10,7 @@ from dinov3_framework.configs import InvalidOption as InvalidOption
 from dinov3_framework.configs import LauncherConfig as LauncherConfig
 from dinov3_framework.configs import LossConfig as LossConfig
 from dinov3_framework.configs import ObserverConfig as ObserverConfig
+from dinov3_framework.configs import SubjectConfig as SubjectConfig
 from dinov3_framework.configs import TaskConfig as TaskConfig
 from dinov3_framework.configs import config as config
 from dinov3_framework.configs import fraction as fraction
@@ -41,6 +42,7 @@ from dinov3_framework.engine.export import load_backbone as load_backbone
 from dinov3_framework.engine.features import Features as Features
 from dinov3_framework.engine.features import extract_features as extract_features
 from dinov3_framework.engine.features import raw_pixels as raw_pixels
+from dinov3_framework.engine.subject import Subject as Subject
 from dinov3_framework.errors import CheckpointError as CheckpointError
 from dinov3_framework.errors import CorruptSampleError as CorruptSampleError
 from dinov3_framework.errors import DataError as DataError
@@ -51,6 +53,8 @@ from dinov3_framework.errors import Problem as Problem
 from dinov3_framework.errors import RecipeError as RecipeError
 from dinov3_framework.errors import UserError as UserError
 from dinov3_framework.hookspecs import hookimpl as hookimpl
+from dinov3_framework.images import SATELLITE_IMAGES as SATELLITE_IMAGES
+from dinov3_framework.images import WEB_IMAGES as WEB_IMAGES
 from dinov3_framework.images import evaluation_image as evaluation_image
 from dinov3_framework.images import normalize as normalize
 from dinov3_framework.randomness import keyed_rng as keyed_rng

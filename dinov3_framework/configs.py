@@ -170,3 +170,20 @@ class TaskConfig:
     launcher: LauncherConfig | None = option(
         "where the processes come from; left out, this process alone", default=None
     )
+
+
+@config
+class SubjectConfig(TaskConfig):
+    """Base of tasks that look at one backbone: ``weights``, or a ``backbone`` as initialised."""
+
+    weights: str | None = option(
+        "weights of the backbone: a file or folder of any known format, or a published name",
+        default=None,
+    )
+    backbone: BackboneConfig | None = option(
+        "a backbone to look at as it is initialised, with the recipe's seed", default=None
+    )
+    images: ImagesConfig | None = option(
+        "what images are, for backbone (left out, RGB); weights know it by themselves",
+        default=None,
+    )

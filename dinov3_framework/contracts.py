@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3_framework.configs import ImagesConfig
+from dinov3_framework.errors import UserError
 from dinov3_framework.schedules import Schedule
 
 
@@ -41,6 +42,10 @@ class Dataset(abc.ABC):
     @abc.abstractmethod
     def __getitem__(self, index: int) -> Sample:
         """The sample at ``index``; raises ``CorruptSampleError`` where it cannot be decoded."""
+
+    def name(self, index: int) -> str:
+        """What the sample is called, such as its path below the dataset's folder."""
+        return str(index)
 
     def describe(self) -> str:
         """One line for the summary of a run."""
@@ -88,8 +93,9 @@ class Backbone(nn.Module, abc.ABC):
     """A network from images to tokens."""
 
     embed_dim: int
-    patch_size: int
+    patch_size: int  # pixels along the side of a patch token's cell
     in_chans: int
+    n_layers: int = 1  # what get_intermediate_layers counts
 
     @abc.abstractmethod
     def init_weights(self) -> None:
@@ -113,6 +119,44 @@ class Backbone(nn.Module, abc.ABC):
         """Class tokens [B, D]."""
         tokens: Tensor = self.forward_features(images)["x_norm_clstoken"]
         return tokens
+
+    def get_intermediate_layers(
+        self,
+        images: Tensor,
+        *,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        return_extra_tokens: bool = False,
+        norm: bool = True,
+    ) -> tuple[Any, ...]:
+        """What some of the ``n_layers`` layers put out, in the network's order.
+
+        ``n`` is a number of last layers, or their indices from 0. Each gives its patches
+        [B, P, D], or a grid [B, D, h, w] with ``reshape``; with ``return_class_token`` and
+        ``return_extra_tokens`` a tuple of patches, class token [B, D] and storage tokens
+        [B, R, D]. ``norm`` applies the final norm. The width D may differ from layer to layer.
+
+        A backbone that does not say more gives its last layer, after the norm, alone; anything
+        else is a ``UserError``.
+        """
+        last = self.n_layers - 1
+        if n not in (1, [last], (last,)) or not norm:
+            raise UserError(
+                f"{type(self).__name__} gives its last layer after the norm alone, not n = {n}"
+                + ("" if norm else " without the norm")
+            )
+        tokens = self.forward_features(images)
+        patches = tokens["x_norm_patchtokens"]
+        if reshape:
+            height, width = (side // self.patch_size for side in images.shape[-2:])
+            patches = patches.transpose(1, 2).reshape(len(patches), -1, height, width)
+        parts = [patches]
+        if return_class_token:
+            parts.append(tokens["x_norm_clstoken"])
+        if return_extra_tokens:
+            parts.append(tokens["x_storage_tokens"])
+        return (tuple(parts) if len(parts) > 1 else patches,)
 
     def layer_of(self, name: str) -> tuple[int, int]:
         """(layer, layers) of a parameter, for layer-wise learning-rate decay.

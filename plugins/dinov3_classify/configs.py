@@ -5,11 +5,9 @@ from __future__ import annotations
 import attrs
 
 from dinov3_framework import (
-    BackboneConfig,
     DatasetConfig,
-    ImagesConfig,
     ObserverConfig,
-    TaskConfig,
+    SubjectConfig,
     config,
     not_negative,
     option,
@@ -67,19 +65,12 @@ class KnnConfig(ObserverConfig, KnnSettings):
 
 
 @config
-class KnnTaskConfig(TaskConfig, KnnSettings):
-    """k-NN accuracy of an exported backbone, or of a randomly initialised one.
+class KnnTaskConfig(SubjectConfig, KnnSettings):
+    """k-NN accuracy of a backbone with weights, or of a randomly initialised one.
 
     Either ``weights`` or ``backbone`` is given.
     """
 
-    weights: str | None = option("path of an exported backbone", default=None)
-    backbone: BackboneConfig | None = option(
-        "a backbone to evaluate as it is initialised, with the recipe's seed", default=None
-    )
-    images: ImagesConfig | None = option(
-        "what images are, for backbone (left out, RGB); an export knows it by itself", default=None
-    )
     size: int | None = option(
         "side of the evaluation images in pixels; left out, the size of the weights' training, "
         "and with backbone images are used as they are and must share one shape",

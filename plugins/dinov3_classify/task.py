@@ -3,40 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
-
-import attrs
-import torch
-from attrs import frozen
+from typing import Any
 
 from dinov3_classify.configs import KnnTaskConfig
 from dinov3_classify.evaluation import KnnEvaluation
 from dinov3_classify.results import print_table, write_results
 from dinov3_framework import (
-    Backbone,
-    BackboneConfig,
     DataError,
-    ImagesConfig,
     Problem,
     RecipeError,
     Registry,
     Report,
+    Subject,
     Task,
     collectives,
-    keyed_seed,
-    load_backbone,
 )
-
-
-@frozen
-class Subject:
-    """The backbone that is evaluated, and the images it wants."""
-
-    name: str
-    backbone: Backbone
-    images: ImagesConfig
-    size: int | None  # pixels, unless the recipe says otherwise
-    origin: list[tuple[str, str]]  # rows for people: where it comes from
 
 
 class KnnTask(Task):
@@ -47,10 +28,7 @@ class KnnTask(Task):
 
     def check(self, world_size: int) -> Report:
         config = self.config
-        _raise(_contradictions(config))
-        # Loading is the only way to know that a file is sound; an evaluation that fails after
-        # hours in a queue costs more than reading it twice.
-        subject = self._described() if config.weights is None else self._loaded()
+        subject = Subject.described(config, self.registry)
         _raise(_size_problems(config, subject))
         parameters = sum(parameter.numel() for parameter in subject.backbone.parameters())
         data: list[tuple[str, str]] = []
@@ -76,7 +54,7 @@ class KnnTask(Task):
         )
 
     def run(self, output_dir: Path) -> None:
-        subject = self._initialised() if self.config.weights is None else self._loaded()
+        subject = Subject.opened(self.config, self.registry)
         evaluation = self._evaluation(subject)
         pixels = evaluation.raw_pixels()
         rows = [] if pixels is None else [pixels.row("raw pixels")]
@@ -97,35 +75,6 @@ class KnnTask(Task):
         write_results(output_dir, results, rows)
         print_table("k-NN accuracy in percent", rows)
 
-    # ------------------------------------------------------------------ what is evaluated
-    def _loaded(self) -> Subject:
-        path = str(self.config.weights)
-        loaded = load_backbone(path, registry=self.registry)
-        origin = [("weights", path), *sorted(loaded.provenance.items())]
-        return Subject(path, loaded.backbone, loaded.images, loaded.size, origin)
-
-    def _described(self) -> Subject:
-        """The backbone to initialise, without memory for it."""
-        with torch.device("meta"):
-            return self._built()
-
-    def _initialised(self) -> Subject:
-        subject = self._built()
-        with torch.random.fork_rng():
-            torch.manual_seed(keyed_seed(self.config.seed, "knn backbone"))
-            subject.backbone.init_weights()
-        subject.backbone.eval()
-        return subject
-
-    def _built(self) -> Subject:
-        images = self.config.images or ImagesConfig()
-        config: Any = attrs.evolve(cast(Any, self.config.backbone), in_chans=images.channels)
-        name = self.registry.of_config(config).component.name
-        origin = [("backbone", name), ("weights", f"random, seed {self.config.seed}")]
-        return Subject(
-            "random-init backbone", self.registry.build(config), images, size=None, origin=origin
-        )
-
     def _evaluation(self, subject: Subject) -> KnnEvaluation:
         size = self.config.size or subject.size
         return KnnEvaluation.build(self.config, self.registry.build, subject.images, size)
@@ -134,35 +83,6 @@ class KnnTask(Task):
 def _raise(problems: list[Problem]) -> None:
     if problems:
         raise RecipeError(problems)
-
-
-def _contradictions(config: KnnTaskConfig) -> list[Problem]:
-    """What can be wrong with the choice of a backbone before any file is opened."""
-    weights, backbone, images = config.weights, config.backbone, config.images
-    if weights is None and backbone is None:
-        hint = "give weights (a path) or a [backbone] to initialise at random"
-        return [Problem("weights", "there is nothing to evaluate", hint)]
-    if backbone is not None and weights is None:
-        return _channel_problems(backbone, images or ImagesConfig())
-    problems = []
-    if backbone is not None:
-        message = "weights bring their own backbone"
-        problems.append(Problem("backbone", message, "leave one of them out"))
-    if images is not None:
-        message = "weights know what images they were trained on"
-        problems.append(Problem("images", message, "leave [images] out"))
-    if not Path(str(weights)).exists():
-        hint = "the path is relative to the current folder; training writes its own into exports/"
-        problems.append(Problem("weights", f"there is no file {weights}", hint))
-    return problems
-
-
-def _channel_problems(backbone: BackboneConfig, images: ImagesConfig) -> list[Problem]:
-    if backbone.in_chans in (None, images.channels):
-        return []
-    message = f"is {backbone.in_chans}, but images.channels is {images.channels}"
-    hint = "set images.channels alone (with mean and std) and leave in_chans out"
-    return [Problem("backbone.in_chans", message, hint)]
 
 
 def _size_problems(config: KnnTaskConfig, subject: Subject) -> list[Problem]:

@@ -46,6 +46,9 @@ class ImageFolder(Dataset):
         image = decode(self.root / self.files[index], self.channels, self.config.max_pixels)
         return Sample(image, None if self.labels is None else int(self.labels[index]))
 
+    def name(self, index: int) -> str:
+        return self.files[range(len(self))[index]]
+
     def describe(self) -> str:
         kind = "no labels" if self.n_classes is None else f"{self.n_classes:,} classes"
         return f"image_folder {self.root}: {len(self):,} images, {kind}"

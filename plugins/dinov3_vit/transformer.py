@@ -31,6 +31,7 @@ class VisionTransformer(Backbone):
         self.patch_size = config.patch_size
         self.in_chans = 3 if config.in_chans is None else config.in_chans
         self.n_storage_tokens = config.n_storage_tokens
+        self.n_layers = config.depth
         norm = NORMS[config.norm_layer]
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))

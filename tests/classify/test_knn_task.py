@@ -104,7 +104,7 @@ def test_a_dataset_that_is_not_here_is_missing_and_not_wrong(weights: str, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "there is nothing to evaluate"),
+        ({}, "there is no backbone to look at"),
         ({"weights": "gone.safetensors"}, "weights: there is no file gone.safetensors"),
         ({"backbone": TinyConfig()}, r"weights bring their own backbone"),
         ({"images": GREY}, "weights know what images"),

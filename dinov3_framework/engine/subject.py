@@ -1,0 +1,103 @@
+"""The backbone that a recipe looks at: one with weights, or one as it is initialised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from attrs import frozen
+
+from dinov3_framework.configs import BackboneConfig, ImagesConfig, SubjectConfig, replace
+from dinov3_framework.contracts import Backbone
+from dinov3_framework.engine.export import load_backbone
+from dinov3_framework.errors import Problem, RecipeError
+from dinov3_framework.randomness import keyed_seed
+from dinov3_framework.registry import Registry
+
+
+@frozen
+class Subject:
+    """A backbone, and the images it wants."""
+
+    name: str
+    backbone: Backbone
+    images: ImagesConfig
+    size: int | None  # pixels of its training, where that is known
+    origin: Sequence[tuple[str, str]]  # rows for people: where it comes from
+
+    @classmethod
+    def described(cls, config: SubjectConfig, registry: Registry) -> Subject:
+        """The subject for a check; without weights its backbone is on the meta device.
+
+        Raises ``RecipeError`` for a contradiction and ``CheckpointError`` for wrong weights.
+        """
+        _refuse_contradictions(config)
+        if config.weights is None:
+            with torch.device("meta"):
+                return _built(config, registry)
+        return _loaded(config, registry)
+
+    @classmethod
+    def opened(cls, config: SubjectConfig, registry: Registry) -> Subject:
+        """The subject itself, on the CPU, in eval mode; errors as of :meth:`described`."""
+        _refuse_contradictions(config)
+        if config.weights is not None:
+            return _loaded(config, registry)
+        subject = _built(config, registry)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(keyed_seed(config.seed, "subject"))
+            subject.backbone.init_weights()
+        subject.backbone.eval()
+        return subject
+
+
+def _loaded(config: SubjectConfig, registry: Registry) -> Subject:
+    path = str(config.weights)
+    loaded = load_backbone(path, registry=registry)
+    origin = [("weights", path), *sorted(loaded.provenance.items())]
+    return Subject(path, loaded.backbone, loaded.images, loaded.size, origin)
+
+
+def _built(config: SubjectConfig, registry: Registry) -> Subject:
+    images = config.images or ImagesConfig()
+    backbone: Any = replace(cast(Any, config.backbone), in_chans=images.channels)
+    name = registry.of_config(backbone).component.name
+    origin = [("backbone", name), ("weights", f"random, seed {config.seed}")]
+    return Subject("random-init backbone", registry.build(backbone), images, None, origin)
+
+
+def _refuse_contradictions(config: SubjectConfig) -> None:
+    problems = _contradictions(config)
+    if problems:
+        raise RecipeError(problems)
+
+
+def _contradictions(config: SubjectConfig) -> list[Problem]:
+    """What can be wrong with the choice of a backbone before any file is opened."""
+    weights, backbone, images = config.weights, config.backbone, config.images
+    if weights is None and backbone is None:
+        hint = "give weights (a path) or a [backbone] to initialise at random"
+        return [Problem("weights", "there is no backbone to look at", hint)]
+    if backbone is not None and weights is None:
+        return _channel_problems(backbone, images or ImagesConfig())
+    problems = []
+    if backbone is not None:
+        message = "weights bring their own backbone"
+        problems.append(Problem("backbone", message, "leave one of them out"))
+    if images is not None:
+        message = "weights know what images they were trained on"
+        problems.append(Problem("images", message, "leave [images] out"))
+    if not Path(str(weights)).exists():
+        hint = "the path is relative to the current folder; training writes its own into exports/"
+        problems.append(Problem("weights", f"there is no file {weights}", hint))
+    return problems
+
+
+def _channel_problems(backbone: BackboneConfig, images: ImagesConfig) -> list[Problem]:
+    if backbone.in_chans in (None, images.channels):
+        return []
+    message = f"is {backbone.in_chans}, but images.channels is {images.channels}"
+    hint = "set images.channels alone (with mean and std) and leave in_chans out"
+    return [Problem("backbone.in_chans", message, hint)]
