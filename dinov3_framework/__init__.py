@@ -13,7 +13,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "hookspecs": ["hookimpl"],
-    "registry": ["Component", "Registry"],
+    "components": ["Component"],
+    "registry": ["Registry"],
     "configs": [
         "AugmentationConfig",
         "BackboneConfig",
@@ -24,8 +25,10 @@ _HOMES = {
         "LauncherConfig",
         "LossConfig",
         "ObserverConfig",
+        "SATELLITE_IMAGES",
         "SubjectConfig",
         "TaskConfig",
+        "WEB_IMAGES",
         "config",
         "fraction",
         "interval",
@@ -33,6 +36,7 @@ _HOMES = {
         "one_of",
         "option",
         "positive",
+        "preset",
     ],
     "schedules": ["Constant", "Cosine", "Schedule", "WarmupCosine"],
     "errors": [
@@ -69,9 +73,20 @@ _HOMES = {
     ],
     "randomness": ["keyed_rng", "keyed_seed"],
     "engine.features": ["Features", "extract_features", "raw_pixels"],
-    "engine.export": ["load_backbone"],
+    "engine.loading": ["describe_backbone", "load_backbone"],
     "engine.subject": ["Subject"],
-    "images": ["SATELLITE_IMAGES", "WEB_IMAGES", "evaluation_image", "normalize"],
+    "images": ["evaluation_image", "normalize"],
+    "weights.layouts": [
+        "Chunks",
+        "Content",
+        "Dropped",
+        "Implied",
+        "Layout",
+        "Published",
+        "PublishedFile",
+        "Renamed",
+        "Rule",
+    ],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

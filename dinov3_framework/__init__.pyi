@@ -1,6 +1,7 @@
 """What type checkers see of the public API; ``__init__.py`` says where each name lives."""
 
 from dinov3_framework import collectives as collectives
+from dinov3_framework.components import Component as Component
 from dinov3_framework.configs import AugmentationConfig as AugmentationConfig
 from dinov3_framework.configs import BackboneConfig as BackboneConfig
 from dinov3_framework.configs import DatasetConfig as DatasetConfig
@@ -10,8 +11,10 @@ from dinov3_framework.configs import InvalidOption as InvalidOption
 from dinov3_framework.configs import LauncherConfig as LauncherConfig
 from dinov3_framework.configs import LossConfig as LossConfig
 from dinov3_framework.configs import ObserverConfig as ObserverConfig
+from dinov3_framework.configs import SATELLITE_IMAGES as SATELLITE_IMAGES
 from dinov3_framework.configs import SubjectConfig as SubjectConfig
 from dinov3_framework.configs import TaskConfig as TaskConfig
+from dinov3_framework.configs import WEB_IMAGES as WEB_IMAGES
 from dinov3_framework.configs import config as config
 from dinov3_framework.configs import fraction as fraction
 from dinov3_framework.configs import interval as interval
@@ -19,6 +22,7 @@ from dinov3_framework.configs import not_negative as not_negative
 from dinov3_framework.configs import one_of as one_of
 from dinov3_framework.configs import option as option
 from dinov3_framework.configs import positive as positive
+from dinov3_framework.configs import preset as preset
 from dinov3_framework.contracts import Anchor as Anchor
 from dinov3_framework.contracts import Augmentation as Augmentation
 from dinov3_framework.contracts import Backbone as Backbone
@@ -38,10 +42,11 @@ from dinov3_framework.contracts import StepRecord as StepRecord
 from dinov3_framework.contracts import Task as Task
 from dinov3_framework.contracts import View as View
 from dinov3_framework.contracts import ViewFeatures as ViewFeatures
-from dinov3_framework.engine.export import load_backbone as load_backbone
 from dinov3_framework.engine.features import Features as Features
 from dinov3_framework.engine.features import extract_features as extract_features
 from dinov3_framework.engine.features import raw_pixels as raw_pixels
+from dinov3_framework.engine.loading import describe_backbone as describe_backbone
+from dinov3_framework.engine.loading import load_backbone as load_backbone
 from dinov3_framework.engine.subject import Subject as Subject
 from dinov3_framework.errors import CheckpointError as CheckpointError
 from dinov3_framework.errors import CorruptSampleError as CorruptSampleError
@@ -53,17 +58,23 @@ from dinov3_framework.errors import Problem as Problem
 from dinov3_framework.errors import RecipeError as RecipeError
 from dinov3_framework.errors import UserError as UserError
 from dinov3_framework.hookspecs import hookimpl as hookimpl
-from dinov3_framework.images import SATELLITE_IMAGES as SATELLITE_IMAGES
-from dinov3_framework.images import WEB_IMAGES as WEB_IMAGES
 from dinov3_framework.images import evaluation_image as evaluation_image
 from dinov3_framework.images import normalize as normalize
 from dinov3_framework.randomness import keyed_rng as keyed_rng
 from dinov3_framework.randomness import keyed_seed as keyed_seed
-from dinov3_framework.registry import Component as Component
 from dinov3_framework.registry import Registry as Registry
 from dinov3_framework.schedules import Constant as Constant
 from dinov3_framework.schedules import Cosine as Cosine
 from dinov3_framework.schedules import Schedule as Schedule
 from dinov3_framework.schedules import WarmupCosine as WarmupCosine
+from dinov3_framework.weights.layouts import Chunks as Chunks
+from dinov3_framework.weights.layouts import Content as Content
+from dinov3_framework.weights.layouts import Dropped as Dropped
+from dinov3_framework.weights.layouts import Implied as Implied
+from dinov3_framework.weights.layouts import Layout as Layout
+from dinov3_framework.weights.layouts import Published as Published
+from dinov3_framework.weights.layouts import PublishedFile as PublishedFile
+from dinov3_framework.weights.layouts import Renamed as Renamed
+from dinov3_framework.weights.layouts import Rule as Rule
 
 __version__: str

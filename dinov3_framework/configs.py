@@ -55,6 +55,24 @@ def config(cls: type[T]) -> type[T]:
     return attrs.frozen(cls, kw_only=True)
 
 
+def preset(**defaults: Any) -> Callable[[type[T]], type[T]]:
+    """Class decorator: a config like its base with other defaults, docs and checks kept.
+
+    Raises ``TypeError`` for a field that the base does not have.
+    """
+
+    def with_defaults(cls: type, fields: list[attrs.Attribute[Any]]) -> list[attrs.Attribute[Any]]:
+        unknown = defaults.keys() - {field.name for field in fields}
+        if unknown:
+            raise TypeError(f"{cls.__name__}: no such field: {', '.join(sorted(unknown))}")
+        return [
+            field.evolve(default=defaults[field.name]) if field.name in defaults else field
+            for field in fields
+        ]
+
+    return attrs.frozen(kw_only=True, field_transformer=with_defaults)
+
+
 def replace(config: T, **changes: Any) -> T:
     """A copy of a config with some fields changed; checks run again."""
     return attrs.evolve(config, **changes)  # type: ignore[misc,no-any-return]
@@ -99,6 +117,18 @@ class BackboneConfig:
         default=None,
         check=positive,
     )
+
+    def evaluation_settings(self) -> dict[str, object]:
+        """What, by name, decides on the features that given weights give in evaluation.
+
+        Two configs whose weights have equal names and shapes mean the same backbone where these
+        are equal; it is how a training knows that weights are what its recipe takes them for. All
+        fields, unless a family leaves out those that act in training alone or that names and
+        shapes show.
+        """
+        cls: Any = type(self)
+        names = [field.name for field in attrs.fields(cls)]
+        return {name: getattr(self, name) for name in names if name != "in_chans"}
 
 
 @config
@@ -157,6 +187,12 @@ class ImagesConfig:
                 raise InvalidOption(name, f"has {given} numbers for channels = {self.channels}")
         if min(self.std) <= 0:
             raise InvalidOption("std", f"must be above 0, is {list(self.std)}")
+
+
+# What the published weights were trained with: on photographs from the web (ImageNet's statistics)
+# and on satellite images (SAT-493M).
+WEB_IMAGES = ImagesConfig()
+SATELLITE_IMAGES = ImagesConfig(mean=(0.430, 0.411, 0.296), std=(0.213, 0.156, 0.143))
 
 
 @config

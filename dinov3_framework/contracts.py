@@ -96,6 +96,8 @@ class Backbone(nn.Module, abc.ABC):
     patch_size: int  # pixels along the side of a patch token's cell
     in_chans: int
     n_layers: int = 1  # what get_intermediate_layers counts
+    takes_masks: bool = True  # whether masked patches can be replaced; if not, masks are refused
+    images: ImagesConfig | None = None  # what its weights were trained on, where that is known
 
     @abc.abstractmethod
     def init_weights(self) -> None:

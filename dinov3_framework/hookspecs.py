@@ -1,8 +1,8 @@
 """The hooks a plugin may implement.
 
-Each returns a list of :class:`~dinov3_framework.Component`. The hooks are called once, when the
-registry loads; they must not import torch or any other heavy package, so that listing, describing
-and checking stay quick: give a component's factory as ``"module:attribute"``.
+Each returns a list, of :class:`~dinov3_framework.Component` unless it says otherwise. The hooks are
+called once, when the registry loads; they must not import torch or any other heavy package, so that
+listing, describing and checking stay quick: give a component's factory as ``"module:attribute"``.
 
 A plugin is a module (or package) with such functions, named by an entry point of the group
 ``dinov3_framework``.
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from dinov3_framework.registry import Component
+    from dinov3_framework.components import Component
+    from dinov3_framework.weights.layouts import Layout, Published
 
 PROJECT = "dinov3_framework"  # also the entry-point group
 
@@ -30,6 +31,20 @@ def dinov3_backbones() -> list[Component]:  # type: ignore[empty-body]
     Config: a subclass of ``BackboneConfig``. Built as ``factory(config)``; see
     ``contracts.Backbone`` for what the object must offer.
     """
+
+
+@hookspec
+def dinov3_layouts() -> list[Layout]:  # type: ignore[empty-body]
+    """How files of other formats name the tensors of a plugin's backbones.
+
+    See ``weights.layouts.Layout``. A backbone without layouts is read from and written to this
+    framework's own files.
+    """
+
+
+@hookspec
+def dinov3_published() -> list[Published]:  # type: ignore[empty-body]
+    """Published weights of a plugin's backbones, by their torch.hub names."""
 
 
 @hookspec

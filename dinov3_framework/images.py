@@ -9,11 +9,6 @@ from torch.nn import functional as F
 from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.errors import DataError
 
-# What the published weights were trained with: on photographs from the web (ImageNet's statistics)
-# and on satellite images (SAT-493M).
-WEB_IMAGES = ImagesConfig()
-SATELLITE_IMAGES = ImagesConfig(mean=(0.430, 0.411, 0.296), std=(0.213, 0.156, 0.143))
-
 # Evaluation resizes the shorter side to 256 where it crops 224, whatever the size.
 _RESIZE_RATIO = 256 / 224
 

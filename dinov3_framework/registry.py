@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
 from attrs import field, frozen
 
 from dinov3_framework import configs
+from dinov3_framework.components import Component
 from dinov3_framework.errors import PluginError, UnknownNameError
 from dinov3_framework.plugins import BrokenPlugin, FoundPlugins, find_plugins
+from dinov3_framework.weights.layouts import Layout, Published
 
 KINDS: dict[str, type] = {
     "backbone": configs.BackboneConfig,
@@ -29,34 +30,6 @@ KINDS: dict[str, type] = {
 
 def hook_of(kind: str) -> str:
     return f"dinov3_{kind}es" if kind.endswith("s") else f"dinov3_{kind}s"
-
-
-@frozen
-class Component:
-    """A name, a config class, and what builds an object from such a config.
-
-    ``factory`` is called as ``factory(config, **runtime)``; given as ``"module:attribute"`` it is
-    imported at the first build, so that a plugin's ``__init__`` stays light.
-    """
-
-    name: str
-    config: type
-    factory: Callable[..., Any] | str
-
-    def resolve(self) -> Callable[..., Any]:
-        """The factory itself, imported if need be."""
-        if not isinstance(self.factory, str):
-            return self.factory
-        module, _, attribute = self.factory.partition(":")
-        try:
-            target: Any = importlib.import_module(module)
-            for part in attribute.split("."):
-                target = getattr(target, part)
-        except (ImportError, AttributeError) as error:
-            raise PluginError(
-                f"component {self.name!r}: its factory {self.factory!r} cannot be imported: {error}"
-            ) from error
-        return target  # type: ignore[no-any-return]
 
 
 @frozen
@@ -107,6 +80,8 @@ class Registry:
     def __init__(self) -> None:
         self._components: dict[str, dict[str, Registered]] = {kind: {} for kind in KINDS}
         self._by_config: dict[type, Registered] = {}
+        self.layouts: list[Layout] = []
+        self.published: dict[str, Published] = {}
         self.broken: list[BrokenPlugin] = []
         self.blocked: list[str] = []
         self.distributions: dict[str, str] = {}
@@ -122,23 +97,12 @@ class Registry:
         registry.broken, registry.blocked = found.broken, found.blocked
         registry.distributions = found.distributions
         for kind in KINDS:
-            caller = getattr(found.manager.hook, hook_of(kind))
-            for implementation in caller.get_hookimpls():
-                plugin = implementation.plugin_name
-                origin = found.distributions.get(plugin, "?")
-                try:
-                    components = implementation.function()
-                except Exception as error:  # whatever a stranger's function may raise
-                    reason = f"{hook_of(kind)}: {type(error).__name__}: {error}"
-                    registry.broken.append(BrokenPlugin(plugin, origin, reason))
-                    continue
-                if not isinstance(components, list | tuple):
-                    raise PluginError(
-                        f"plugin {plugin!r} of distribution {origin!r}: {hook_of(kind)} returned "
-                        f"{type(components).__name__}, not a list of Component"
-                    )
-                for component in components:
-                    registry.add(kind, component, plugin, origin)
+            for plugin, origin, component in _offered(registry, found, hook_of(kind)):
+                registry.add(kind, component, plugin, origin)
+        for plugin, origin, layout in _offered(registry, found, "dinov3_layouts"):
+            registry.add_layout(layout, plugin, origin)
+        for plugin, origin, published in _offered(registry, found, "dinov3_published"):
+            registry.publish(published, plugin, origin)
         return registry
 
     def add(self, kind: str, component: Component, plugin: str, distribution: str) -> None:
@@ -179,6 +143,41 @@ class Registry:
         self._components[kind][component.name] = new
         self._by_config[component.config] = new
 
+    def add_layout(self, layout: Layout, plugin: str, distribution: str) -> None:
+        """Take one layout of weights in files."""
+        if not isinstance(layout, Layout):
+            raise PluginError(
+                f"plugin {plugin!r} of distribution {distribution!r}: {layout!r} is not a Layout"
+            )
+        self.layouts.append(layout)
+
+    def publish(self, published: Published, plugin: str, distribution: str) -> None:
+        """Take one published backbone; a name that is taken is an error."""
+        if not isinstance(published, Published):
+            raise PluginError(
+                f"plugin {plugin!r} of distribution {distribution!r}: {published!r} is not a "
+                "Published"
+            )
+        if published.name in self.published:
+            raise PluginError(
+                f"plugin {plugin!r} of distribution {distribution!r}: weights are published twice "
+                f"as {published.name!r}; leave one plugin out with --block-plugin"
+            )
+        self.published[published.name] = published
+
+    def config_of(self, kind: str, name: str, values: Mapping[str, Any]) -> Any:
+        """The config of a component by its fields' values, checked as strictly as a recipe's."""
+        from dinov3_framework.structure import structure_component
+
+        return structure_component(self, kind, name, dict(values))
+
+    def values_of(self, config: Any) -> tuple[str, dict[str, Any]]:
+        """(name, plain values) of a component's config: what :meth:`config_of` takes."""
+        from dinov3_framework.structure import unstructure
+
+        values = unstructure(self, config)
+        return values.pop("use"), values
+
     def names(self, kind: str) -> list[str]:
         """The names of a kind, sorted."""
         return sorted(self._components[self._known_kind(kind)])
@@ -216,9 +215,7 @@ class Registry:
             if isinstance(kind_or_config, str):
                 raise TypeError("build(kind, name, **fields) or build(config, **runtime)")
             return self.of_config(kind_or_config).component.resolve()(kind_or_config, **values)
-        from dinov3_framework.structure import structure_component
-
-        return self.build(structure_component(self, kind_or_config, name, values))
+        return self.build(self.config_of(kind_or_config, name, values))
 
     def describe(self, kind: str, name: str) -> Description:
         """Fields, types, defaults and docs of a component; builds and imports nothing heavy."""
@@ -246,6 +243,26 @@ class Registry:
         if self.blocked:
             notes.append(f"blocked plugins: {', '.join(self.blocked)}")
         return "".join(f"\n  {note}" for note in notes)
+
+
+def _offered(registry: Registry, found: FoundPlugins, hook: str) -> Iterator[tuple[str, str, Any]]:
+    """(plugin, distribution, object) for all that the implementations of a hook return."""
+    for implementation in getattr(found.manager.hook, hook).get_hookimpls():
+        plugin = implementation.plugin_name
+        origin = found.distributions.get(plugin, "?")
+        try:
+            offered = implementation.function()
+        except Exception as error:  # whatever a stranger's function may raise
+            reason = f"{hook}: {type(error).__name__}: {error}"
+            registry.broken.append(BrokenPlugin(plugin, origin, reason))
+            continue
+        if not isinstance(offered, list | tuple):
+            raise PluginError(
+                f"plugin {plugin!r} of distribution {origin!r}: {hook} returned "
+                f"{type(offered).__name__}, not a list"
+            )
+        for each in offered:
+            yield plugin, origin, each
 
 
 def _describe_fields(config: type) -> list[FieldInfo]:

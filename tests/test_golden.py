@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from dinov3_convnext.configs import ConvNextConfig
+from dinov3_convnext.network import ConvNeXt
 from dinov3_losses.configs import DinoConfig, GramConfig, IbotConfig, KoLeoConfig, ProjectorConfig
 from dinov3_losses.dino import DinoLoss
 from dinov3_losses.gram import GramLoss
@@ -38,7 +40,7 @@ from torch import Tensor
 from dinov3_framework import Constant, StepOutputs, ViewFeatures
 
 # Kinds of cases that wait for the part of the project that they pin.
-NOT_YET = {"convnext"}
+NOT_YET: set[str] = set()
 SKIPPED = {name.strip() for name in os.environ.get("GOLDEN_SKIP", "").split(",")}
 
 
@@ -74,6 +76,30 @@ def check_vit(case: Case) -> None:
     for index, (patches, cls) in zip(spec["layers"], layers, strict=True):
         assert_close(patches, expected[f"layer{index}_patch"], f"patches of block {index}")
         assert_close(cls, expected[f"layer{index}_cls"], f"class token of block {index}")
+
+
+@torch.no_grad()
+def check_convnext(case: Case) -> None:
+    spec, expected = case.spec, case.tensors()
+    options = {name: tuple(v) if isinstance(v, list) else v for name, v in spec["config"].items()}
+    model = ConvNeXt(ConvNextConfig(**options)).eval()
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    assert shapes == spec["state_dict"]
+    assert sum(p.numel() for p in model.parameters()) == spec["n_params"]
+
+    fill(model, spec["seed"])
+    images = seeded("images", spec["seed"], tuple(spec["image_shape"]))
+    features = model.forward_features(images)
+    assert_close(model(images), expected["cls"], "forward")
+    assert_close(features["x_norm_clstoken"], expected["cls"], "class token")
+    assert_close(features["x_norm_patchtokens"], expected["patch"], "patch tokens")
+
+    count = sum(name.endswith("_cls") for name in expected)  # of the last stages
+    layers = model.get_intermediate_layers(images, n=count, reshape=True, return_class_token=True)
+    assert len(layers) == count > 0
+    for index, (patches, cls) in enumerate(layers):
+        assert_close(patches, expected[f"inter{index}_patch"], f"patches of layer {index}")
+        assert_close(cls, expected[f"inter{index}_cls"], f"class token of layer {index}")
 
 
 # --------------------------------------------------------------------------- losses
@@ -235,6 +261,7 @@ def check_param_groups(case: Case) -> None:
 
 CHECKS: dict[str, Callable[[Case], None]] = {
     "vit": check_vit,
+    "convnext": check_convnext,
     "losses": check_losses,
     "schedules": check_schedules,
     "param_groups": check_param_groups,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dinov3_framework.components import Component
+from dinov3_framework.engine.extraction.settings import FeaturesTaskConfig
 from dinov3_framework.engine.settings import PretrainConfig
 from dinov3_framework.hookspecs import hookimpl
-from dinov3_framework.registry import Component
 
 
 @hookimpl
 def dinov3_tasks() -> list[Component]:
     return [
+        Component(
+            "features", FeaturesTaskConfig, "dinov3_framework.engine.extraction.task:FeaturesTask"
+        ),
         Component("pretrain", PretrainConfig, "dinov3_framework.engine.pretrain:Pretrain"),
     ]

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import cast
 
 import torch
 from attrs import frozen
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
@@ -24,6 +23,7 @@ from dinov3_framework import collectives
 from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts import Backbone, Dataset
 from dinov3_framework.engine.distributed import pick_device
+from dinov3_framework.engine.loaded_backbone import evaluating
 from dinov3_framework.errors import CorruptSampleError, DataError
 from dinov3_framework.images import evaluation_image, normalize
 
@@ -83,7 +83,7 @@ def extract_features(
         return cast(Tensor, backbone(pixels.to(dtype)))
 
     # Not inference_mode: what a backbone or its sharding caches in it could not be trained with.
-    with _evaluating(backbone), torch.no_grad():
+    with evaluating(backbone), torch.no_grad():
         return _extract(embed, dataset, images, size, batch_size, workers)
 
 
@@ -104,18 +104,6 @@ def raw_pixels(
         return normalize(batch, images).flatten(1)
 
     return _extract(embed, dataset, images, size, batch_size, workers)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        # One by one: parts that were frozen in eval mode stay so.
-        for part in training:
-            part.training = True
 
 
 @frozen

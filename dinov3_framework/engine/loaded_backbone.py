@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any, TypeAlias
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from attrs import frozen
-from torch import Tensor
+from torch import Tensor, nn
 
-from dinov3_framework.configs import ImagesConfig
+from dinov3_framework.configs import BackboneConfig, ImagesConfig
 from dinov3_framework.contracts import Backbone
+from dinov3_framework.engine.extraction.fit import SQUARE, EvaluationTransform, ImageFit
+from dinov3_framework.engine.extraction.tokens import TokenReader
 from dinov3_framework.errors import DataError
-from dinov3_framework.images import evaluation_image, normalize
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    Picture: TypeAlias = "str | PathLike[str] | Image | Tensor | np.ndarray[Any, Any]"
-
-_MODES = {1: "L", 3: "RGB"}  # Pillow's, by number of channels
+    from dinov3_framework.engine.extraction.pictures import Picture
 
 
 @frozen
@@ -30,12 +27,15 @@ class LoadedBackbone:
 
     >>> loaded = load_backbone("teacher_backbone.safetensors")
     >>> loaded.features(["a.jpg", "b.png"]).shape  # [2, D]
+    >>> loaded.extract("a.jpg", ["class", "patches"])["patches"].shape  # [1, h, w, D]
     """
 
     backbone: Backbone
     images: ImagesConfig
     size: int  # pixels, of the images it was trained on
     provenance: Mapping[str, str]
+    component: str | None = None  # what built it, and with which options, where that is known
+    config: BackboneConfig | None = None
 
     def features(
         self,
@@ -45,121 +45,119 @@ class LoadedBackbone:
     ) -> Tensor:
         """Class tokens [n, D], float32 on the CPU, without gradient.
 
-        ``images`` is one image or a list: a path, a PIL image, a uint8 tensor [C, H, W] (or
-        several, [n, C, H, W]) or a uint8 array [H, W, C] or [H, W]. Grey becomes RGB and RGB grey
-        as the backbone wants. Each is resized and cropped to ``size`` pixels, by default those of
-        the training; a multiple of the patch size. ``batch_size`` images pass the backbone at a
-        time. Raises ``DataError`` for what is no such image or size.
+        ``images`` is one image or a list: a path, a PIL image, a uint8 tensor [C, H, W] or a uint8
+        array [H, W, C] or [H, W]; or several in one, [n, C, H, W] or [n, H, W, C]. Grey becomes
+        RGB and RGB grey as the backbone wants. Each is resized and cropped to ``size`` pixels, by
+        default those of the training; a multiple of the patch size. ``batch_size`` images pass the
+        backbone at a time. Raises ``DataError`` for what is no such image or size.
         """
-        size = self._checked_size(self.size if size is None else size)
+        cls: Tensor = self.extract(images, size=size, batch_size=batch_size)["class"]
+        return cls
+
+    def extract(
+        self,
+        images: Picture | Sequence[Picture],
+        outputs: Sequence[str] = ("class",),
+        *,
+        layers: Sequence[int] = (-1,),
+        norm: bool = True,
+        fit: str = "crop",
+        size: int | None = None,
+        batch_size: int = 64,
+    ) -> dict[str, Any]:
+        """Any outputs of any layers by name, float32 on the CPU, without gradient.
+
+        ``outputs`` are some of ``class`` [n, D], ``mean_patch`` [n, D] (of the patch tokens),
+        ``patches`` [n, h, w, D] and ``storage`` [n, R, D]; ``layers`` indices from 0, or from -1
+        for the last backwards; ``norm`` says whether the final norm is applied. With one layer
+        the names are those, with several ``layer11.class`` and so on.
+
+        ``fit`` is how an image becomes what the backbone sees: ``crop`` (the evaluation's: resized
+        and cropped to ``size``), ``squash`` (resized to ``size`` x ``size`` whatever its shape),
+        ``pad`` (in its own shape, the longer side resized to ``size`` if one is given, padded
+        with the mean colour to whole patches) or ``native`` (as it is; its sides must be multiples
+        of the patch size). ``size`` left out is that of the training for the first two. With
+        ``pad`` and ``native`` grids differ, and ``patches`` is a list of n tensors [h, w, D].
+
+        ``images`` and errors as of :meth:`features`; also ``UserError`` for what the backbone does
+        not give.
+        """
         if batch_size < 1:
             raise DataError(f"batch_size must be at least 1, is {batch_size}")
-        channels = self.images.channels
-        first = next(self.backbone.parameters())
-        parts = [torch.empty(0, self.backbone.embed_dim)]
-        was_training = [module for module in self.backbone.modules() if module.training]
-        self.backbone.eval()
-        try:
-            with torch.no_grad():
-                for batch in _batches(images, batch_size):
-                    pixels = [evaluation_image(as_tensor(x, channels), size) for x in batch]
-                    inputs = normalize(torch.stack(pixels).to(first.device), self.images)
-                    parts.append(self.backbone(inputs.to(first.dtype)).float().cpu())
-        finally:
-            for module in was_training:
-                module.training = True
-        return torch.cat(parts)
+        fitted = self._fit(size, fit)
+        transform = EvaluationTransform(fitted)
+        reader = TokenReader(self.backbone, outputs, layers, norm)
+        found: list[dict[str, Tensor]] = []
+        with evaluating(self.backbone), torch.no_grad():
+            for batch in _batches(images, batch_size):
+                found += self._read(reader, [transform(picture) for picture in batch])
+        if not found:
+            return self._nothing(reader, fitted)
+        return {
+            name: [each[name] for each in found]
+            if fitted.ragged and name.endswith("patches")
+            else torch.stack([each[name] for each in found])
+            for name in found[0]
+        }
 
-    def _checked_size(self, size: int) -> int:
-        patch = self.backbone.patch_size
-        if size < patch or size % patch:
-            lower = max(size // patch, 1) * patch
-            raise DataError(
-                f"a size of {size} px is no multiple of the backbone's patch size {patch}; take "
-                f"{lower} or {lower + patch}"
-            )
-        return size
+    def transform(self, size: int | None = None, fit: str = "crop") -> EvaluationTransform:
+        """From a picture of any form to what the backbone takes: float32 [C, H, W] on the CPU.
+
+        Fitted as :meth:`extract` does it, with the mean and deviation of the training. Raises
+        ``DataError`` for a size that does not fit; the transform does for what is no image.
+        """
+        return EvaluationTransform(self._fit(size, fit))
+
+    def _fit(self, size: int | None, fit: str) -> ImageFit:
+        side = self.size if size is None and fit in SQUARE else size
+        fitted = ImageFit(self.images, self.backbone.patch_size, fit, side)
+        if complaint := fitted.complaint():
+            option, message, hint = complaint
+            raise DataError(f"{option}: {message}; {hint}")
+        return fitted
+
+    def _read(self, reader: TokenReader, pixels: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """Outputs of each image; those of one shape pass the backbone together."""
+        first = next(self.backbone.parameters())
+        places: dict[torch.Size, list[int]] = {}
+        for place, image in enumerate(pixels):
+            places.setdefault(image.shape, []).append(place)
+        found: list[dict[str, Tensor]] = [{} for _ in pixels]
+        for same in places.values():
+            batch = torch.stack([pixels[place] for place in same])
+            for name, values in reader(batch.to(first.device, first.dtype)).items():
+                for place, value in zip(same, values.float().cpu(), strict=True):
+                    found[place][name] = value
+        return found
+
+    def _nothing(self, reader: TokenReader, fit: ImageFit) -> dict[str, Any]:
+        """What no images give: tensors without rows, their shapes taken from a blank image."""
+        side = fit.patch_size if fit.size is None or fit.ragged else fit.size
+        blank = torch.zeros(self.images.channels, side, side)
+        with evaluating(self.backbone), torch.no_grad():
+            (shapes,) = self._read(reader, [blank])
+        return {
+            name: [] if fit.ragged and name.endswith("patches") else value[None][:0]
+            for name, value in shapes.items()
+        }
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode for the duration of a ``with``; parts that were in it before stay in it after."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def _batches(images: Any, batch_size: int) -> Iterator[list[Any]]:
-    if isinstance(images, Tensor) and images.ndim == 4:
-        items: Sequence[Any] = images  # type: ignore[assignment]
-    else:
-        items = images if isinstance(images, list | tuple) else [images]
+    several = isinstance(images, list | tuple) or (
+        isinstance(images, Tensor | np.ndarray) and images.ndim == 4
+    )
+    items: Sequence[Any] = images if several else [images]
     for start in range(0, len(items), batch_size):
         yield list(items[start : start + batch_size])
-
-
-def as_tensor(picture: Any, channels: int) -> Tensor:
-    """One image of any accepted form as uint8 [channels, H, W]; raises ``DataError``."""
-    if isinstance(picture, str | PathLike):
-        return _from_file(fspath(picture), channels)
-    if isinstance(picture, Tensor):
-        return _from_tensor(picture, channels)
-    if isinstance(picture, np.ndarray):
-        planes = picture[..., None] if picture.ndim == 2 else picture
-        if planes.ndim != 3 or planes.dtype != np.uint8:
-            raise DataError(
-                "an image as an array must be uint8 [H, W, C] or [H, W], is "
-                f"{picture.dtype} {list(picture.shape)}"
-            )
-        return _from_tensor(torch.from_numpy(planes.transpose(2, 0, 1).copy()), channels)
-    if hasattr(picture, "convert") and hasattr(picture, "mode"):
-        return _from_pil(picture, channels, "a PIL image")
-    raise DataError(
-        "an image must be a path, a PIL image, a uint8 tensor [C, H, W] or a uint8 array "
-        f"[H, W, C], is {type(picture).__name__}"
-    )
-
-
-def _from_file(path: str, channels: int) -> Tensor:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return _from_pil(image, channels, path)
-    except FileNotFoundError:
-        raise DataError(f"there is no image {path}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read as an image: {error}") from error
-
-
-def _from_pil(image: Image, channels: int, name: str) -> Tensor:
-    if channels not in _MODES:
-        raise DataError(
-            f"{name} gives 1 or 3 channels, the backbone takes {channels}; give a uint8 tensor "
-            f"[{channels}, H, W]"
-        )
-    if image.mode.startswith(("I", "F")):
-        image = _to_8_bits(image, name)
-    values = np.array(image.convert(_MODES[channels]))
-    planes = values[..., None] if values.ndim == 2 else values
-    return torch.from_numpy(planes.transpose(2, 0, 1).copy())
-
-
-def _to_8_bits(image: Image, name: str) -> Image:
-    """16-bit grey scaled to 8 bits, where Pillow's own conversion would cut at 255."""
-    from PIL import Image as pil
-
-    values = np.asarray(image)
-    if image.mode == "F" or (values.size and (values.min() < 0 or values.max() > 65535)):
-        raise DataError(f"{name} holds values of more than 16 bits; 8 or 16 are read")
-    return pil.fromarray((values >> 8).astype(np.uint8))
-
-
-def _from_tensor(image: Tensor, channels: int) -> Tensor:
-    if image.ndim != 3 or image.dtype != torch.uint8:
-        dtype = str(image.dtype).removeprefix("torch.")
-        raise DataError(
-            f"an image as a tensor must be uint8 [C, H, W], is {dtype} {list(image.shape)}"
-        )
-    given = image.shape[0]
-    if given == channels:
-        return image
-    if {given, channels} != {1, 3}:
-        raise DataError(f"an image has {given} channels, the backbone takes {channels}")
-    from PIL import Image
-
-    pixels = image[0] if given == 1 else image.permute(1, 2, 0)
-    return _from_pil(Image.fromarray(pixels.cpu().contiguous().numpy()), channels, "an image")

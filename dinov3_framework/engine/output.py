@@ -31,6 +31,7 @@ _FREE_KEYS = (
     "output_dir",
     "launcher",
     "loader",
+    "workers",
     "checkpoint",
     "observers",
     "parallel.timeout",

@@ -26,10 +26,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem
 
-from dinov3_framework.engine.listing import listing
 from dinov3_framework.engine.manifest import is_plain_name
 from dinov3_framework.engine.shard_writer import INDEX
 from dinov3_framework.errors import CheckpointError
+from dinov3_framework.listing import listing
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _ALLOWED = frozenset(
@@ -42,6 +42,7 @@ _ALLOWED = frozenset(
         (_METADATA, "TensorProperties"),
         (_METADATA, "TensorStorageMetadata"),
         (_METADATA, "_MEM_FORMAT_ENCODING"),
+        ("pathlib", "PosixPath"),  # where torch's own writer had put the checkpoint
         ("torch", "Size"),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
         ("torch.serialization", "_get_layout"),
@@ -52,13 +53,14 @@ _ALLOWED = frozenset(
 class SafeReader(FileSystemReader):
     """torch's reader with an index that was read safely.
 
-    ``files`` holds the names of the files that may be read. Raises ``CheckpointError`` where the
-    index asks for anything else.
+    ``files`` holds the names of the files that may be read; a ``foreign`` checkpoint, which torch
+    wrote without this framework, may hold other things than tensors, which are left out. Raises
+    ``CheckpointError`` where the index asks for anything else.
     """
 
-    def __init__(self, folder: Path, files: Container[str]) -> None:
+    def __init__(self, folder: Path, files: Container[str], foreign: bool = False) -> None:
         super().__init__(folder)
-        self.index = read_index(folder / INDEX, files)
+        self.index = read_index(folder / INDEX, files, foreign)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self.index
@@ -87,7 +89,7 @@ class _IndexUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def read_index(path: Path, files: Container[str]) -> Metadata:
+def read_index(path: Path, files: Container[str], foreign: bool = False) -> Metadata:
     """The index of a checkpoint, with nothing in it but tensors in ``files``."""
     try:
         with path.open("rb") as stream:
@@ -96,9 +98,22 @@ def read_index(path: Path, files: Container[str]) -> Metadata:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # a malformed pickle raises whatever it likes
         raise _refusal(path, f"{error}") from error
+    if foreign and type(index) is Metadata:
+        _keep_tensors(index)
     _check(path, index, files)
     index.storage_meta = StorageMeta()
     return index  # type: ignore[no-any-return]
+
+
+def _keep_tensors(index: Metadata) -> None:
+    """Forget what is not a tensor; its bytes are never read."""
+    names, places = index.state_dict_metadata, index.storage_data
+    if isinstance(names, dict) and isinstance(places, dict):
+        kept = {n: entry for n, entry in names.items() if type(entry) is TensorStorageMetadata}
+        index.state_dict_metadata = dict(kept)
+        index.storage_data = {
+            where: place for where, place in places.items() if getattr(where, "fqn", None) in kept
+        }
 
 
 def _check(path: Path, index: Any, files: Container[str]) -> None:
@@ -125,7 +140,7 @@ def _check(path: Path, index: Any, files: Container[str]) -> None:
 def _refusal(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
         f"{path}: refused, since this is not the index of a checkpoint that dinov3_framework "
-        f"wrote: {reason}"
+        f"wrote, or of tensors alone: {reason}"
     )
 
 

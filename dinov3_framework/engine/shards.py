@@ -50,6 +50,15 @@ def load_shards(reader: SafeReader, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
+def read_whole(reader: SafeReader, tensors: Mapping[str, Tensor]) -> None:
+    """Load whole tensors, in place, by this process for itself; raises ``CheckpointError``."""
+    try:
+        with _errors():
+            dcp.load(dict(tensors), storage_reader=reader, planner=TensorsOnly(), no_dist=True)
+    except RankFailure as failure:
+        raise failure.for_person() from None
+
+
 @contextmanager
 def _errors() -> Iterator[None]:
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,7 +10,10 @@ from attrs import frozen
 
 from dinov3_framework.configs import BackboneConfig, ImagesConfig, SubjectConfig, replace
 from dinov3_framework.contracts import Backbone
-from dinov3_framework.engine.export import load_backbone
+from dinov3_framework.engine.distributed import pick_device
+from dinov3_framework.engine.loaded_backbone import LoadedBackbone
+from dinov3_framework.engine.loading import describe_backbone, load_backbone
+from dinov3_framework.engine.opening import exists
 from dinov3_framework.errors import Problem, RecipeError
 from dinov3_framework.randomness import keyed_seed
 from dinov3_framework.registry import Registry
@@ -29,35 +31,38 @@ class Subject:
 
     @classmethod
     def described(cls, config: SubjectConfig, registry: Registry) -> Subject:
-        """The subject for a check; without weights its backbone is on the meta device.
+        """The subject for a check, its backbone on the meta device: names and shapes are right.
 
         Raises ``RecipeError`` for a contradiction and ``CheckpointError`` for wrong weights.
         """
-        _refuse_contradictions(config)
+        _refuse_contradictions(config, registry)
         if config.weights is None:
             with torch.device("meta"):
                 return _built(config, registry)
-        return _loaded(config, registry)
+        return _of(config, describe_backbone(config.weights, registry=registry))
 
     @classmethod
-    def opened(cls, config: SubjectConfig, registry: Registry) -> Subject:
-        """The subject itself, on the CPU, in eval mode; errors as of :meth:`described`."""
-        _refuse_contradictions(config)
+    def opened(cls, config: SubjectConfig, registry: Registry, device: str = "auto") -> Subject:
+        """The subject itself, in eval mode, on this process's accelerator if ``auto`` finds one.
+
+        Errors as of :meth:`described`.
+        """
+        _refuse_contradictions(config, registry)
+        place = pick_device(device)
         if config.weights is not None:
-            return _loaded(config, registry)
+            return _of(config, load_backbone(config.weights, device=place, registry=registry))
         subject = _built(config, registry)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_seed(config.seed, "subject"))
             subject.backbone.init_weights()
-        subject.backbone.eval()
+        subject.backbone.eval().to(place)
         return subject
 
 
-def _loaded(config: SubjectConfig, registry: Registry) -> Subject:
-    path = str(config.weights)
-    loaded = load_backbone(path, registry=registry)
-    origin = [("weights", path), *sorted(loaded.provenance.items())]
-    return Subject(path, loaded.backbone, loaded.images, loaded.size, origin)
+def _of(config: SubjectConfig, loaded: LoadedBackbone) -> Subject:
+    name = str(config.weights)
+    origin = [("weights", name), *sorted(loaded.provenance.items())]
+    return Subject(name, loaded.backbone, loaded.images, loaded.size, origin)
 
 
 def _built(config: SubjectConfig, registry: Registry) -> Subject:
@@ -68,13 +73,13 @@ def _built(config: SubjectConfig, registry: Registry) -> Subject:
     return Subject("random-init backbone", registry.build(backbone), images, None, origin)
 
 
-def _refuse_contradictions(config: SubjectConfig) -> None:
-    problems = _contradictions(config)
+def _refuse_contradictions(config: SubjectConfig, registry: Registry) -> None:
+    problems = _contradictions(config, registry)
     if problems:
         raise RecipeError(problems)
 
 
-def _contradictions(config: SubjectConfig) -> list[Problem]:
+def _contradictions(config: SubjectConfig, registry: Registry) -> list[Problem]:
     """What can be wrong with the choice of a backbone before any file is opened."""
     weights, backbone, images = config.weights, config.backbone, config.images
     if weights is None and backbone is None:
@@ -89,8 +94,10 @@ def _contradictions(config: SubjectConfig) -> list[Problem]:
     if images is not None:
         message = "weights know what images they were trained on"
         problems.append(Problem("images", message, "leave [images] out"))
-    if not Path(str(weights)).exists():
+    if not exists(str(weights), registry):
         hint = "the path is relative to the current folder; training writes its own into exports/"
+        if registry.published:
+            hint += f"; published names: {', '.join(sorted(registry.published))}"
         problems.append(Problem("weights", f"there is no file {weights}", hint))
     return problems
 

@@ -25,21 +25,20 @@ def check_backbone(
     registry: Registry | None = None,
     factory: Callable[..., Any] | None = None,
     image_size: int | None = None,
-    takes_masks: bool = True,
     without_gradient: Collection[str] = (),
 ) -> None:
     """Check that a backbone keeps its contract; choose a config that is small.
 
     ``image_size`` is the side of a global crop in pixels (left out, four patches); local crops
-    have half of it. ``takes_masks = False`` is for backbones that cannot replace patches: they
-    must then refuse masks by a ``UserError``. ``without_gradient`` names parameters that no
+    have half of it. A backbone whose ``takes_masks`` is False must refuse masks by a ``UserError``.
+    ``without_gradient`` names parameters that no
     gradient is meant to reach.
 
     Promises: weights as of ``check_head``; tokens of the right names and shapes, finite, also of
     images that are not square and with parameters in bfloat16; masked patches are not seen, the
     others are, row by row; several batches in one pass equal single ones in eval mode; in training,
     torch's seed alone decides and gradient reaches every parameter; ``layer_of`` and
-    ``blocks_to_shard`` fit the network.
+    ``blocks_to_shard`` fit the network; the last intermediate layer is what a forward pass gives.
     """
     subject = Subject.of("backbone", config, registry, factory)
     twins = check_weights(subject, Backbone)
@@ -50,11 +49,12 @@ def check_backbone(
         side >= 2 * backbone.patch_size and side % (2 * backbone.patch_size) == 0,
         f"image_size = {side} must be an even number of patches of {backbone.patch_size} pixels",
     )
-    trial = _Trial(subject, backbone, side, takes_masks)
+    trial = _Trial(subject, backbone, side, backbone.takes_masks)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         trial.check_tokens()
         trial.check_masks()
         trial.check_several_batches()
+        trial.check_last_layer()
         trial.check_equal(twins.second.eval(), "after load_state_dict, its features differ")
         trial.check_bfloat16()
         trial.check_seed()
@@ -64,7 +64,7 @@ def check_backbone(
 
 
 def _check_sizes(subject: Subject, backbone: Backbone, config: BackboneConfig) -> None:
-    for name in ("embed_dim", "patch_size", "in_chans"):
+    for name in ("embed_dim", "patch_size", "in_chans", "n_layers"):
         value = getattr(backbone, name, None)
         subject.require(
             type(value) is int and value > 0, f"{name} must be an integer above 0, is {value!r}"
@@ -119,6 +119,29 @@ class _Trial:
                 torch.equal(tokens, output["x_norm_clstoken"]),
                 "calling it gives something else than x_norm_clstoken",
             )
+
+    def check_last_layer(self) -> None:
+        images = self.images(self.side, self.side)
+        with self.subject.doing("get_intermediate_layers()"):
+            layers = self.backbone.get_intermediate_layers(
+                images, n=1, reshape=True, return_class_token=True
+            )
+        require, dim = self.subject.require, self.backbone.embed_dim
+        require(
+            isinstance(layers, tuple) and len(layers) == 1 and len(layers[0]) == 2,
+            "get_intermediate_layers() of one layer and its class token gives no tuple of a pair",
+        )
+        (patches, cls) = layers[0]
+        require(
+            patches.ndim == 4 and list(patches.shape[:2]) == [len(images), dim],
+            f"get_intermediate_layers() gives a grid {list(patches.shape)} where "
+            f"[{len(images)}, {dim}, h, w] is expected",
+        )
+        expected = self.run(self.backbone, images)["x_norm_clstoken"]
+        require(
+            torch.allclose(cls, expected, rtol=1e-4, atol=1e-5),
+            "the last of get_intermediate_layers() has another class token than forward_features()",
+        )
 
     def _check_output(self, output: Any, images: Tensor, where: str = "") -> None:
         require, dim = self.subject.require, self.backbone.embed_dim

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+import math
+from typing import Any, Literal
 
-import attrs
-
-from dinov3_framework import BackboneConfig, InvalidOption, config, not_negative, option, positive
-
-T = TypeVar("T", bound="VitConfig")
+from dinov3_framework import (
+    BackboneConfig,
+    InvalidOption,
+    config,
+    not_negative,
+    option,
+    positive,
+    preset,
+)
 
 DEFAULT_ROPE_BASE = 100.0
+# What the hidden width of a SwiGLU is rounded up to.
+SWIGLU_MULTIPLE = {"swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 128}
 
 
 def _below_one(value: float) -> str | None:
@@ -137,24 +143,32 @@ class VitConfig(BackboneConfig):
                 f"{low:g} is above pos_embed_rope_max_period = {high:g}",
             )
 
+    def evaluation_settings(self) -> dict[str, object]:
+        low, high = self.pos_embed_rope_min_period, self.pos_embed_rope_max_period
+        base = self.pos_embed_rope_base
+        return {
+            "num_heads": self.num_heads,
+            "norm_layer": self.norm_layer,
+            "pos_embed_rope_base": DEFAULT_ROPE_BASE if base is None and low is None else base,
+            "pos_embed_rope_min_period": low,
+            "pos_embed_rope_max_period": high,
+            "pos_embed_rope_normalize_coords": self.pos_embed_rope_normalize_coords,
+            "pos_embed_rope_dtype": self.pos_embed_rope_dtype,
+        }
+
     @property
     def head_dim(self) -> int:
         return self.embed_dim // self.num_heads
 
-
-def preset(**defaults: Any) -> Callable[[type[T]], type[T]]:
-    """Class decorator: a config like its base with other defaults, docs and checks kept."""
-
-    def with_defaults(cls: type, fields: list[attrs.Attribute[Any]]) -> list[attrs.Attribute[Any]]:
-        unknown = defaults.keys() - {field.name for field in fields}
-        if unknown:
-            raise TypeError(f"{cls.__name__}: no such field: {', '.join(sorted(unknown))}")
-        return [
-            field.evolve(default=defaults[field.name]) if field.name in defaults else field
-            for field in fields
-        ]
-
-    return attrs.frozen(kw_only=True, field_transformer=with_defaults)
+    @property
+    def ffn_hidden(self) -> int:
+        """Hidden width of the FFN, as it is built."""
+        hidden = int(self.embed_dim * self.ffn_ratio)
+        if self.ffn_layer == "mlp":
+            return hidden
+        # Three matrices of 2/3 of the width have as many weights as two of the whole.
+        multiple = SWIGLU_MULTIPLE[self.ffn_layer]
+        return math.ceil(int(hidden * 2 / 3) / multiple) * multiple
 
 
 # The published models rescale coordinates in training; the rest of their recipe is VitConfig's.

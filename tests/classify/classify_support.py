@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from dinov3_framework import collectives
+from dinov3_framework.components import Component
 from dinov3_framework.configs import BackboneConfig, DatasetConfig, ImagesConfig, config, option
 from dinov3_framework.contracts import Backbone, Dataset, Sample
 from dinov3_framework.errors import CorruptSampleError, DataError
-from dinov3_framework.registry import Component, Registry
+from dinov3_framework.registry import Registry
 
 GREY = ImagesConfig(channels=1, mean=(0.5,), std=(0.25,))
 

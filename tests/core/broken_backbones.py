@@ -208,6 +208,17 @@ class IdleBlock(SoundBackbone):
         return [self.block]
 
 
+class FlatLayers(SoundBackbone):
+    def get_intermediate_layers(self, images: Any, **options: Any) -> Any:
+        return super().get_intermediate_layers(images, **options | {"reshape": False})
+
+
+class OtherLastLayer(SoundBackbone):
+    def get_intermediate_layers(self, images: Any, **options: Any) -> Any:
+        ((patches, cls),) = super().get_intermediate_layers(images, **options)
+        return ((patches, cls + 1),)
+
+
 BACKBONES: dict[str, tuple[Callable[..., Any], str]] = {
     "no backbone": (NoBackbone, "no Backbone"),
     "raises": (lambda config: 1 / 0, "building it raised ZeroDivisionError"),
@@ -231,5 +242,7 @@ BACKBONES: dict[str, tuple[Callable[..., Any], str]] = {
     "detached": (Detached, "the backward pass raised RuntimeError"),
     "wrong layer": (WrongLayer, r"layer_of\('mask_token'\) is \(3, 2\)"),
     "strange block": (StrangeBlock, "no submodule of the backbone"),
+    "flat layers": (FlatLayers, r"gives a grid \[2, 16, 8\]"),
+    "other last layer": (OtherLastLayer, "has another class token"),
     "idle block": (IdleBlock, "does not call: block"),
 }

@@ -140,7 +140,10 @@ def test_a_check_leaves_the_random_state_alone() -> None:
 
 
 def test_backbones_without_masks_must_refuse_them() -> None:
-    class Refuses(SoundBackbone):
+    class Ignores(SoundBackbone):
+        takes_masks = False
+
+    class Refuses(Ignores):
         def __init__(self, config: ToyBackboneConfig) -> None:
             super().__init__(config)
             self.mask_token.requires_grad_(False)
@@ -151,9 +154,9 @@ def test_backbones_without_masks_must_refuse_them() -> None:
                 raise UserError("this backbone takes no masks")
             return super().forward_features(images, masks)
 
-    check_backbone(ToyBackboneConfig(), factory=Refuses, takes_masks=False)
+    check_backbone(ToyBackboneConfig(), factory=Refuses)
     with pytest.raises(ContractError, match="does not refuse them"):
-        check_backbone(ToyBackboneConfig(), factory=SoundBackbone, takes_masks=False)
+        check_backbone(ToyBackboneConfig(), factory=Ignores)
 
 
 def test_parameters_without_gradient_are_named_or_allowed() -> None:

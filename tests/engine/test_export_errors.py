@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_backbone import GREY, build, export, tiny_registry
 from torch import Tensor
 
-from dinov3_framework.engine.export import load_backbone
+from dinov3_framework.engine.loading import load_backbone
 from dinov3_framework.errors import CheckpointError
 from dinov3_framework.registry import Registry
 
@@ -82,8 +82,8 @@ def legacy() -> bytes:
     [
         (b"", "is empty"),
         (b"\n<!DOCTYPE html><html><body>403 Forbidden", "web page"),
-        (pickled(), "PyTorch pickle"),
-        (legacy(), "PyTorch pickle"),
+        (pickled(), "PyTorch file, but holds no backbone of a known kind: w"),
+        (legacy(), "PyTorch file, but holds no backbone of a known kind: w"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "Git LFS"),
         (b"hello, this is no model", "unknown kind"),
         (struct.pack("<Q", 1 << 20) + b'{"a":', "truncated"),
@@ -117,7 +117,7 @@ def test_safetensors_of_another_kind(tmp_path: Path, registry: Registry) -> None
     path = tmp_path / "x"
     for metadata in (None, {"format": "pt"}):
         save_file({"w": torch.ones(1)}, path, metadata)
-        with pytest.raises(CheckpointError, match="no backbone that dinov3_framework exported"):
+        with pytest.raises(CheckpointError, match="holds no backbone of a known kind"):
             load_backbone(path, registry=registry)
     export(path, build(registry))
     rewrite(path, lambda _, metadata: metadata.update(dinov3_backbone="2"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import features_support
 import numpy as np
 import pytest
 import torch
@@ -12,9 +13,11 @@ from PIL import Image
 from tiny_backbone import GREY, build, export, pictures, tiny_registry
 
 from dinov3_framework.configs import ImagesConfig
-from dinov3_framework.engine.export import load_backbone
+from dinov3_framework.contracts import Backbone
 from dinov3_framework.engine.loaded_backbone import LoadedBackbone
-from dinov3_framework.errors import DataError
+from dinov3_framework.engine.loading import load_backbone
+from dinov3_framework.errors import DataError, UserError
+from dinov3_framework.images import normalize
 from dinov3_framework.registry import Registry
 
 
@@ -115,3 +118,122 @@ def test_what_is_no_image(loaded: LoadedBackbone, wrong: Any, message: str) -> N
         loaded.features(wrong)
     with pytest.raises(DataError, match="at least 1"):
         loaded.features(pictures(1), batch_size=0)
+
+
+# --------------------------------------------------------------------------- all outputs
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> LoadedBackbone:
+    return load_backbone(features_support.export(tmp_path_factory.mktemp("vit") / "w"))
+
+
+def test_outputs_of_layers(vit: LoadedBackbone) -> None:
+    images = pictures(5, size=32)
+    outputs = ("class", "mean_patch", "patches", "storage")
+    found = vit.extract(images, outputs, layers=(0, -1), batch_size=2)
+    assert set(found) == {f"layer{layer}.{name}" for layer in (0, 2) for name in outputs}
+    pixels = normalize(images, vit.images)
+    with torch.no_grad():
+        layers = vit.backbone.get_intermediate_layers(
+            pixels, n=[0, 2], return_class_token=True, return_extra_tokens=True
+        )
+    for layer, (patches, cls, storage) in zip((0, 2), layers, strict=True):
+        torch.testing.assert_close(found[f"layer{layer}.class"], cls)
+        torch.testing.assert_close(found[f"layer{layer}.storage"], storage)
+        torch.testing.assert_close(found[f"layer{layer}.mean_patch"], patches.mean(1))
+        torch.testing.assert_close(found[f"layer{layer}.patches"].flatten(1, 2), patches)
+    assert found["layer0.patches"].shape == (5, 4, 4, 16)
+    torch.testing.assert_close(found["layer2.class"], vit.features(images))
+
+
+def test_the_final_norm_can_be_left_out(vit: LoadedBackbone) -> None:
+    images = pictures(2, size=32)
+    with_norm, without = (vit.extract(images, norm=norm)["class"] for norm in (True, False))
+    with torch.no_grad():
+        torch.testing.assert_close(vit.backbone.norm(without), with_norm)  # type: ignore[operator]
+    assert not torch.allclose(with_norm, without)
+
+
+def test_fits(vit: LoadedBackbone) -> None:
+    images = [pictures(1, size=32)[0], pictures(1, size=48)[0, :, :20], pictures(1, size=32)[0]]
+    for fit in ("crop", "squash"):
+        assert vit.extract(images, ["patches"], fit=fit, size=24)["patches"].shape == (3, 3, 3, 16)
+    padded = vit.extract(images, ["class", "patches"], fit="pad")
+    assert [tuple(grid.shape) for grid in padded["patches"]] == [
+        (4, 4, 16),
+        (3, 6, 16),
+        (4, 4, 16),
+    ]
+    torch.testing.assert_close(padded["patches"][0], padded["patches"][2])
+    assert padded["class"].shape == (3, 16)
+    native = vit.extract(images[0], ["patches"], fit="native")["patches"]
+    torch.testing.assert_close(native[0], padded["patches"][0])
+    with pytest.raises(DataError, match="20 x 48 pixels"):
+        vit.extract(images, fit="native")
+
+
+def test_no_images_give_no_rows(vit: LoadedBackbone) -> None:
+    found = vit.extract([], ["class", "patches"], layers=[0, 1])
+    assert found["layer0.class"].shape == (0, 16)
+    assert found["layer1.patches"].shape == (0, 4, 4, 16)
+    assert vit.extract([], ["patches"], fit="pad")["patches"] == []
+
+
+def test_the_transform_is_what_features_sees(vit: LoadedBackbone) -> None:
+    images = [pictures(1, size=50)[0], pictures(1, size=41)[0].permute(1, 2, 0).numpy()]
+    pixels = torch.stack([vit.transform()(image) for image in images])
+    assert pixels.shape == (2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(vit.backbone(pixels), vit.features(images))
+    assert vit.transform(16, "squash")(images[0]).shape == (3, 16, 16)
+    assert vit.transform(fit="pad")(images[1]).shape == (3, 48, 48)
+    with pytest.raises(DataError, match="no multiple of the backbone's patch size 8"):
+        vit.transform(20)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"outputs": ["cls"]}, "outputs are some of class, mean_patch, patches, storage"),
+        ({"outputs": []}, "outputs are some of"),
+        ({"layers": [3]}, r"this backbone has 0 to 2 \(or -3 to -1\)"),
+        ({"layers": [2, -1]}, "twice"),
+        ({"layers": []}, "at least one"),
+        ({"fit": "stretch"}, "fit: is 'stretch'; one of crop"),
+    ],
+)
+def test_wrong_choices(vit: LoadedBackbone, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        vit.extract(pictures(1), **options)
+
+
+class LastLayerAlone(Backbone):
+    """A third party's, with what the contract demands and no more."""
+
+    embed_dim, patch_size, in_chans, n_layers = 6, 4, 3, 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = torch.nn.Conv2d(3, 6, 4, stride=4)
+
+    def init_weights(self) -> None:
+        self.proj.reset_parameters()
+
+    def forward_features(self, images: Any, masks: Any = None) -> dict[str, torch.Tensor]:
+        patches = self.proj(images).flatten(2).transpose(1, 2)
+        cls = patches.mean(1)
+        return {
+            "x_norm_clstoken": cls,
+            "x_norm_patchtokens": patches,
+            "x_storage_tokens": patches[:, :0],
+        }
+
+
+def test_a_backbone_of_somebody_else() -> None:
+    loaded = LoadedBackbone(LastLayerAlone(), ImagesConfig(), 16, {})
+    found = loaded.extract(pictures(3), ["class", "mean_patch", "patches"])
+    assert found["patches"].shape == (3, 4, 4, 6)
+    torch.testing.assert_close(found["mean_patch"], found["class"])
+    with pytest.raises(UserError, match="gives its last layer after the norm alone"):
+        loaded.extract(pictures(3), layers=[0])
+    with pytest.raises(DataError, match="no storage tokens"):
+        loaded.extract(pictures(3), ["storage"])

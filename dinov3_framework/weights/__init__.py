@@ -1,0 +1,1 @@
+"""Weights in files: recognised, read strictly, and written, whatever format they are in."""

@@ -1,0 +1,55 @@
+"""Entry points of torch.hub: the published backbones by name.
+
+    torch.hub.load(REPO_DIR, "dinov3_vits16", source="local", weights=PATH_OR_URL)
+
+Needs torch, numpy and attrs alone. ``weights`` is a path, a URL, or the name of a training set
+(``LVD1689M``, the default, or ``SAT493M``), which is downloaded; ``pretrained=False`` gives random
+weights; ``check_hash=True`` compares the file with the digits in its name. Backbones come in eval
+mode; ``backbone.images`` has the mean and standard deviation that their images want.
+"""
+
+import sys as _sys
+from collections.abc import Callable as _Callable
+from pathlib import Path as _Path
+from typing import Any as _Any
+
+# A clone works as it stands, installed or not.
+for _folder in (_Path(__file__).parent, _Path(__file__).parent / "plugins"):
+    if str(_folder) not in _sys.path:
+        _sys.path.append(str(_folder))
+
+from dinov3_framework.weights.catalog import PlainCatalog as _PlainCatalog
+from dinov3_framework.weights.hub import load_published as _load_published
+
+dependencies = ["torch", "numpy", "attrs"]
+
+_BACKBONES = _PlainCatalog.of("dinov3_vit", "dinov3_convnext")
+
+
+def _entry_point(name: str) -> _Callable[..., _Any]:
+    def load(
+        *,
+        pretrained: bool = True,
+        weights: str | _Path | None = None,
+        check_hash: bool = False,
+        **fields: _Any,
+    ) -> _Any:
+        return _load_published(
+            _BACKBONES,
+            name,
+            pretrained=pretrained,
+            weights=weights,
+            check_hash=check_hash,
+            **fields,
+        )
+
+    published = _BACKBONES.published[name]
+    load.__name__ = load.__qualname__ = name
+    load.__doc__ = f"{_load_published.__doc__}\n    Files: " + ", ".join(
+        f"{training_set} ({file.file})" for training_set, file in published.files.items()
+    )
+    return load
+
+
+# One function for each published backbone; those with heads stand below them.
+globals().update({name: _entry_point(name) for name in _BACKBONES.published})
