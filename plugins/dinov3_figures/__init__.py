@@ -1,13 +1,18 @@
-"""Figures of a training run: its crops and masks, its curves, and what its patch features see."""
+"""Figures: a training run's crops, masks and curves, and what a backbone's patch features see."""
 
 from __future__ import annotations
 
-from dinov3_figures.configs import FiguresConfig
+from dinov3_figures.configs import FiguresConfig, VisualizeConfig
 from dinov3_framework import Component, hookimpl
 
-__all__ = ["FiguresConfig"]
+__all__ = ["FiguresConfig", "VisualizeConfig"]
 
 
 @hookimpl
 def dinov3_observers() -> list[Component]:
     return [Component("figures", FiguresConfig, "dinov3_figures.observer:Figures")]
+
+
+@hookimpl
+def dinov3_tasks() -> list[Component]:
+    return [Component("visualize", VisualizeConfig, "dinov3_figures.visualize_task:Visualize")]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,14 +29,21 @@ def new_figure(width: float, height: float, dpi: int) -> Figure:
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Write ``path`` as a whole (aside, then renamed), with equal bytes for equal figures.
+    """Write ``path`` with equal bytes for equal figures; see :func:`whole_file`."""
+    with whole_file(path) as aside:
+        figure.savefig(aside, format="png", dpi=figure.dpi, metadata={"Software": None})
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes ``path`` when all of it is there.
 
     Makes the folder. Raises ``OSError`` where it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.tmp")
     try:
-        figure.savefig(aside, format="png", dpi=figure.dpi, metadata={"Software": None})
+        yield aside
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -1,8 +1,17 @@
-"""The config of the ``figures`` observer."""
+"""What the figures can be told: while training, and of one backbone on its own."""
 
 from __future__ import annotations
 
-from dinov3_framework import DatasetConfig, ObserverConfig, config, option, positive
+from typing import Literal
+
+from dinov3_framework import (
+    DatasetConfig,
+    ObserverConfig,
+    SubjectConfig,
+    config,
+    option,
+    positive,
+)
 
 
 @config
@@ -24,4 +33,86 @@ class FiguresConfig(ObserverConfig):
         "grid of patches; 1 leaves that out",
         default=4,
         check=positive,
+    )
+
+
+_MAPS = ("pca", "foreground", "similarity")
+
+
+def _maps(value: tuple[str, ...]) -> str | None:
+    if value and len(set(value)) == len(value):
+        return None
+    return f"must name some of {', '.join(_MAPS)}, each once, is {list(value)}"
+
+
+def _points(value: tuple[tuple[float, float], ...]) -> str | None:
+    wrong = [list(point) for point in value if not all(0 <= place <= 1 for place in point)]
+    if wrong:
+        return f"must be [x, y] with both in 0..1, not {wrong[0]}"
+    return None if len(set(value)) == len(value) else "names a place more than once"
+
+
+def _patterns(value: tuple[str, ...]) -> str | None:
+    if value and all(value):
+        return None
+    return f"must hold at least one name and no empty one, is {list(value)}"
+
+
+def _typical(value: int) -> str | None:
+    return None if 0 <= value <= 2 else f"must be 0, 1 or 2, is {value}"
+
+
+@config
+class VisualizeConfig(SubjectConfig):
+    """Pictures of what a backbone's patch features see, and a page to explore them.
+
+    Writes figures/<name>.png for each image, figures/overview.png and index.html. Either
+    ``weights`` or ``backbone`` is given.
+    """
+
+    dataset: DatasetConfig = option("where the images come from")
+    names: tuple[str, ...] | None = option(
+        "names of samples to show, such as their paths below the dataset's folder; * and ? stand "
+        "for any letters; left out, any sample",
+        default=None,
+        check=_patterns,
+    )
+    count: int | None = option(
+        "images to show, spread evenly over the samples; left out, 8, or with names all of them",
+        default=None,
+        check=positive,
+    )
+    size: int | None = option(
+        "pixels that an image is resized to along its shorter side; left out, the size of the "
+        "weights' training, and with backbone the image's own. Images keep their aspect, but for "
+        "rounding each side to whole patches",
+        default=None,
+        check=positive,
+    )
+    side: Literal["shorter", "longer"] = option("the side that size is about", default="shorter")
+    layer: int = option(
+        "the layer whose patch features are shown, from 0, or from the last one (-1) back",
+        default=-1,
+    )
+    maps: tuple[Literal["pca", "foreground", "similarity"], ...] = option(
+        "what to draw beside an image: principal components of all patches (pca) or of those in "
+        "the foreground (foreground) as colours, cosine similarity to marked patches (similarity)",
+        default=_MAPS,
+        check=_maps,
+    )
+    pca: Literal["joint", "image"] = option(
+        "principal components, and with them foreground and colours, of all images together "
+        "(joint), so that a colour means the same in each, or of each by itself (image)",
+        default="joint",
+    )
+    points: tuple[tuple[float, float], ...] = option(
+        "marked places [x, y] in every image, from [0, 0] at the top left to [1, 1]",
+        default=((0.5, 0.5),),
+        check=_points,
+    )
+    typical: int = option(
+        "patches marked in each image by themselves: the one most typical of the foreground (1), "
+        "and that of the background (2)",
+        default=1,
+        check=_typical,
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dinov3_figures.components import principal_components, to_colours
 from dinov3_figures.pixels import Pixels, fit, to_rgb
 from dinov3_figures.sheet import Block, Sheet, compose, draw_sheet
 from dinov3_framework import Backbone, ImagesConfig
@@ -17,10 +18,7 @@ from dinov3_framework import Backbone, ImagesConfig
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COMPONENTS = 3  # red, green and blue
 _SIDE = 200  # pixels that an image is shown with, about
-# A component with a smaller share of the first one's variance is rounding, not structure.
-_NEGLIGIBLE = 1e-6
 
 
 @attrs.frozen
@@ -54,46 +52,15 @@ def patch_features(backbone: Backbone, images: Tensor, scale: int) -> Tensor:
     return features
 
 
-def principal_components(tokens: Tensor) -> tuple[Tensor, float]:
-    """The first three principal components of tokens [m, D], and their share of the variance.
-
-    Scores [m, 3] in the order of their variance, each with the sign that makes its distribution
-    lean to the right. Components that do not exist (fewer tokens or dimensions, or no variance
-    left) are 0.
-    """
-    centred = tokens - tokens.mean(0)
-    few = len(centred) < centred.shape[1]
-    # Whichever is smaller: both have the same eigenvalues but for zeros.
-    gram = centred @ centred.T if few else centred.T @ centred
-    variances, vectors = torch.linalg.eigh(gram)
-    variances = variances.clamp_min(0).flip(0)[:_COMPONENTS]
-    vectors = vectors.flip(1)[:, :_COMPONENTS]
-    scores = vectors * variances.sqrt() if few else centred @ vectors
-    lean = scores.pow(3).sum(0)
-    real = variances > _NEGLIGIBLE * variances[:1].clamp_min(torch.finfo(scores.dtype).tiny)
-    scores = torch.where(real, torch.where(lean < 0, -scores, scores), 0)
-    total = float(centred.square().sum())
-    explained = float(variances[real].sum()) / total if total > 0 else 0.0
-    return F.pad(scores, (0, _COMPONENTS - scores.shape[1])), min(explained, 1.0)
-
-
 def patch_map(features: Tensor, size: int) -> PatchMap:
     """Colours of patch features [n, h, w, D]: red, green and blue are the first three components.
 
     They are computed over the patches of all images together, so that a colour means the same in
-    each. A component runs from its 2nd to its 98th percentile; one without variance is mid-grey.
+    each.
     """
-    scores, explained = principal_components(features.flatten(0, 2))
-    low, high = (_percentile(scores, part) for part in (0.02, 0.98))
-    flat = high - low <= 0
-    values = torch.where(flat, 0.5, (scores - low) / torch.where(flat, 1.0, high - low))
-    colours = (values.clamp(0, 1) * 255).round().to(torch.uint8).unflatten(0, features.shape[:3])
-    return PatchMap(colours.cpu().numpy(), explained, size)
-
-
-def _percentile(scores: Tensor, part: float) -> Tensor:
-    # By sorting: torch.quantile refuses more than 16 million values.
-    return scores.sort(0).values[round(part * (len(scores) - 1))]
+    found = principal_components(features.flatten(0, 2))
+    colours = to_colours(found.scores).unflatten(0, features.shape[:3])
+    return PatchMap(colours.cpu().numpy(), found.explained, size)
 
 
 def pca_sheet(images: Pixels, maps: Sequence[PatchMap]) -> Sheet:

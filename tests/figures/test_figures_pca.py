@@ -6,13 +6,8 @@ import numpy as np
 import pytest
 import torch
 from dinov3_figures.canvas import save_png
-from dinov3_figures.pca import (
-    patch_features,
-    patch_map,
-    pca_figure,
-    pca_sheet,
-    principal_components,
-)
+from dinov3_figures.components import principal_components
+from dinov3_figures.pca import patch_features, patch_map, pca_figure, pca_sheet
 from figures_support import BlockMeans, read_png
 from torch import Tensor
 
@@ -52,19 +47,20 @@ def test_segments_get_a_colour_each_alike_in_all_images(dim: int) -> None:
 def test_components_agree_with_a_singular_value_decomposition() -> None:
     for rows, columns in ((50, 12), (12, 50)):
         tokens = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).double()
-        scores, explained = principal_components(tokens)
+        found = principal_components(tokens)
         left, values, _ = torch.linalg.svd(tokens - tokens.mean(0), full_matrices=False)
-        torch.testing.assert_close(scores.abs(), (left * values)[:, :3].abs())
-        expected = values[:3].square().sum() / values.square().sum()
-        assert explained == pytest.approx(float(expected))
-        assert (scores.pow(3).sum(0) > 0).all()
+        torch.testing.assert_close(found.scores.abs(), (left * values)[:, :3].abs())
+        shares = values.square() / values.square().sum()
+        assert found.shares == pytest.approx(shares[:3].tolist())
+        assert found.explained == pytest.approx(float(shares[:3].sum()))
+        assert (found.scores.pow(3).sum(0) > 0).all()
 
 
 def test_signs_do_not_depend_on_the_basis() -> None:
     tokens = segmented(four_segments(), 16).flatten(0, 2).double()
     random = torch.randn(16, 16, generator=torch.Generator().manual_seed(2)).double()
-    turned, _ = principal_components(tokens @ torch.linalg.qr(random).Q)
-    torch.testing.assert_close(turned, principal_components(tokens)[0])
+    turned = principal_components(tokens @ torch.linalg.qr(random).Q)
+    torch.testing.assert_close(turned.scores, principal_components(tokens).scores)
 
 
 def test_missing_components_are_mid_grey() -> None:
