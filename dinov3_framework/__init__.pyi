@@ -2,6 +2,8 @@
 
 from dinov3_framework import collectives as collectives
 from dinov3_framework.components import Component as Component
+from dinov3_framework.configs import SATELLITE_IMAGES as SATELLITE_IMAGES
+from dinov3_framework.configs import WEB_IMAGES as WEB_IMAGES
 from dinov3_framework.configs import AugmentationConfig as AugmentationConfig
 from dinov3_framework.configs import BackboneConfig as BackboneConfig
 from dinov3_framework.configs import DatasetConfig as DatasetConfig
@@ -11,10 +13,8 @@ from dinov3_framework.configs import InvalidOption as InvalidOption
 from dinov3_framework.configs import LauncherConfig as LauncherConfig
 from dinov3_framework.configs import LossConfig as LossConfig
 from dinov3_framework.configs import ObserverConfig as ObserverConfig
-from dinov3_framework.configs import SATELLITE_IMAGES as SATELLITE_IMAGES
 from dinov3_framework.configs import SubjectConfig as SubjectConfig
 from dinov3_framework.configs import TaskConfig as TaskConfig
-from dinov3_framework.configs import WEB_IMAGES as WEB_IMAGES
 from dinov3_framework.configs import config as config
 from dinov3_framework.configs import fraction as fraction
 from dinov3_framework.configs import interval as interval

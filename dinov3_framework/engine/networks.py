@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Protocol
 
 import attrs
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from dinov3_framework.configs import BackboneConfig
 from dinov3_framework.contracts import Anchor, Backbone, Loss
 from dinov3_framework.engine import parallel
+from dinov3_framework.engine.agreement import RankFailure, together
 from dinov3_framework.engine.parallel import Sharder
 from dinov3_framework.randomness import keyed_seed
 from dinov3_framework.registry import Registry
@@ -52,10 +54,39 @@ class Blueprint:
         return nn.ModuleDict({"backbone": copy.deepcopy(self.backbone), **heads})
 
 
-class Networks:
-    """Student and teacher under the official names, and one anchor backbone per loss that asks."""
+class FirstValues(Protocol):
+    """Values that networks start from instead of random ones, such as weights in a file."""
 
-    def __init__(self, blueprint: Blueprint, sharder: Sharder, seed: int) -> None:
+    @property
+    def into(self) -> str:
+        """``student``, ``teacher`` or ``both``."""
+        ...
+
+    def has(self, part: str) -> bool:
+        """Whether there are values for a network's part, such as ``backbone``."""
+        ...
+
+    def fill(self, part: str, module: nn.Module, blueprint: nn.Module, seed: int) -> None:
+        """Give values to every tensor of an allocated part; no process talks to another."""
+        ...
+
+
+class Networks:
+    """Student and teacher under the official names, and one anchor backbone per loss that asks.
+
+    To be made by every process. They start from ``first``, and what that does not have is drawn
+    from ``seed``; with ``restored`` they are left without values, for a checkpoint to give them.
+    """
+
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        sharder: Sharder,
+        seed: int,
+        *,
+        first: FirstValues | None = None,
+        restored: bool = False,
+    ) -> None:
         self.blueprint, self.seed = blueprint, seed
         self.student = self._place(blueprint.student(), sharder)
         self.teacher = self._place(blueprint.student(), sharder)
@@ -63,16 +94,41 @@ class Networks:
             nn.ModuleDict({name: copy.deepcopy(blueprint.backbone) for name in blueprint.anchors}),
             sharder,
         )
-        whole = blueprint.student()
-        for name, module in self.student.items():
-            parallel.initialise(module, whole[name], keyed_seed(seed, f"init.{name}"))
-        parallel.copy_network(self.student, self.teacher)
-        for anchor in self.anchors.values():
-            parallel.copy_network(self.teacher["backbone"], anchor)
+        if not restored:
+            self._begin(first)
         self.student.train()
         for network in (self.teacher, self.anchors):
             network.eval().requires_grad_(False)
         self.update_teacher = parallel.momentum_update(self.teacher, self.student)
+
+    def _begin(self, first: FirstValues | None) -> None:
+        into = None if first is None else first.into
+        whole = self.blueprint.student()
+        for name, module in self.student.items():
+            # A network that is filled is not drawn: to draw one takes all of it in one process.
+            if first is None or into != "both" or not first.has(name):
+                parallel.initialise(module, whole[name], self._seed(name))
+        if first is not None and into == "both":
+            self._fill(self.student, whole, first)
+        parallel.copy_network(self.student, self.teacher)
+        if first is not None and into != "both":
+            self._fill(self.student if into == "student" else self.teacher, whole, first)
+        for anchor in self.anchors.values():
+            parallel.copy_network(self.teacher["backbone"], anchor)
+
+    def _fill(self, network: nn.ModuleDict, whole: nn.ModuleDict, first: FirstValues) -> None:
+        def fill() -> None:
+            for name, module in network.items():
+                if first.has(name):
+                    first.fill(name, module, whole[name], self._seed(name))
+
+        try:
+            together(fill)
+        except RankFailure as failure:
+            raise failure.for_process() from failure.own
+
+    def _seed(self, part: str) -> int:
+        return keyed_seed(self.seed, f"init.{part}")
 
     @staticmethod
     def _place(networks: nn.ModuleDict, sharder: Sharder) -> nn.ModuleDict:
@@ -95,9 +151,8 @@ class Networks:
         }
 
     def initial_backbone(self) -> Backbone:
-        """The backbone as it was before the first iteration, whole, on the CPU, in eval mode."""
-        seed = keyed_seed(self.seed, "init.backbone")
-        whole = parallel.initial_values(self.blueprint.backbone, seed)
+        """The backbone as ``seed`` draws it, whole, on the CPU, in eval mode."""
+        whole = parallel.initial_values(self.blueprint.backbone, self._seed("backbone"))
         return whole.eval().requires_grad_(False)  # type: ignore[return-value]
 
 

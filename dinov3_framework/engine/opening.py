@@ -10,6 +10,7 @@ from pathlib import Path
 import tomli
 import torch
 
+from dinov3_framework import collectives
 from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.engine import sharded_weights
 from dinov3_framework.errors import CheckpointError, UserError
@@ -56,7 +57,7 @@ def open_backbone(
         if isinstance(opened, sharded_weights.ShardedSource):
             info = _of_recipe(opened.path, registry)
         found = recognise(opened, registry, network=network, images=images, info=info)
-        for note in found.notes:
+        for note in found.notes if collectives.is_main() else ():
             log.warning("%s: %s", path, note)
         yield found
 

@@ -108,13 +108,18 @@ def fill_from_main(module: nn.Module, whole: nn.Module) -> None:
         full = full.to(target.device)
         if dist.get_world_size() > 1:
             dist.broadcast(full, src=0)
-        if isinstance(target, DTensor):
-            shard = distribute_tensor(
-                full, target.device_mesh, target.placements, src_data_rank=None
-            )
-            target.to_local().copy_(shard.to_local())
-        else:
-            target.copy_(full)
+        put(target, full)
+
+
+@torch.no_grad()
+def put(target: Tensor, full: Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded; no process talks to another."""
+    full = full.to(target.device, target.dtype)
+    if isinstance(target, DTensor):
+        shard = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
+        target.to_local().copy_(shard.to_local())
+    else:
+        target.copy_(full)
 
 
 @torch.no_grad()

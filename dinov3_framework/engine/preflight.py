@@ -47,7 +47,11 @@ def config_problems(config: PretrainConfig, world_size: int) -> list[Problem]:
 
 def parts_problems(parts: Parts) -> list[Problem]:
     """What does not fit together."""
-    return [*check_needs(parts.losses, parts.augmentation), *_view_problems(parts)]
+    return [
+        *check_needs(parts.losses, parts.augmentation),
+        *_view_problems(parts),
+        *_mask_problems(parts),
+    ]
 
 
 def sections(
@@ -128,6 +132,17 @@ def _view_problems(parts: Parts) -> Iterator[Problem]:
         need.startswith("student.") for loss in parts.losses.values() for need in loss.needs
     ):
         yield Problem("losses", "no loss reads the student: nothing would be learnt")
+
+
+def _mask_problems(parts: Parts) -> Iterator[Problem]:
+    backbone = parts.blueprint.backbone
+    for name, loss in parts.losses.items():
+        if "masks" in loss.needs and not backbone.takes_masks:
+            yield Problem(
+                f"losses.{name}",
+                f"needs masked patches, which a {type(backbone).__name__} cannot replace",
+                f'leave it out (drop = ["losses.{name}"]), or take a backbone with a mask token',
+            )
 
 
 # ---------------------------------------------------------------------- what a check shows

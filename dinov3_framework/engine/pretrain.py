@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dinov3_framework import collectives
-from dinov3_framework.configs import BackboneConfig, replace
-from dinov3_framework.contracts import Dataset, Report, Task
-from dinov3_framework.engine.agreement import RankFailure, together
+from dinov3_framework.contracts import Augmentation, Dataset, Report, Task
+from dinov3_framework.engine.agreement import RankFailure, from_main, together
 from dinov3_framework.engine.checkpoint import CheckpointStore
 from dinov3_framework.engine.console import print_table
 from dinov3_framework.engine.distributed import pick_device
-from dinov3_framework.engine.export import export_backbone
+from dinov3_framework.engine.gathered_export import export_gathered
+from dinov3_framework.engine.init_from import open_weights
 from dinov3_framework.engine.loader import BatchMaker, Layout
 from dinov3_framework.engine.networks import Blueprint, Networks
 from dinov3_framework.engine.objective import Objective
@@ -26,16 +27,17 @@ from dinov3_framework.engine.output import write_results
 from dinov3_framework.engine.parallel import Sharder
 from dinov3_framework.engine.preflight import Parts, config_problems, parts_problems, sections
 from dinov3_framework.engine.run import TrainingRun
-from dinov3_framework.engine.settings import PretrainConfig
-from dinov3_framework.engine.statedict import full_state_dict
+from dinov3_framework.engine.settings import PretrainConfig, resolved_backbone
 from dinov3_framework.engine.trainer import Trainer
 from dinov3_framework.errors import DataError, Problem, RecipeError, UserError
 from dinov3_framework.registry import Registry
-from dinov3_framework.structure import unstructure
+from dinov3_framework.weights.info import BackboneInfo
 
 log = logging.getLogger(__name__)
 
 EXPORT = "exports/teacher_backbone.safetensors"
+INITIAL = "exports/initial_backbone.safetensors"  # the teacher's before the first iteration
+CHECKPOINTS = "checkpoints"
 
 
 class Pretrain(Task):
@@ -60,9 +62,28 @@ class Pretrain(Task):
         parts = self._parts()
         missing += self._absent_data()
         problems = parts_problems(parts)
+        start: list[tuple[str, str]] = []
+        try:
+            start = self._start(parts)
+        except RecipeError as error:
+            problems += error.problems
         if problems:
             raise RecipeError(problems)
-        return Report(sections(config, parts, dataset, world_size), missing)
+        told = sections(config, parts, dataset, world_size)
+        return Report(told | ({"init_from": start} if start else {}), missing)
+
+    def _start(self, parts: Parts) -> list[tuple[str, str]]:
+        """What a check says of ``[init_from]``; raises ``RecipeError`` if it does not fit."""
+        config = self.config
+        if config.init_from is None:
+            return []
+        if config.output_dir is not None:
+            steps = CheckpointStore(Path(config.output_dir) / CHECKPOINTS).steps()
+            if steps:
+                after = f"not read: the run goes on after iteration {steps[-1]:,}"
+                return [("weights", f"{config.init_from.weights}, {after}")]
+        with open_weights(config, parts.blueprint, self.registry) as weights:
+            return weights.rows(parts.blueprint)
 
     def _dataset(self) -> Dataset:
         config = self.config
@@ -109,7 +130,16 @@ class Pretrain(Task):
         self, parts: Parts, dataset: Dataset, output_dir: Path, device: torch.device
     ) -> Trainer:
         config = self.config
-        networks = Networks(parts.blueprint, Sharder(config.parallel, device), config.seed)
+        store = CheckpointStore(
+            output_dir / CHECKPOINTS,
+            keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
+        )
+        try:
+            networks, origin = self._networks(parts, store, output_dir, device)
+        except RankFailure as failure:
+            raise failure.for_process() from failure.own
+        started = config.init_from is not None and config.init_from.into != "student"
         layout = Layout(
             world_size=collectives.world_size(),
             rank=collectives.rank(),
@@ -126,11 +156,7 @@ class Pretrain(Task):
                 dict(networks.student.items()), config.optimizer, config.batch_size
             ),
             maker=maker,
-            store=CheckpointStore(
-                output_dir / "checkpoints",
-                keep=config.checkpoint.keep,
-                keep_every=config.checkpoint.keep_every,
-            ),
+            store=store,
             observers={n: self.registry.build(o) for n, o in config.observers.items()},
             run=TrainingRun(
                 output_dir=output_dir,
@@ -140,30 +166,60 @@ class Pretrain(Task):
                 registry=self.registry,
                 networks=networks,
                 maker=maker,
+                initial=output_dir / INITIAL if started else None,
             ),
+            origin=origin,
         )
+
+    def _networks(
+        self, parts: Parts, store: CheckpointStore, output_dir: Path, device: torch.device
+    ) -> tuple[Networks, dict[str, str]]:
+        """The networks with their first values, and where these came from if from weights.
+
+        Without values where there is a checkpoint to go on from, which gives them: the weights may
+        be gone by then.
+        """
+        config, blueprint = self.config, parts.blueprint
+        sharder = Sharder(config.parallel, device)
+        if from_main(store.steps):
+            return Networks(blueprint, sharder, config.seed, restored=True), {}
+        if config.init_from is None:
+            return Networks(blueprint, sharder, config.seed), {}
+        with ExitStack() as stack:
+            opened = open_weights(config, blueprint, self.registry)
+            weights = together(stack.enter_context, opened)
+            for label, value in weights.rows(blueprint):
+                log.info("init_from: %s: %s", label, value)
+            networks = Networks(blueprint, sharder, config.seed, first=weights)
+            origin = weights.origin()
+        if config.init_from.into != "student":
+            self._export(output_dir / INITIAL, networks, parts.augmentation, origin)
+        return networks, origin
+
+    def _export(
+        self,
+        path: Path,
+        networks: Networks,
+        augmentation: Augmentation,
+        provenance: Mapping[str, str],
+    ) -> None:
+        """Write the teacher's backbone as a file of its own."""
+        component, values = self.registry.values_of(resolved_backbone(self.config))
+        size = augmentation.views["global"].size
+        info = BackboneInfo(component, values, self.config.images, size, provenance)
+        export_gathered(path, networks.teacher["backbone"], info)
 
     def _finish(self, trainer: Trainer, started: float) -> None:
         """Export the teacher, let the observers conclude, and complete the run."""
         run = trainer.run
         export = run.output_dir / EXPORT
-        state = full_state_dict(trainer.networks.teacher["backbone"])
-        if run.is_main:
-            backbone = resolved_backbone(self.config)
-            values = unstructure(self.registry, backbone)
-            export_backbone(
-                export,
-                state,
-                component=values.pop("use"),
-                config=values,
-                images=self.config.images,
-                size=trainer.maker.augmentation.views["global"].size,
-                provenance={
-                    "network": "teacher",
-                    "iterations": str(self.config.iterations),
-                    "images_seen": str(self.config.iterations * self.config.batch_size),
-                },
-            )
+        provenance = {
+            "network": "teacher",
+            "iterations": str(self.config.iterations),
+            "images_seen": str(self.config.iterations * self.config.batch_size),
+            **trainer.origin,
+        }
+        self._export(export, trainer.networks, trainer.maker.augmentation, provenance)
         results: dict[str, Any] = {
             "task": "pretrain",
             "iterations": self.config.iterations,
@@ -175,11 +231,6 @@ class Pretrain(Task):
         if run.is_main:
             write_results(run.output_dir, results)
             _say_goodbye(results, run.output_dir, export)
-
-
-def resolved_backbone(config: PretrainConfig) -> BackboneConfig:
-    """The backbone's config with its input channels filled in from ``images``."""
-    return replace(config.backbone, in_chans=config.images.channels)
 
 
 def _say_goodbye(results: Mapping[str, Any], output_dir: Path, export: Path) -> None:

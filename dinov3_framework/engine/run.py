@@ -14,6 +14,7 @@ from dinov3_framework import collectives
 from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts import Backbone
 from dinov3_framework.engine.loader import BatchMaker, Layout
+from dinov3_framework.engine.loading import load_backbone
 from dinov3_framework.engine.networks import Networks
 from dinov3_framework.registry import Registry
 
@@ -29,6 +30,7 @@ class TrainingRun:
     registry: Registry
     networks: Networks
     maker: BatchMaker
+    initial: Path | None = None  # the file of the first backbone, where it was not drawn
 
     @property
     def is_main(self) -> bool:
@@ -45,7 +47,10 @@ class TrainingRun:
         return self.networks.teacher["backbone"]  # type: ignore[return-value]
 
     def initial_backbone(self) -> Backbone:
-        return self.networks.initial_backbone().to(self.device)
+        if self.initial is None:
+            return self.networks.initial_backbone().to(self.device)
+        loaded = load_backbone(self.initial, device=self.device, registry=self.registry)
+        return loaded.backbone.requires_grad_(False)
 
     def sample_batch(self, count: int) -> Mapping[str, Tensor]:
         layout = Layout(world_size=1, rank=0, accumulation_steps=1, batch_size=count)

@@ -17,6 +17,7 @@ from dinov3_framework.configs import (
     not_negative,
     option,
     positive,
+    replace,
 )
 from dinov3_framework.schedules import Schedule
 
@@ -101,6 +102,43 @@ class CheckpointConfig:
 
 
 @config
+class InitFromConfig:
+    """Weights that a run starts from instead of random values.
+
+    Names of tensors are those of a student: ``backbone.cls_token``, ``dino_head.mlp.0.weight``. A
+    tensor that is both ``new`` and ``unused`` keeps its initial value though the weights have it.
+    """
+
+    weights: str = option(
+        "the weights: a file or folder of any known format, a run's folder, a URL or a published "
+        "name"
+    )
+    network: Literal["teacher", "student"] = option(
+        "which network of a training checkpoint is read", default="teacher"
+    )
+    into: Literal["both", "student", "teacher"] = option(
+        "which networks of this run start from them; the other one starts at random",
+        default="both",
+    )
+    projectors: bool = option(
+        "read the losses' projectors too, which training checkpoints hold", default=False
+    )
+    new: tuple[str, ...] = option(
+        "names, or patterns with *, of this run's tensors that the weights need not have: those "
+        "they lack keep their initial values",
+        default=(),
+    )
+    unused: tuple[str, ...] = option(
+        "names, or patterns with *, of tensors of the weights that this run has no place for",
+        default=(),
+    )
+    differing: tuple[str, ...] = option(
+        "settings of the backbone, or images, in which this run may differ from the weights",
+        default=(),
+    )
+
+
+@config
 class PretrainConfig(TaskConfig):
     """Self-supervised pretraining: a student, its momentum teacher, any losses."""
 
@@ -113,6 +151,9 @@ class PretrainConfig(TaskConfig):
     images: ImagesConfig = option("channels and normalisation", factory=ImagesConfig)
     augmentation: AugmentationConfig = option("how an image becomes crops and masks")
     backbone: BackboneConfig = option("the network that is trained")
+    init_from: InitFromConfig | None = option(
+        "weights that the networks start from; left out, they start at random", default=None
+    )
     losses: dict[str, LossConfig] = option("the objective, by names of your choice")
     teacher: TeacherConfig = option("the momentum teacher")
     optimizer: OptimizerConfig = option("how the student learns")
@@ -128,3 +169,8 @@ class PretrainConfig(TaskConfig):
         default=3,
         check=not_negative,
     )
+
+
+def resolved_backbone(config: PretrainConfig) -> BackboneConfig:
+    """The backbone's config with its input channels filled in from ``images``."""
+    return replace(config.backbone, in_chans=config.images.channels)

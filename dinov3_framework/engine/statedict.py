@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -19,15 +21,24 @@ def official_name(name: str) -> str:
 
 
 @torch.no_grad()
+def full_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All of ``module``'s tensors, whole and under their official names, one at a time.
+
+    To be iterated to its end by every process: sharded tensors are gathered on the way. Those that
+    are not are the module's own.
+    """
+    for name, tensor in module.state_dict().items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        yield official_name(name), full.detach()
+
+
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """Copies of all of ``module``'s tensors, whole, on the CPU of rank 0; elsewhere nothing.
 
-    To be called by every process. Sharded tensors are gathered one at a time: besides the result,
-    no process holds more than one of them.
+    To be called by every process. Besides the result, no process holds more than one tensor.
     """
     state = {}
-    for name, tensor in module.state_dict().items():
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    for name, full in full_tensors(module):
         if collectives.is_main():
-            state[official_name(name)] = full.detach().to("cpu", copy=True)
+            state[name] = full.to("cpu", copy=True)
     return state

@@ -39,7 +39,7 @@ class Subject:
         if config.weights is None:
             with torch.device("meta"):
                 return _built(config, registry)
-        return _of(config, describe_backbone(config.weights, registry=registry))
+        return cls.of_weights(config.weights, describe_backbone(config.weights, registry=registry))
 
     @classmethod
     def opened(cls, config: SubjectConfig, registry: Registry, device: str = "auto") -> Subject:
@@ -50,19 +50,25 @@ class Subject:
         _refuse_contradictions(config, registry)
         place = pick_device(device)
         if config.weights is not None:
-            return _of(config, load_backbone(config.weights, device=place, registry=registry))
+            loaded = load_backbone(config.weights, device=place, registry=registry)
+            return cls.of_weights(config.weights, loaded)
         subject = _built(config, registry)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(keyed_seed(config.seed, "subject"))
+            torch.manual_seed(cls.seed(config))
             subject.backbone.init_weights()
         subject.backbone.eval().to(place)
         return subject
 
+    @classmethod
+    def of_weights(cls, weights: str, loaded: LoadedBackbone) -> Subject:
+        """The subject that was loaded from ``weights``."""
+        origin = [("weights", weights), *sorted(loaded.provenance.items())]
+        return cls(weights, loaded.backbone, loaded.images, loaded.size, origin)
 
-def _of(config: SubjectConfig, loaded: LoadedBackbone) -> Subject:
-    name = str(config.weights)
-    origin = [("weights", name), *sorted(loaded.provenance.items())]
-    return Subject(name, loaded.backbone, loaded.images, loaded.size, origin)
+    @staticmethod
+    def seed(config: SubjectConfig) -> int:
+        """What a subject without weights is initialised from."""
+        return keyed_seed(config.seed, "subject")
 
 
 def _built(config: SubjectConfig, registry: Registry) -> Subject:

@@ -49,6 +49,7 @@ class Trainer:
     observers: Mapping[str, Observer]
     run: TrainingRun
     done: int = 0  # iterations
+    origin: Mapping[str, str] = {}  # of the first values, where they were not drawn
     _skipped: int = field(default=0, init=False)  # in a row
 
     @property
@@ -65,10 +66,14 @@ class Trainer:
         restored = self.store.restore(self._tensors())
         if restored is not None:
             self.done = restored.step
+            self.origin = restored.state.get("init_from", {})
             log.info("Going on after iteration %s, from %s", f"{self.done:,}", restored.path)
 
     def _save(self) -> None:
-        self.store.save(self.done, self._tensors(), {"iterations": self.config.iterations})
+        state: dict[str, Any] = {"iterations": self.config.iterations}
+        if self.origin:
+            state["init_from"] = dict(self.origin)
+        self.store.save(self.done, self._tensors(), state)
 
     # ------------------------------------------------------------------ loop
     def train(self) -> None:

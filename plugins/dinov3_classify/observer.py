@@ -36,7 +36,7 @@ class KnnObserver(Observer):
         pixels = evaluation.raw_pixels()
         rows = [] if pixels is None else [pixels.row("raw pixels")]
         untrained = evaluation.backbone(run.initial_backbone())
-        rows += [untrained.row("random-init backbone"), trained.row("trained teacher")]
+        rows += [untrained.row("backbone before training"), trained.row("trained teacher")]
         return {"knn": rows}
 
     def _get_evaluation(self, run: Run) -> KnnEvaluation:

@@ -62,7 +62,7 @@ def test_the_end_compares_pixels_start_and_teacher(run: FakeRun) -> None:
     assert not run.teacher.calls  # the last step has just been evaluated
     assert [row["features"] for row in rows] == [
         "raw pixels",
-        "random-init backbone",
+        "backbone before training",
         "trained teacher",
     ]
     assert all(list(row) == ["features", "knn@1", "knn@5"] for row in rows)

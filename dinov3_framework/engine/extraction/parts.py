@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from attrs import asdict, astuple, frozen
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinov3_framework.contracts import Dataset
 from dinov3_framework.engine.durable import written_aside
@@ -65,12 +65,12 @@ class Plan:
     weights: str  # a digest of the backbone
 
     @classmethod
-    def of(cls, dataset: Dataset, rows_per_part: int, backbone: nn.Module) -> Plan:
-        """``backbone`` is whole, on the CPU."""
-        digest = hashlib.sha256()
+    def of(cls, dataset: Dataset, rows_per_part: int, weights: str) -> Plan:
+        """``weights`` is the :func:`digest` of the backbone."""
+        names = hashlib.sha256()
         for index in range(len(dataset)):
-            digest.update(dataset.name(index).encode("utf-8", "surrogateescape") + b"\n")
-        return cls(len(dataset), rows_per_part, digest.hexdigest(), _digest(backbone))
+            names.update(dataset.name(index).encode("utf-8", "surrogateescape") + b"\n")
+        return cls(len(dataset), rows_per_part, names.hexdigest(), weights)
 
     @property
     def parts(self) -> int:
@@ -81,13 +81,13 @@ class Plan:
         return range(first, min(first + self.rows_per_part, self.images))
 
 
-def _digest(backbone: nn.Module) -> str:
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Of names, shapes and the first values of every tensor: training changes all of them."""
-    digest = hashlib.sha256()
-    for name, tensor in backbone.state_dict().items():
+    found = hashlib.sha256()
+    for name, tensor in tensors:
         first = tensor.flatten()[:_VALUES].double().tolist()
-        digest.update(f"{name} {list(tensor.shape)} {first}\n".encode())
-    return digest.hexdigest()
+        found.update(f"{name} {list(tensor.shape)} {first}\n".encode())
+    return found.hexdigest()
 
 
 class PartStore:

@@ -1,44 +1,39 @@
-"""A backbone in its place for feature extraction: on the device, whole or sharded."""
+"""The backbone of an extraction in its place: on the device, whole or sharded."""
 
 from __future__ import annotations
 
 import copy
 
+import attrs
 import torch
 
-from dinov3_framework.contracts import Backbone
-from dinov3_framework.engine.parallel import DTYPES, Sharder, fill_from_main
-from dinov3_framework.engine.settings import ParallelConfig
+from dinov3_framework.engine.extraction.settings import FeaturesTaskConfig
+from dinov3_framework.engine.loading import load_placed
+from dinov3_framework.engine.parallel import DTYPES, Sharder, initialise
+from dinov3_framework.engine.subject import Subject
+from dinov3_framework.registry import Registry
 
 
-def placed_backbone(
-    backbone: Backbone, parallel: ParallelConfig, device: torch.device, sharded: bool
-) -> Backbone:
-    """``backbone``, whole and on the CPU, as ``parallel`` asks; in eval mode.
+def placed_subject(config: FeaturesTaskConfig, registry: Registry, device: torch.device) -> Subject:
+    """The recipe's backbone with its values, in eval mode; to be called by every process.
 
-    To be called by every process. ``sharded`` splits it over all of them, with the values of the
-    main process: those of the others may be on the meta device. Otherwise each keeps its own, with
-    parameters in ``param_dtype``.
+    With ``sharded`` it is split over the processes, each of which reads its own shards; otherwise
+    each has all of it, with parameters in ``param_dtype``.
     """
-    if not sharded:
-        for parameter in backbone.parameters():
-            # Buffers keep their type: a table of RoPE is not to be rounded.
-            parameter.data = parameter.data.to(device, DTYPES[parallel.param_dtype])
-        return backbone.to(device).eval()
-    placed = Sharder(parallel, device).place(_on_meta(backbone))
-    fill_from_main(placed, backbone)
-    return placed.eval()  # type: ignore[return-value]
+    if config.sharded:
+        return _sharded(config, registry, Sharder(config.parallel, device))
+    subject = Subject.opened(config, registry, device=device.type)
+    for parameter in subject.backbone.parameters():
+        # Buffers keep their type: a table of RoPE is not to be rounded.
+        parameter.data = parameter.data.to(device, DTYPES[config.parallel.param_dtype])
+    return subject
 
 
-def _on_meta(backbone: Backbone) -> Backbone:
-    """The same network without values; takes no memory, and none to make."""
-    tensors = [*backbone.parameters(), *backbone.buffers()]
-    memo = {id(tensor): _blank(tensor) for tensor in tensors}
-    return copy.deepcopy(backbone, memo)
-
-
-def _blank(tensor: torch.Tensor) -> torch.Tensor:
-    blank = torch.empty_like(tensor, device="meta")
-    if isinstance(tensor, torch.nn.Parameter):
-        return torch.nn.Parameter(blank, requires_grad=tensor.requires_grad)
-    return blank
+def _sharded(config: FeaturesTaskConfig, registry: Registry, sharder: Sharder) -> Subject:
+    if config.weights is not None:
+        loaded = load_placed(config.weights, sharder=sharder, registry=registry)
+        return Subject.of_weights(config.weights, loaded)
+    subject = Subject.described(config, registry)
+    backbone = sharder.place(copy.deepcopy(subject.backbone))
+    initialise(backbone, subject.backbone, Subject.seed(config))
+    return attrs.evolve(subject, backbone=backbone.eval())  # type: ignore[arg-type]

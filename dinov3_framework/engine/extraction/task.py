@@ -16,11 +16,12 @@ from dinov3_framework.engine.extraction.check import Estimate, Look, mib, output
 from dinov3_framework.engine.extraction.fit import ImageFit
 from dinov3_framework.engine.extraction.loop import DTYPES, Extraction, extract_parts
 from dinov3_framework.engine.extraction.merge import Summary, merge, summarise, write_tables
-from dinov3_framework.engine.extraction.parts import FOLDER, PartStore, Plan
-from dinov3_framework.engine.extraction.placing import placed_backbone
+from dinov3_framework.engine.extraction.parts import FOLDER, PartStore, Plan, digest
+from dinov3_framework.engine.extraction.placing import placed_subject
 from dinov3_framework.engine.extraction.settings import FeaturesTaskConfig
 from dinov3_framework.engine.extraction.tokens import TokenReader
 from dinov3_framework.engine.output import write_results
+from dinov3_framework.engine.statedict import full_tensors
 from dinov3_framework.engine.subject import Subject
 from dinov3_framework.errors import DataError, RecipeError
 from dinov3_framework.registry import Registry
@@ -103,9 +104,11 @@ class FeaturesTask(Task):
             raise failure.for_process() from failure.own
 
     def _run(self, output_dir: Path) -> None:
-        subject = self._subject()
+        device = pick_device(self.config.parallel.device)
+        subject = placed_subject(self.config, self.registry, device)
         dataset = self._dataset(subject)
-        store = from_main(self._prepared, output_dir, dataset, subject)
+        weights = digest(full_tensors(subject.backbone))
+        store = from_main(self._prepared, output_dir, dataset, weights)
         left = len(from_main(store.missing))
         if left < store.plan.parts:
             log.info(
@@ -119,16 +122,14 @@ class FeaturesTask(Task):
 
     def _extract(self, subject: Subject, dataset: Dataset, store: PartStore) -> None:
         config = self.config
-        device = pick_device(config.parallel.device)
-        backbone = placed_backbone(subject.backbone, config.parallel, device, config.sharded)
         extraction = Extraction(
-            reader=TokenReader(backbone, config.outputs, config.layers, config.norm),
+            reader=self._reader(subject),
             dataset=dataset,
             fit=self._fit(subject),
             dtype=DTYPES[config.dtype],
             batch_size=config.batch_size,
             workers=config.workers,
-            device=device,
+            device=pick_device(config.parallel.device),
             sharded=config.sharded,
         )
         extract_parts(extraction, store)
@@ -187,14 +188,8 @@ class FeaturesTask(Task):
         return {"format": "pt", **{key: json.dumps(value) for key, value in values.items()}}
 
     # ------------------------------------------------------------------ parts of it
-    def _subject(self) -> Subject:
-        """The backbone with values; of a sharded one, on the main process alone."""
-        if self.config.sharded and not collectives.is_main():
-            return Subject.described(self.config, self.registry)
-        return Subject.opened(self.config, self.registry)
-
-    def _prepared(self, output_dir: Path, dataset: Dataset, subject: Subject) -> PartStore:
-        plan = Plan.of(dataset, self.config.rows_per_part, subject.backbone)
+    def _prepared(self, output_dir: Path, dataset: Dataset, weights: str) -> PartStore:
+        plan = Plan.of(dataset, self.config.rows_per_part, weights)
         store = PartStore(output_dir, plan)
         store.prepare()
         return store
