@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3_vit.configs import VitConfig
-from dinov3_vit.layers import NORMS, Attention, LayerScale, build_ffn, concatenate
+from dinov3_vit.layers import NORMS, Attention, LayerScale, build_ffn, concatenate, separate
 from dinov3_vit.rope import RotaryTable
 
 Branch = Callable[[Tensor, Sequence[tuple[int, int]]], Tensor]
@@ -37,14 +37,14 @@ class Block(nn.Module):
         """Batches of tokens [B, N, D] and their rotary tables; the same shapes back."""
 
         def attention(tokens: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-            return self.ls1(self.attn(self.norm1(tokens), shapes, tables))  # type: ignore[no-any-return]
+            return self.attn(self.norm1(tokens), shapes, tables)  # type: ignore[no-any-return]
 
         def ffn(tokens: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-            return self.ls2(self.mlp(self.norm2(tokens)))  # type: ignore[no-any-return]
+            return self.mlp(self.norm2(tokens))  # type: ignore[no-any-return]
 
-        return self._add(ffn, self._add(attention, batches))
+        return self._add(ffn, self.ls2, self._add(attention, self.ls1, batches))
 
-    def _add(self, branch: Branch, batches: Sequence[Tensor]) -> list[Tensor]:
+    def _add(self, branch: Branch, scale: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
         """Tokens plus what a branch makes of them; with drop path, of a part of each batch.
 
         Samples that would be dropped are not computed. What the rest gain is scaled up by the
@@ -53,13 +53,19 @@ class Block(nn.Module):
         """
         if not self.training or self.drop_path_rate == 0:
             gains = _run(branch, batches)
-            return [tokens + gain for tokens, gain in zip(batches, gains, strict=True)]
+            return [_added(scale, *pair) for pair in zip(batches, gains, strict=True)]
         subsets = [random_subset(tokens, self.drop_path_rate) for tokens in batches]
         kept = [tokens[rows] for tokens, rows in zip(batches, subsets, strict=True)]
         return [
-            tokens.index_add(0, rows, gain.to(tokens.dtype), alpha=len(tokens) / len(rows))
+            tokens.index_add(0, rows, scale(gain).to(tokens.dtype), alpha=len(tokens) / len(rows))
             for tokens, rows, gain in zip(batches, subsets, _run(branch, kept), strict=True)
         ]
+
+
+def _added(scale: nn.Module, tokens: Tensor, gain: Tensor) -> Tensor:
+    if isinstance(scale, LayerScale):
+        return scale(gain, onto=tokens)  # type: ignore[no-any-return]
+    return tokens + scale(gain)  # type: ignore[no-any-return]
 
 
 def random_subset(tokens: Tensor, drop_rate: float) -> Tensor:
@@ -72,5 +78,5 @@ def _run(branch: Branch, batches: Sequence[Tensor]) -> list[Tensor]:
     """Pack batches [B, N, D] into [sum of B * N, D], run the branch, unpack."""
     shapes = [(tokens.shape[0], tokens.shape[1]) for tokens in batches]
     packed = concatenate([tokens.flatten(0, 1) for tokens in batches])
-    parts = torch.split(branch(packed, shapes), [samples * length for samples, length in shapes])
+    parts = separate(branch(packed, shapes), [samples * length for samples, length in shapes])
     return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]

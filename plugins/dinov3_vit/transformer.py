@@ -105,27 +105,33 @@ class VisionTransformer(Backbone):
         ]
 
     def _named(self, tokens: Tensor, mask: Tensor | None, local: bool) -> Features:
-        summary, patches = self._normalize(tokens, local)
+        cls, storage, patches = self._normalize(tokens, local)
         return {
-            "x_norm_clstoken": summary[:, 0],
-            "x_storage_tokens": summary[:, 1:],
+            "x_norm_clstoken": cls,
+            "x_storage_tokens": storage,
             "x_norm_patchtokens": patches,
             "x_prenorm": tokens,
             "masks": mask,
         }
 
-    def _normalize(self, tokens: Tensor, local: bool = False) -> tuple[Tensor, Tensor]:
-        """Class and storage tokens, and patches, each after their final norm."""
-        sizes = [1 + self.n_storage_tokens, tokens.shape[1] - 1 - self.n_storage_tokens]
+    def _normalize(self, tokens: Tensor, local: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Class token, storage tokens and patches, each after their final norm.
+
+        Tensors of their own, not views of one: a sharded network warns of those.
+        """
         summary_norm = self.cls_norm
         if local and self.training and self.local_cls_norm is not None:
             summary_norm = self.local_cls_norm
-        if summary_norm is None:
-            summary, patches = torch.split(self.norm(tokens), sizes, dim=1)
-        else:
-            summary, patches = torch.split(tokens, sizes, dim=1)
-            summary, patches = summary_norm(summary), self.norm(patches)
-        return summary, patches
+        summary_norm = summary_norm or self.norm
+        cls, storage, patches = self._parts(tokens)
+        return summary_norm(cls), summary_norm(storage), self.norm(patches)
+
+    def _parts(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Class token [B, D], storage tokens [B, R, D] and patches [B, P, D] as views."""
+        leading = 1 + self.n_storage_tokens
+        sizes = [1, self.n_storage_tokens, tokens.shape[1] - leading]
+        cls, storage, patches = torch.split(tokens, sizes, dim=1)
+        return cls[:, 0], storage, patches
 
     def get_intermediate_layers(
         self,
@@ -166,17 +172,14 @@ class VisionTransformer(Backbone):
         with_storage: bool,
         norm: bool,
     ) -> Any:
-        if norm:
-            summary, patches = self._normalize(tokens)
-        else:
-            summary, patches = tokens.tensor_split([1 + self.n_storage_tokens], dim=1)
+        cls, storage, patches = self._normalize(tokens) if norm else self._parts(tokens)
         if reshape:
-            patches = patches.transpose(1, 2).reshape(len(patches), -1, *grid)
+            patches = patches.transpose(1, 2).reshape(patches.shape[0], -1, *grid)
         parts = [patches]
         if with_class:
-            parts.append(summary[:, 0])
+            parts.append(cls)
         if with_storage:
-            parts.append(summary[:, 1:])
+            parts.append(storage)
         return tuple(parts) if len(parts) > 1 else patches
 
     def _blocks_wanted(self, n: int | Sequence[int]) -> set[int]:
@@ -217,7 +220,7 @@ class VisionTransformer(Backbone):
 
     def _tokens(self, images: Tensor, mask: Tensor | None) -> Tensor:
         """Class, storage and patch tokens [B, 1 + R + P, D]."""
-        patches = self.patch_embed(images).flatten(2).transpose(1, 2)
+        patches = self.patch_embed(images)
         if mask is not None:
             if mask.shape != patches.shape[:2] or mask.dtype != torch.bool:
                 raise UserError(
@@ -228,7 +231,7 @@ class VisionTransformer(Backbone):
         leading = [self.cls_token]
         if self.n_storage_tokens:
             leading.append(self.storage_tokens)
-        expanded = [token.to(patches.dtype).expand(len(patches), -1, -1) for token in leading]
+        expanded = [token.to(patches.dtype).expand(patches.shape[0], -1, -1) for token in leading]
         return torch.cat([*expanded, patches], dim=1)
 
     # ----------------------------------------------------------------------- for the engine

@@ -177,12 +177,49 @@ def test_drop_path_compiles_whole() -> None:
     assert all(grad.isfinite().all() for grad in gradients(model).values())
 
 
+def test_compiles_without_graph_breaks() -> None:
+    model = vit().eval()
+    compiled = torch.compile(model.forward_features, backend="eager", fullgraph=True)
+    for images in crops():
+        expected, actual = model.forward_features(images), compiled(images)
+        for name in ("x_norm_clstoken", "x_storage_tokens", "x_norm_patchtokens", "x_prenorm"):
+            torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_model_makes_its_rope_tables_once() -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    model = vit(depth=3).eval()
+    torch.compile(model.forward_features, backend=keep, fullgraph=True)(crops()[0])
+    called = [str(node.target) for node in graphs[0].graph.nodes]
+    assert sum("rotary_table" in name for name in called) == 1
+    assert not any(name in ("cos", "sin") for name in called)  # which would be fused into blocks
+
+
 @pytest.fixture
 def one_process(tmp_path: Path) -> Iterator[None]:
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("options", [{}, {"untie_cls_and_patch_norms": True}])
+def test_sharded_models_give_no_views(
+    options: dict[str, Any], recwarn: pytest.WarningsRecorder
+) -> None:
+    model = vit(**options).train()
+    mesh = init_device_mesh("cpu", (1,))
+    for module in [*model.blocks_to_shard(), model]:
+        fully_shard(module, mesh=mesh)
+    dist.fsdp.register_fsdp_forward_method(model, "forward_features")
+    total(model).backward()
+    assert not [str(each.message) for each in recwarn if "view" in str(each.message)]
 
 
 @pytest.mark.usefixtures("one_process")

@@ -73,6 +73,22 @@ def test_masked_patches_are_not_seen() -> None:
         assert [torch.equal(x, y) for x, y in zip(a, b, strict=True)] == same
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_patches_are_embedded_as_by_a_convolution(channels_last: bool) -> None:
+    proj = vit(in_chans=2).patch_embed.proj
+    batch = images(3, 16, 40, channels=2).requires_grad_()
+    given = batch.to(memory_format=torch.channels_last) if channels_last else batch
+    expected = torch.nn.functional.conv2d(batch, proj.weight, proj.bias, stride=8)
+    expected = expected.flatten(2).mT
+    actual = proj(given)
+    torch.testing.assert_close(actual, expected)
+    weights = torch.randn_like(expected)
+    inputs = [batch, proj.weight, proj.bias]
+    pairs = (torch.autograd.grad(tokens, inputs, weights) for tokens in (actual, expected))
+    for found, wanted in zip(*pairs, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_mask_token_learns() -> None:
     model = vit()
     features = model.forward_features(images(2), torch.ones(2, 16, dtype=torch.bool))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from dinov3_vit.configs import VitConfig
 from dinov3_vit.rope import RotaryPositions, RotaryTable
+from torch import Tensor
 
 
 def positions(**options: object) -> RotaryPositions:
@@ -38,7 +39,7 @@ def test_table_by_definition(normalize: str, rows: list[float], columns: list[fl
     rope = positions(normalize_coords=normalize)
     periods = [100 ** (i / 8) for i in range(8)]
     expected = angle_cosines(rows, columns, periods)
-    torch.testing.assert_close(rope(2, 4).cos.double(), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(rope(2, 4).cos[5:].double(), expected, rtol=0, atol=2e-6)
 
 
 def test_periods_between_two_ends() -> None:
@@ -47,12 +48,65 @@ def test_periods_between_two_ends() -> None:
     torch.testing.assert_close(periods, expected)
 
 
+def test_tokens_before_the_patches_are_not_turned() -> None:
+    for count in (0, 3):
+        config = VitConfig(embed_dim=64, num_heads=2, n_storage_tokens=count)
+        table = RotaryPositions(config)(2, 3)
+        assert table.cos.shape == table.sin.shape == (1 + count + 6, 32)
+        assert (table.cos[: 1 + count] == 1).all()
+        assert (table.sin[: 1 + count] == 0).all()
+
+
 def test_rotation_turns_pairs_half_a_head_apart() -> None:
-    table = RotaryTable(torch.tensor([[0.0, 1.0] * 2]), torch.tensor([[1.0, 0.0] * 2]))
-    tokens = torch.tensor([[[[9.0, 9.0, 9.0, 9.0]], [[1.0, 2.0, 3.0, 4.0]]]])  # [1, 2, 1, 4]
-    turned = table.rotate(tokens)
-    assert turned[0, 0, 0].tolist() == [9, 9, 9, 9]  # not a patch
-    assert turned[0, 1, 0].tolist() == [-3, 2, 1, 4]
+    cos = torch.tensor([[1.0] * 4, [0.0, 1.0] * 2])
+    sin = torch.tensor([[0.0] * 4, [1.0, 0.0] * 2])
+    tokens = torch.tensor([[9.0] * 4, [1.0, 2.0, 3.0, 4.0]])
+    qkv = torch.stack([tokens, 10 * tokens, tokens], dim=1)[None, :, :, None]  # [1, 2, 3, 1, 4]
+    query, key, value = RotaryTable(cos, sin).rotate(qkv)
+    assert query[0, 0].tolist() == [[9, 9, 9, 9], [-3, 2, 1, 4]]
+    assert torch.equal(key, 10 * query)
+    assert torch.equal(value[0, 0], tokens)
+
+
+def by_formula(table: RotaryTable, qkv: Tensor) -> list[Tensor]:
+    """The rotation as complex numbers times complex numbers, in float64."""
+    turn = torch.complex(*(part.double().chunk(2, -1)[0] for part in (table.cos, table.sin)))
+    query, key, value = qkv.double().permute(2, 0, 3, 1, 4)
+    turned = [torch.complex(*part.chunk(2, -1)) * turn for part in (query, key)]
+    return [*(torch.cat([part.real, part.imag], -1) for part in turned), value]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rotation_and_its_gradient_by_formula(dtype: torch.dtype, precision: str) -> None:
+    table = positions(dtype=precision)(3, 4)
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(2, 17, 3, 2, 32, generator=generator).to(dtype).requires_grad_()
+    weights = torch.randn(3, 2, 2, 17, 32, generator=generator).to(dtype)
+    expected = by_formula(table, qkv)
+    (wanted,) = torch.autograd.grad(expected, qkv, list(weights.double()))
+    actual = table.rotate(qkv)
+    (gradient,) = torch.autograd.grad(actual, qkv, list(weights))
+    # Rounded once, to the tokens' precision, where the table's is float32.
+    rough = 3e-2 if precision == "bf16" else 1e-2 if dtype == torch.bfloat16 else 1e-5
+    for found, exact in zip(actual, expected, strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), exact, rtol=rough, atol=rough)
+    torch.testing.assert_close(gradient.double(), wanted.double(), rtol=rough, atol=rough)
+
+
+def test_rotation_under_function_transforms() -> None:
+    table, batch = positions()(2, 2), torch.randn(3, 9, 3, 2, 32)
+
+    def rotated(qkv: Tensor) -> Tensor:
+        return torch.stack(table.rotate(qkv))
+
+    expected = rotated(batch)
+    mapped = torch.func.vmap(lambda sample: rotated(sample[None])[:, 0], out_dims=1)(batch)
+    torch.testing.assert_close(mapped, expected)
+    # The rotation is linear: along any direction it changes by that direction turned.
+    tangent = torch.func.jvp(rotated, (torch.zeros_like(batch),), (batch,))[1]
+    torch.testing.assert_close(tangent, expected)
 
 
 def test_a_model_in_bf16_keeps_float32_tables() -> None:
@@ -80,12 +134,12 @@ def test_tables_have_the_configured_precision(name: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("assign", [False, True])
 def test_loaded_periods_count(assign: bool) -> None:
     rope = positions()
-    before = rope(2, 2).cos
+    before = rope(2, 2).cos[5:]
     rounded = rope.periods.bfloat16()
     assert not torch.equal(rounded.float(), rope.periods)
     rope.load_state_dict({"periods": rounded}, assign=assign)
     expected = angle_cosines([-0.5, 0.5], [-0.5, 0.5], rounded.tolist())
-    after = rope(2, 2).cos
+    after = rope(2, 2).cos[5:]
     torch.testing.assert_close(after.double(), expected, rtol=0, atol=2e-6)
     assert after.dtype == torch.float32
     assert not torch.equal(after, before)
@@ -108,9 +162,9 @@ def test_tables_of_inference_mode_do_not_spoil_training() -> None:
     rope = positions().eval()
     with torch.inference_mode():
         rope(2, 2)
-    tokens = torch.randn(1, 5, 2, 32, requires_grad=True)
-    rope(2, 2).rotate(tokens).sum().backward()
-    assert tokens.grad is not None
+    qkv = torch.randn(1, 9, 3, 2, 32, requires_grad=True)
+    rope(2, 2).rotate(qkv)[0].sum().backward()
+    assert qkv.grad is not None
 
 
 def test_random_coordinates() -> None:
