@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from dinov3_framework import SATELLITE_IMAGES, WEB_IMAGES, CheckpointError, Registry
+from dinov3_framework.engine.convert import formats
 
 ROOT = Path(__file__).parents[1]
 NAMES = {
@@ -203,3 +204,17 @@ def test_torch_numpy_and_attrs_are_enough(tmp_path: Path, bare_python: Path) -> 
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["dinov3_vits16", "16", "2", "dinov3_convnext_tiny", "4", "2"]
+
+
+def test_the_page_on_weights_has_them_all(hub: ModuleType) -> None:
+    page = (ROOT / "docs" / "weights.md").read_text("utf-8")
+    registry = Registry.load()
+    for name, parameters in NAMES.items():
+        published = registry.published[name]
+        component = registry.of_config(published.files["LVD1689M"].config).component.name
+        sets = ", ".join(published.files)
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+        assert row.startswith(f"| `{name}` | `{component}` | {parameters:,} |")
+        assert row.endswith(f"| {sets} |")
+    for format in formats(registry):
+        assert f"\n| `{format}` | " in page
