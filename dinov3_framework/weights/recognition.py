@@ -133,11 +133,11 @@ def recognise(
         raise CheckpointError(_unknown(source, catalog))
     part, layout, config = _chosen(source, found, network)
     known, notes = _images(source, catalog, config, images)
-    if layout.unsaid and not _published(catalog, config):
+    if layout.unsaid and not _is_published(catalog, config):
         notes = [
             *notes,
-            f"of no published size, and the file does not say {layout.unsaid}; taken "
-            "to be those of the published ones",
+            f"not exactly a published backbone, and the file does not say {layout.unsaid}; these "
+            "are taken to be as published",
         ]
     left = len(source.shapes) - len(part.shapes)
     if left:
@@ -297,9 +297,17 @@ def _images(
     return _Known(WEB_IMAGES, size), [note]
 
 
+def _files(catalog: Catalog) -> list[PublishedFile]:
+    return [file for each in catalog.published.values() for file in each.files.values()]
+
+
+def _is_published(catalog: Catalog, config: BackboneConfig) -> bool:
+    return any(file.config == config for file in _files(catalog))
+
+
 def _published(catalog: Catalog, config: BackboneConfig) -> list[PublishedFile]:
     """Published files that may be this one: of equal config, or else of the same preset."""
-    files = [file for each in catalog.published.values() for file in each.files.values()]
+    files = _files(catalog)
     equal = [file for file in files if file.config == config]
     return equal or [file for file in files if type(file.config) is type(config)]
 

@@ -313,6 +313,20 @@ def test_images_that_nothing_tells_are_said(
         load_backbone(tmp_path / "y.pth", registry=registry)
 
 
+def test_what_no_file_says_is_said_of_backbones_that_are_not_published(
+    tmp_path: Path, registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "x.pth"
+    torch.save(registry.build("backbone", "vit_small").state_dict(), path)
+    load_backbone(path, registry=registry)
+    assert not caplog.text
+    # The size of a published one, yet another network: its norms may have another epsilon.
+    torch.save(registry.build("backbone", "vit_small", n_storage_tokens=0).state_dict(), path)
+    load_backbone(path, images=WEB_IMAGES, registry=registry)
+    assert "not exactly a published backbone" in caplog.text
+    assert "epsilon of its norms" in caplog.text
+
+
 def test_folders_keep_the_images(tmp_path: Path, registry: Registry) -> None:
     exported(registry, tmp_path / "x.safetensors", "vit", SATELLITE_IMAGES, **SMALL_VIT)
     for format in ("huggingface", "checkpoint", "dinov3_framework"):
