@@ -19,12 +19,11 @@ from dinov3_framework.engine.init_check import image_problems, setting_problems
 from dinov3_framework.engine.init_match import Match, match, patterns_for
 from dinov3_framework.engine.networks import Blueprint
 from dinov3_framework.engine.opening import open_backbone
-from dinov3_framework.engine.parallel import put
 from dinov3_framework.engine.settings import InitFromConfig, PretrainConfig, resolved_backbone
 from dinov3_framework.errors import CheckpointError, Problem, RecipeError
 from dinov3_framework.listing import listing
 from dinov3_framework.registry import Registry
-from dinov3_framework.weights.filling import initial_values
+from dinov3_framework.weights.filling import initial_values, put
 from dinov3_framework.weights.layouts import Rule, Shape
 from dinov3_framework.weights.recognition import Recognised, built
 

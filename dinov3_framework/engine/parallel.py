@@ -16,10 +16,11 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from dinov3_framework.contracts import Backbone
 from dinov3_framework.engine.settings import ParallelConfig
+from dinov3_framework.weights.filling import put
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _FORWARD_METHODS = ("forward_features", "get_intermediate_layers")
@@ -109,17 +110,6 @@ def fill_from_main(module: nn.Module, whole: nn.Module) -> None:
         if dist.get_world_size() > 1:
             dist.broadcast(full, src=0)
         put(target, full)
-
-
-@torch.no_grad()
-def put(target: Tensor, full: Tensor) -> None:
-    """Copy a whole tensor into one that may be sharded; no process talks to another."""
-    full = full.to(target.device, target.dtype)
-    if isinstance(target, DTensor):
-        shard = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
-        target.to_local().copy_(shard.to_local())
-    else:
-        target.copy_(full)
 
 
 @torch.no_grad()

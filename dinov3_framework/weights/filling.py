@@ -139,24 +139,25 @@ def fill_placed(backbone: nn.Module, blueprint: nn.Module, recognised: Recognise
     ``blueprint`` is the same backbone, whole, on the meta device. Every process reads the file for
     itself, one tensor at a time, and keeps its shard alone; no process talks to another.
     """
+    state = backbone.state_dict()
+    for name, tensor in official_tensors(recognised, blueprint):
+        put(state[name], tensor)
+    buffers = dict(backbone.named_buffers())
+    for name, tensor in _computed_buffers(blueprint, state).items():
+        put(buffers[name], tensor)
+
+
+@torch.no_grad()
+def put(target: Tensor, full: Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded; no process talks to another."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    def copy_into(target: Tensor, tensor: Tensor) -> None:
-        full = tensor.to(target.device, target.dtype)
-        if isinstance(target, DTensor):
-            mesh, placements = target.device_mesh, target.placements
-            shard = distribute_tensor(full, mesh, placements, src_data_rank=None)
-            target.to_local().copy_(shard.to_local())
-        else:
-            target.copy_(full)
-
-    with torch.no_grad():
-        state = backbone.state_dict()
-        for name, tensor in official_tensors(recognised, blueprint):
-            copy_into(state[name], tensor)
-        buffers = dict(backbone.named_buffers())
-        for name, tensor in _computed_buffers(blueprint, state).items():
-            copy_into(buffers[name], tensor)
+    full = full.to(target.device, target.dtype)
+    if isinstance(target, DTensor):
+        shard = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
+        target.to_local().copy_(shard.to_local())
+    else:
+        target.copy_(full)
 
 
 def _computed_buffers(backbone: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -19,7 +19,13 @@ from dinov3_framework import (
     Rule,
 )
 from dinov3_vit.configs import DEFAULT_ROPE_BASE, VitConfig
-from dinov3_vit.naming import BesideEmpty, MaskedKeyBias, Naming, rule_without_place
+from dinov3_vit.naming import (
+    BesideEmpty,
+    MaskedKeyBias,
+    Naming,
+    rule_without_place,
+    unlike_the_published,
+)
 from dinov3_vit.recognition import REQUIRED, Structure, base_option, published_heads
 
 _MODEL_TYPE = "dinov3_vit"
@@ -112,19 +118,7 @@ class HuggingFaceLayout(Layout):
             return f"it norms by LayerNorm alone, and this backbone by {config.norm_layer}"
         if not config.layerscale_init:
             return "it always scales residual branches, and this backbone has layerscale_init = 0"
-        if config.untie_cls_and_patch_norms:
-            return "it has one final norm, and this backbone untie_cls_and_patch_norms = true"
-        if config.pos_embed_rope_min_period is not None:
-            return (
-                "its RoPE has a base alone, and this backbone pos_embed_rope_min_period and "
-                "pos_embed_rope_max_period"
-            )
-        if config.pos_embed_rope_normalize_coords != "separate":
-            return (
-                "its RoPE divides each coordinate by its own side, and this backbone has "
-                f'pos_embed_rope_normalize_coords = "{config.pos_embed_rope_normalize_coords}"'
-            )
-        return None
+        return unlike_the_published(config)
 
     def settings(
         self, config: BackboneConfig, images: ImagesConfig, size: int

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 from dinov3_framework import Chunks, Dropped, Implied, Renamed, Rule
+from dinov3_vit.configs import VitConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,4 +102,21 @@ def rule_without_place(name: str) -> Rule | None:
         return Implied(name)
     if name.startswith("local_cls_norm."):
         return Dropped(name, _LOCAL_NORM)
+    return None
+
+
+def unlike_the_published(config: VitConfig) -> str | None:
+    """Why a library that knows DINOv3's published backbones alone has no place for this one."""
+    if config.untie_cls_and_patch_norms:
+        return "it has one final norm, and this backbone untie_cls_and_patch_norms = true"
+    if config.pos_embed_rope_min_period is not None:
+        return (
+            "its RoPE has a base alone, and this backbone pos_embed_rope_min_period and "
+            "pos_embed_rope_max_period"
+        )
+    if config.pos_embed_rope_normalize_coords != "separate":
+        return (
+            "its RoPE divides each coordinate by its own side, and this backbone has "
+            f'pos_embed_rope_normalize_coords = "{config.pos_embed_rope_normalize_coords}"'
+        )
     return None
