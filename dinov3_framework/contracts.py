@@ -222,8 +222,21 @@ class StepOutputs:
     teacher: Mapping[str, ViewFeatures]
     anchor: ViewFeatures | None  # of the anchor that this loss asked for
     masks: Tensor | None  # bool [G, B, P], of the global crops
-    project: Callable[[Tensor], Tensor]  # this loss's projector in the student
-    project_teacher: Callable[[Tensor], Tensor]  # and in the teacher, without gradient
+    # This loss's projector in the student; what else it is given goes to the projector too.
+    project: Callable[..., Tensor]
+    project_teacher: Callable[..., Tensor]  # and in the teacher, without gradient
+    masked: Tensor | None = None  # int64 [M]: the masked ones among the G * B * P patches
+
+    def masked_patches(self) -> Tensor:
+        """The masked ones among the G * B * P patches of ``masks``, int64 [M], ascending.
+
+        The loader counts them beforehand: to ask the device would wait for it.
+        """
+        if self.masks is None:
+            raise ValueError("this step has no masks")
+        if self.masked is not None:
+            return self.masked
+        return self.masks.flatten().nonzero().squeeze(1)
 
     def value(self, schedule: Schedule) -> float:
         """A schedule's value in this step."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
@@ -60,16 +60,21 @@ class Batch:
     corrupt: tuple[str, ...]  # what could not be decoded and was substituted
     step: int
     micro: int
+    masked: Tensor | None = None  # int64 [masked patches]: their places in masks, flattened
 
     def to(self, device: torch.device) -> Batch:
-        move = {name: crops.to(device, non_blocking=True) for name, crops in self.crops.items()}
-        masks = self.masks.to(device, non_blocking=True) if self.masks is not None else None
-        return Batch(move, masks, self.corrupt, self.step, self.micro)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        crops = {name: tensor.pin_memory() for name, tensor in self.crops.items()}
-        masks = self.masks.pin_memory() if self.masks is not None else None
-        return Batch(crops, masks, self.corrupt, self.step, self.micro)
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return evolve(
+            self,
+            crops={name: change(crops) for name, crops in self.crops.items()},
+            masks=None if self.masks is None else change(self.masks),
+            masked=None if self.masked is None else change(self.masked),
+        )
 
 
 class BatchMaker(TorchDataset[Batch]):
@@ -93,7 +98,9 @@ class BatchMaker(TorchDataset[Batch]):
             view: torch.stack([sample[view] for sample in samples], dim=1)
             for view in self.augmentation.views
         }
-        return Batch(crops, self._masks(step, places), tuple(corrupt), step, micro)
+        masks = self._masks(step, places)
+        masked = None if masks is None else masks.flatten().nonzero().squeeze(1)
+        return Batch(crops, masks, tuple(corrupt), step, micro, masked)
 
     def _crops(self, place: int, corrupt: list[str]) -> Mapping[str, Tensor]:
         index = self.stream[place]

@@ -103,6 +103,7 @@ class Objective:
                 teacher=teacher,
                 anchor=self._anchor(name, batch),
                 masks=masks,
+                masked=batch.masked if self._masks else None,
                 project=partial(_project, self.networks.student, name),
                 project_teacher=torch.no_grad()(partial(_project, self.networks.teacher, name)),
             )
@@ -148,11 +149,11 @@ def _wanted(needs: set[str], network: str, view: str) -> bool:
     return any(need.startswith(f"{network}.{view}.") for need in needs)
 
 
-def _project(networks: nn.ModuleDict, loss: str, tokens: Tensor) -> Tensor:
+def _project(networks: nn.ModuleDict, loss: str, tokens: Tensor, *others: Any) -> Tensor:
     name = head_name(loss)
     if name not in networks:
         raise KeyError(f"loss {loss!r} projects tokens and built no projector")
-    projected: Tensor = networks[name](tokens)
+    projected: Tensor = networks[name](tokens, *others)
     return projected
 
 

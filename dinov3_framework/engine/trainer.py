@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from attrs import define, field
+from attrs import define, evolve, field
 from torch import Tensor
 
 from dinov3_framework import collectives
@@ -200,7 +200,7 @@ class Trainer:
     def _on_device(self, batch: Batch) -> Batch:
         batch = batch.to(self.device)
         crops = {view: normalize(c, self.config.images) for view, c in batch.crops.items()}
-        return Batch(crops, batch.masks, batch.corrupt, batch.step, batch.micro)
+        return evolve(batch, crops=crops)
 
     def _skip(self, nonfinite: Mapping[str, list[int]]) -> None:
         self._skipped += 1

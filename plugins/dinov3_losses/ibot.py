@@ -34,7 +34,7 @@ class IbotLoss(Loss):
         config, masks = self.config, step.masks
         if masks is None:
             raise UserError("the ibot loss needs masks, and the augmentation made none")
-        rows = masks.flatten().nonzero().squeeze(1)  # [M], of the G * B * P patches
+        rows = step.masked_patches()
         logits = step.project(_select(step.student["global"].patches, rows))
         targets = sinkhorn_knopp(
             step.project_teacher(_select(step.teacher["global"].patches, rows)),
