@@ -16,6 +16,7 @@ _HOMES = {
     "components": ["Component"],
     "registry": ["Registry"],
     "configs": [
+        "AnchorConfig",
         "AugmentationConfig",
         "BackboneConfig",
         "DatasetConfig",

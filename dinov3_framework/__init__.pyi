@@ -4,6 +4,7 @@ from dinov3_framework import collectives as collectives
 from dinov3_framework.components import Component as Component
 from dinov3_framework.configs import SATELLITE_IMAGES as SATELLITE_IMAGES
 from dinov3_framework.configs import WEB_IMAGES as WEB_IMAGES
+from dinov3_framework.configs import AnchorConfig as AnchorConfig
 from dinov3_framework.configs import AugmentationConfig as AugmentationConfig
 from dinov3_framework.configs import BackboneConfig as BackboneConfig
 from dinov3_framework.configs import DatasetConfig as DatasetConfig

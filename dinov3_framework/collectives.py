@@ -1,26 +1,50 @@
 """Collectives that losses and evaluations use; alone, each is the identity.
 
-``group`` is a process group, or None for all processes.
+``group`` is a process group, or None for all processes of the run that this process takes part in.
+Those are all there are, except inside :func:`within`: several students that are distilled side by
+side are runs of their own, each on some of the processes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_run: list[dist.ProcessGroup | None] = [None]  # the last is the one in force
 
-def is_distributed() -> bool:
+
+@contextmanager
+def within(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """For the duration of a ``with``, "all processes" means those of ``group`` (None: all)."""
+    _run.append(group)
+    try:
+        yield
+    finally:
+        _run.pop()
+
+
+def current_group() -> dist.ProcessGroup | None:
+    """The group that None stands for; None where it stands for all processes there are."""
+    return _run[-1]
+
+
+def is_distributed(group: dist.ProcessGroup | None = None) -> bool:
     """Whether there is more than one process."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    return dist.get_world_size(group or current_group()) > 1
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
-    return dist.get_world_size(group) if is_distributed() else 1
+    return dist.get_world_size(group or current_group()) if is_distributed(group) else 1
 
 
 def rank(group: dist.ProcessGroup | None = None) -> int:
-    return dist.get_rank(group) if is_distributed() else 0
+    return dist.get_rank(group or current_group()) if is_distributed(group) else 0
 
 
 def is_main() -> bool:
@@ -31,16 +55,16 @@ def is_main() -> bool:
 @torch.no_grad()
 def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """The sum over processes, in place and returned; without gradient."""
-    if is_distributed():
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
+    if is_distributed(group):
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group or current_group())
     return tensor
 
 
 @torch.no_grad()
 def all_reduce_max(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """The maximum over processes, in place and returned; without gradient."""
-    if is_distributed():
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    if is_distributed(group):
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group or current_group())
     return tensor
 
 
@@ -68,21 +92,21 @@ def all_gather(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor
 
     All processes must pass the same shape.
     """
-    if not is_distributed():
+    if not is_distributed(group):
         return tensor
-    return _Gather.apply(tensor, group)  # type: ignore[no-any-return,no-untyped-call]
+    return _Gather.apply(tensor, group or current_group())  # type: ignore[no-any-return,no-untyped-call]
 
 
-def all_gather_object(value: object) -> list[object]:
+def all_gather_object(value: object, group: dist.ProcessGroup | None = None) -> list[object]:
     """Every process's picklable value, by rank."""
-    if not is_distributed():
+    if not is_distributed(group):
         return [value]
-    values: list[object] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    values: list[object] = [None] * world_size(group)
+    dist.all_gather_object(values, value, group=group or current_group())
     return values
 
 
 def barrier() -> None:
     """Wait for every process."""
     if is_distributed():
-        dist.barrier()
+        dist.barrier(group=current_group())

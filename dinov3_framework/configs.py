@@ -7,7 +7,7 @@ be lost between the recipe and the code that uses it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, Literal, TypeVar, dataclass_transform
 
 import attrs
 
@@ -134,6 +134,51 @@ class BackboneConfig:
 @config
 class AugmentationConfig:
     """Base of every augmentation's config."""
+
+
+@config
+class AnchorConfig:
+    """A frozen network that a loss holds the student to: where it comes from, when it changes.
+
+    It begins as ``weights``, or else as the momentum teacher of iteration ``start``, and is
+    replaced by the momentum teacher after iterations that are multiples of ``period``.
+    """
+
+    weights: str | None = option(
+        "what it begins as: a file or folder of any known format, a run's folder, a URL or a "
+        "published name; left out, the momentum teacher",
+        default=None,
+    )
+    network: Literal["teacher", "student"] = option(
+        "which network of a training checkpoint is read", default="teacher"
+    )
+    start: int | None = option(
+        "iteration before which the momentum teacher is copied for the first time; left out, that "
+        "which the run begins with, or never if there are weights",
+        default=None,
+        check=not_negative,
+    )
+    period: int | None = option(
+        "iterations between refreshes from the momentum teacher; left out, none",
+        default=None,
+        check=positive,
+    )
+    first_refresh: int = option(
+        "iteration that the first refresh does not come before", default=0, check=not_negative
+    )
+    max_refreshes: int | None = option(
+        "refreshes in all; left out, no limit", default=None, check=not_negative
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if self.period is None and (self.first_refresh or self.max_refreshes is not None):
+            name = "first_refresh" if self.first_refresh else "max_refreshes"
+            raise InvalidOption(name, "has no effect without period")
+
+    @property
+    def follows(self) -> bool:
+        """Whether it ever becomes the momentum teacher."""
+        return self.weights is None or self.start is not None or self.period is not None
 
 
 @config

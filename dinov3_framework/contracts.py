@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinov3_framework.configs import ImagesConfig
+from dinov3_framework.configs import AnchorConfig, ImagesConfig
 from dinov3_framework.errors import UserError
 from dinov3_framework.schedules import Schedule
 
@@ -178,6 +178,15 @@ class Projector(nn.Module, abc.ABC):
     @abc.abstractmethod
     def init_weights(self) -> None: ...
 
+    def fit(self, tokens: Tensor) -> bool:
+        """Make the projector of a frozen teacher that came without one say something of its tokens.
+
+        Called once in a distillation, after ``init_weights``, on the CPU, with tokens [n, D] of
+        training images as the loss projects them. Whatever is random comes from torch's global
+        generator. False if nothing was changed.
+        """
+        return False
+
 
 class Head(nn.Module, abc.ABC):
     """An evaluation head on top of a backbone's features."""
@@ -199,17 +208,16 @@ class ViewFeatures:
 
 @attrs.frozen
 class Anchor:
-    """A frozen copy of the momentum teacher's backbone that a loss wants to be held to.
+    """A frozen backbone that a loss wants to be held to.
 
-    Copied at iteration 0 and, with ``period``, after every iteration whose number (from 1) is a
-    multiple of it from ``first_refresh`` on, at most ``max_refreshes`` times. It sees the view
-    ``view``.
+    It sees the view ``view``; ``config`` says where it comes from and when it is refreshed: with
+    ``period``, after every iteration whose number (from 1) is a multiple of it from
+    ``first_refresh`` on, at most ``max_refreshes`` times. While there is none yet (``start``) the
+    loss is left out.
     """
 
     view: str = "anchor"
-    period: int | None = None
-    first_refresh: int = 0
-    max_refreshes: int | None = None
+    config: AnchorConfig = attrs.field(factory=AnchorConfig)
 
 
 @attrs.frozen
@@ -270,6 +278,10 @@ class Loss(nn.Module, abc.ABC):
         In state dicts it is ``<name of the loss in the recipe>_head``.
         """
         return None
+
+    def build_teacher_projector(self, embed_dim: int) -> Projector | None:
+        """The projector of a frozen teacher of width ``embed_dim``, for a distillation."""
+        return self.build_projector(embed_dim)
 
     def anchor(self) -> Anchor | None:
         """The anchor this loss wants, if any."""

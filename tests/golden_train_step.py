@@ -103,7 +103,7 @@ def build_trainer(case: dict[str, Any]) -> Trainer:
     return Trainer(
         config=config,
         networks=networks,
-        objective=Objective(losses, config.losses, networks, config.iterations),
+        objective=Objective(losses, config.losses, networks, config.iterations, config.images),
         optimizer=Optimizer(dict(networks.student.items()), config.optimizer, config.batch_size),
         maker=SimpleNamespace(layout=layout),  # type: ignore[arg-type]
         store=None,  # type: ignore[arg-type]

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from attrs import frozen
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dinov3_framework import collectives
 from dinov3_framework.engine.agreement import RankFailure, from_main, gathered, together
-from dinov3_framework.engine.checkpoint_folder import CheckpointFolder
+from dinov3_framework.engine.checkpoint_folder import CheckpointFolder, step_of
 from dinov3_framework.engine.durable import no_room, write_and_sync
 from dinov3_framework.engine.manifest import STATE, Damage, FileRecord, Manifest
 from dinov3_framework.engine.safe_reader import SafeReader, check_fit
@@ -53,6 +54,7 @@ class _Sound:
         return SafeReader(self.path, self.manifest.files)
 
 
+Select = Callable[[Mapping[str, TensorStorageMetadata]], Mapping[str, Tensor]]
 _Prepare = Callable[[_Sound], tuple[SafeReader, Mapping[str, Tensor]]]
 
 
@@ -74,6 +76,19 @@ class CheckpointStore:
     def steps(self) -> list[int]:
         """The steps that have a complete checkpoint, ascending; contents are not verified."""
         return self._entries.complete_steps()
+
+    def peek(self) -> dict[str, Any]:
+        """The ``state`` of the newest complete checkpoint, not verified; empty if there is none.
+
+        By one process for itself.
+        """
+        for path in self._entries.newest_first():
+            try:
+                state: dict[str, Any] = json.loads((path / STATE).read_bytes())
+            except (OSError, ValueError):
+                continue
+            return state
+        return {}
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
         """Save all tensors and ``state`` (JSON values; rank 0's) as the checkpoint of ``step``.
@@ -106,9 +121,13 @@ class CheckpointStore:
         tensors: Mapping[str, Tensor],
         *,
         accept: Callable[[Mapping[str, Any]], None] | None = None,
+        step: int | None = None,
+        select: Select | None = None,
     ) -> Restored | None:
         """Load the newest sound checkpoint into ``tensors``, in place; None if there is none.
 
+        ``step`` asks for the checkpoint of that step alone. ``select`` gets the checkpoint's
+        tensors by name and says which of ``tensors`` to load; without it, names must be the same.
         ``accept`` gets the checkpoint's state before anything is loaded and may raise. A damaged
         checkpoint is passed over, on all processes alike and with a warning. Raises
         ``CheckpointError`` if all are damaged, or if names, shapes or dtypes are not exactly those
@@ -119,10 +138,15 @@ class CheckpointStore:
             if accept is not None:
                 accept(found.state)
             reader = found.reader()
-            check_fit(found.path, reader.tensors(), tensors)
-            return reader, tensors
+            saved = reader.tensors()
+            if select is None:
+                check_fit(found.path, saved, tensors)
+                return reader, tensors
+            wanted = select(saved)
+            check_fit(found.path, {n: saved[n] for n in wanted if n in saved}, wanted)
+            return reader, wanted
 
-        return self._load_newest(prepare)
+        return self._load_newest(prepare, step)
 
     def read(self, prefix: str = "") -> tuple[dict[str, Tensor], Restored]:
         """All tensors whose names start with ``prefix``, whole, on the CPU, without a model.
@@ -173,11 +197,13 @@ class CheckpointStore:
             f"{left}; {remedy} and run the same command again"
         )
 
-    def _load_newest(self, prepare: _Prepare) -> Restored | None:
+    def _load_newest(self, prepare: _Prepare, step: int | None = None) -> Restored | None:
         """``prepare`` says what to load from a sound checkpoint, or raises to end it all."""
         troubles = []
         try:
             for path in from_main(self._entries.newest_first):
+                if step not in (None, step_of(path)):
+                    continue
                 found, damages = _examine(path)
                 if found is not None:
                     reader, tensors = together(prepare, found)

@@ -26,6 +26,12 @@ def name_of(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(path: Path) -> int | None:
+    """The step that a folder is a checkpoint of, in force or replaced, by its name."""
+    match = _NAME.fullmatch(path.name)
+    return None if match is None else int(match[1])
+
+
 class CheckpointFolder:
     """Checkpoints as folders ``step_00001200`` in ``path``.
 

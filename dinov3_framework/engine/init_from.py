@@ -19,15 +19,13 @@ from dinov3_framework.engine.init_check import image_problems, setting_problems
 from dinov3_framework.engine.init_match import Match, match, patterns_for
 from dinov3_framework.engine.networks import Blueprint
 from dinov3_framework.engine.opening import open_backbone
-from dinov3_framework.engine.settings import InitFromConfig, PretrainConfig, resolved_backbone
+from dinov3_framework.engine.settings import InitFromConfig, TrainingConfig, resolved_backbone
 from dinov3_framework.errors import CheckpointError, Problem, RecipeError
 from dinov3_framework.listing import listing
 from dinov3_framework.registry import Registry
 from dinov3_framework.weights.filling import initial_values, put
 from dinov3_framework.weights.layouts import Rule, Shape
-from dinov3_framework.weights.recognition import Recognised, built
-
-_BACKBONE = "backbone."
+from dinov3_framework.weights.recognition import BACKBONE, Recognised, built
 
 
 @frozen
@@ -69,12 +67,12 @@ class InitialWeights:
 
     def _tensors(self, names: Match) -> Iterator[tuple[str, Tensor]]:
         shapes = {name: tuple(tensor.shape) for name, tensor in self.source.state_dict().items()}
-        buffers = {f"{_BACKBONE}{name}" for name, _ in self.source.named_buffers()}
+        buffers = {f"{BACKBONE}{name}" for name, _ in self.source.named_buffers()}
         bad = []
         for name in names.loaded:
             inside = _inside(name)
-            if not name.startswith(_BACKBONE):
-                tensor = self.found.content.source.read(_beside(self.found) + name)
+            if not name.startswith(BACKBONE):
+                tensor = self.found.read_projector(name)
             else:
                 read = self.rules[inside].read(shapes[inside], self.found.content.read)
                 if read is None or (name in buffers and not _is_finite(read)):
@@ -130,7 +128,7 @@ def _is_finite(tensor: Tensor) -> bool:
 # --------------------------------------------------------------------------- opening
 @contextmanager
 def open_weights(
-    config: PretrainConfig, blueprint: Blueprint, registry: Registry
+    config: TrainingConfig, blueprint: Blueprint, registry: Registry
 ) -> Iterator[InitialWeights]:
     """The weights of ``[init_from]``, compared with the run's networks.
 
@@ -152,11 +150,13 @@ def open_weights(
             *image_problems(init, config.images, found),
         ]
         if init.projectors:
-            heads = _projectors(found)
+            heads = found.projectors()
             available |= heads
             if not heads:
                 problems.append(_no_projectors(init))
-        matched, differences = match(_wanted(blueprint, init), available, init)
+        matched, differences = match(
+            _wanted(blueprint, init), available, new=init.new, unused=init.unused
+        )
         problems += differences
         if problems:
             raise RecipeError(problems)
@@ -164,7 +164,7 @@ def open_weights(
 
 
 def _opened(
-    stack: ExitStack, config: PretrainConfig, init: InitFromConfig, registry: Registry
+    stack: ExitStack, config: TrainingConfig, init: InitFromConfig, registry: Registry
 ) -> Recognised:
     try:
         opened = open_backbone(init.weights, registry, network=init.network)
@@ -177,7 +177,7 @@ def _opened(
     return stack.enter_context(opened)
 
 
-def _unusable(error: CheckpointError, config: PretrainConfig) -> Problem:
+def _unusable(error: CheckpointError, config: TrainingConfig) -> Problem:
     hint = ""
     if config.images.channels != 3:
         hint = (
@@ -212,28 +212,10 @@ def _available(found: Recognised, source: Backbone) -> tuple[dict[str, Rule], di
         raise CheckpointError(f"{found.path}:{listing('of a wrong shape', misshapen)}")
     named = {name: shapes[name] for name in rules}
     named |= {name: tuple(given[name]) for name in given if name not in used}
-    return rules, {f"{_BACKBONE}{name}": shape for name, shape in named.items()}
+    return rules, {f"{BACKBONE}{name}": shape for name, shape in named.items()}
 
 
 # --------------------------------------------------------------------------- projectors
-def _beside(found: Recognised) -> str:
-    """What stands before ``backbone.`` in the file, and so before its neighbours' names."""
-    return found.content.prefix.removesuffix(_BACKBONE)
-
-
-def _projectors(found: Recognised) -> dict[str, Shape]:
-    """Everything beside the backbone in its network, by name."""
-    prefix, source = found.content.prefix, found.content.source
-    if not f".{prefix}".endswith(f".{_BACKBONE}"):
-        return {}
-    beside = _beside(found)
-    return {
-        name.removeprefix(beside): tuple(shape)
-        for name, shape in source.shapes.items()
-        if name.startswith(beside) and not name.startswith(prefix)
-    }
-
-
 def _no_projectors(init: InitFromConfig) -> Problem:
     return Problem(
         "init_from.projectors",
@@ -245,7 +227,7 @@ def _no_projectors(init: InitFromConfig) -> Problem:
 def _wanted(blueprint: Blueprint, init: InitFromConfig) -> dict[str, Shape]:
     """Names and shapes of what the weights are to give."""
     student = blueprint.student()
-    parts = list(student) if init.projectors else [_BACKBONE.rstrip(".")]
+    parts = list(student) if init.projectors else [BACKBONE.rstrip(".")]
     return {
         f"{part}.{name}": tuple(tensor.shape)
         for part in parts

@@ -8,7 +8,6 @@ from fnmatch import fnmatchcase
 
 from attrs import frozen
 
-from dinov3_framework.engine.settings import InitFromConfig
 from dinov3_framework.errors import Problem
 from dinov3_framework.listing import listing
 from dinov3_framework.toml_text import inline
@@ -42,9 +41,19 @@ def _within(part: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name.startswith(f"{part}.")]
 
 
-def match(run: Shapes, weights: Shapes, config: InitFromConfig) -> tuple[Match, list[Problem]]:
-    """Match a run's tensors with those of weights, and say all that is not allowed by name."""
-    reset = {n for n in run if _matches(n, config.new) and _matches(n, config.unused)}
+def match(
+    run: Shapes,
+    weights: Shapes,
+    *,
+    new: Sequence[str],
+    unused: Sequence[str],
+    table: str = "init_from",
+) -> tuple[Match, list[Problem]]:
+    """Match a run's tensors with those of weights, and say all that is not allowed by name.
+
+    ``new`` and ``unused`` are the names and patterns that the recipe's ``table`` allows.
+    """
+    reset = {n for n in run if _matches(n, new) and _matches(n, unused)}
     common = run.keys() & weights.keys()
     misshapen = {n for n in common if tuple(run[n]) != tuple(weights[n])} - reset
     loaded = common - misshapen - reset
@@ -53,9 +62,12 @@ def match(run: Shapes, weights: Shapes, config: InitFromConfig) -> tuple[Match, 
         [name for name in run if name not in loaded],
         [name for name in weights if name not in loaded],
     )
-    missing = {n for n in found.new if n not in misshapen and not _matches(n, config.new)}
-    extra = {n for n in found.unused if n not in misshapen and not _matches(n, config.unused)}
-    problems = [*_typos("new", config.new, run), *_typos("unused", config.unused, weights)]
+    missing = {n for n in found.new if n not in misshapen and not _matches(n, new)}
+    extra = {n for n in found.unused if n not in misshapen and not _matches(n, unused)}
+    problems = [
+        *_typos(table, "new", new, run),
+        *_typos(table, "unused", unused, weights),
+    ]
     if missing or extra or misshapen:
         lines = [
             listing("of this run that the weights do not have", missing),
@@ -65,8 +77,8 @@ def match(run: Shapes, weights: Shapes, config: InitFromConfig) -> tuple[Match, 
                 [f"{n}: {list(weights[n])} in the weights, {list(run[n])} here" for n in misshapen],
             ),
         ]
-        hint = _advice(config, run, weights, missing | misshapen, extra | misshapen)
-        problems.append(Problem("init_from", "tensors differ" + "".join(lines), hint))
+        hint = _advice(table, new, unused, run, weights, missing | misshapen, extra | misshapen)
+        problems.append(Problem(table, "tensors differ" + "".join(lines), hint))
     return found, problems
 
 
@@ -74,21 +86,25 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _typos(key: str, patterns: Sequence[str], names: Collection[str]) -> Iterator[Problem]:
+def _typos(
+    table: str, key: str, patterns: Sequence[str], names: Collection[str]
+) -> Iterator[Problem]:
     owner = "this run" if key == "new" else "the weights"
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             beginnings = dict.fromkeys(".".join(name.split(".")[:2]) for name in names)
             shown = ", ".join(list(beginnings)[:8]) + (", ..." if len(beginnings) > 8 else "")
             yield Problem(
-                f"init_from.{key}",
+                f"{table}.{key}",
                 f"{pattern!r} matches no tensor of {owner}",
                 f"its names begin with {shown or '(there are none)'}",
             )
 
 
 def _advice(
-    config: InitFromConfig,
+    table: str,
+    new: Sequence[str],
+    unused: Sequence[str],
     run: Shapes,
     weights: Shapes,
     missing: Collection[str],
@@ -98,12 +114,12 @@ def _advice(
     lines = [
         f"{key} = {inline([*given, *patterns_for(names, owner)])}"
         for key, given, names, owner in (
-            ("new", config.new, missing, run),
-            ("unused", config.unused, extra, weights),
+            ("new", new, missing, run),
+            ("unused", unused, extra, weights),
         )
         if names
     ]
-    return "if this is meant, say so in [init_from]:" + "".join(f"\n      {x}" for x in lines)
+    return f"if this is meant, say so in [{table}]:" + "".join(f"\n      {x}" for x in lines)
 
 
 def patterns_for(names: Collection[str], among: Iterable[str]) -> list[str]:

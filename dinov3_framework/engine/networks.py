@@ -1,19 +1,20 @@
-"""The networks of a run: student, momentum teacher, anchors."""
+"""The networks of a run: student, its moving average, anchors."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from dinov3_framework.configs import BackboneConfig
+from dinov3_framework.configs import AnchorConfig, BackboneConfig
 from dinov3_framework.contracts import Anchor, Backbone, Loss
 from dinov3_framework.engine import parallel
 from dinov3_framework.engine.agreement import RankFailure, together
+from dinov3_framework.engine.frozen import FrozenWeights, described, fill_frozen
 from dinov3_framework.engine.parallel import Sharder
 from dinov3_framework.randomness import keyed_seed
 from dinov3_framework.registry import Registry
@@ -31,11 +32,23 @@ class Blueprint:
     backbone: Backbone
     projectors: Mapping[str, nn.Module]
     anchors: Mapping[str, Anchor]
+    # Of anchors that come from weights; the others are like the student's backbone.
+    anchor_weights: Mapping[str, FrozenWeights] = attrs.field(factory=dict)
 
     @classmethod
     def draw(
-        cls, registry: Registry, config: BackboneConfig, losses: Mapping[str, Loss]
+        cls,
+        registry: Registry,
+        config: BackboneConfig,
+        losses: Mapping[str, Loss],
+        remembered: Mapping[str, Mapping[str, str]] | None = None,
+        absent: Collection[str] = (),
     ) -> Blueprint:
+        """``remembered`` says what anchors are whose values a checkpoint holds.
+
+        Weights of the anchors of losses in ``absent`` are not looked at. Raises ``RecipeError`` for
+        others that are not there or not usable.
+        """
         with torch.device("meta"):
             backbone = registry.build(config)
             projectors = {
@@ -46,7 +59,23 @@ class Blueprint:
         anchors = {
             name: anchor for name, loss in losses.items() if (anchor := loss.anchor()) is not None
         }
-        return cls(backbone, projectors, anchors)
+        weights = {
+            name: described(
+                anchor.config.weights,
+                anchor.config.network,
+                f"losses.{name}.anchor.weights",
+                registry,
+                (remembered or {}).get(name),
+            )
+            for name, anchor in anchors.items()
+            if anchor.config.weights is not None and name not in absent
+        }
+        return cls(backbone, projectors, anchors, weights)
+
+    def anchor_backbone(self, name: str) -> Backbone:
+        """What the anchor of a loss looks like."""
+        own = self.anchor_weights.get(name)
+        return self.backbone if own is None else own.backbone
 
     def student(self) -> nn.ModuleDict:
         """A new student (or teacher) by its official names."""
@@ -91,9 +120,13 @@ class Networks:
         self.student = self._place(blueprint.student(), sharder)
         self.teacher = self._place(blueprint.student(), sharder)
         self.anchors = self._place(
-            nn.ModuleDict({name: copy.deepcopy(blueprint.backbone) for name in blueprint.anchors}),
+            nn.ModuleDict(
+                {name: copy.deepcopy(blueprint.anchor_backbone(name)) for name in blueprint.anchors}
+            ),
             sharder,
         )
+        self.device = sharder.device
+        self.frozen = nn.ModuleDict()  # the projectors of a teacher that is not one of these
         if not restored:
             self._begin(first)
         self.student.train()
@@ -113,8 +146,15 @@ class Networks:
         parallel.copy_network(self.student, self.teacher)
         if first is not None and into != "both":
             self._fill(self.student if into == "student" else self.teacher, whole, first)
-        for anchor in self.anchors.values():
-            parallel.copy_network(self.teacher["backbone"], anchor)
+        self.begin_anchors()
+
+    def begin_anchors(self) -> None:
+        """Give each anchor what it begins as: its weights, or else the momentum teacher's."""
+        for name, anchor in self.anchors.items():
+            if name in self.blueprint.anchor_weights:
+                fill_frozen(self.blueprint.anchor_weights[name], anchor)
+            else:
+                parallel.copy_network(self.teacher["backbone"], anchor)
 
     def _fill(self, network: nn.ModuleDict, whole: nn.ModuleDict, first: FirstValues) -> None:
         def fill() -> None:
@@ -134,16 +174,31 @@ class Networks:
     def _place(networks: nn.ModuleDict, sharder: Sharder) -> nn.ModuleDict:
         return nn.ModuleDict({name: sharder.place(module) for name, module in networks.items()})
 
+    def start_anchors(self, iteration: int) -> list[str]:
+        """Copy the teacher into each anchor that is to begin before ``iteration``."""
+        return self._copy_into(
+            [n for n, a in self.blueprint.anchors.items() if a.config.start == iteration]
+        )
+
     def refresh_anchors(self, done: int) -> list[str]:
         """Copy the teacher into each anchor whose turn it is after ``done`` iterations."""
-        due = [name for name, a in self.blueprint.anchors.items() if refresh_due(a, done)]
-        for name in due:
+        return self._copy_into(
+            [n for n, a in self.blueprint.anchors.items() if refresh_due(a.config, done)]
+        )
+
+    def _copy_into(self, anchors: list[str]) -> list[str]:
+        for name in anchors:
             parallel.copy_network(self.teacher["backbone"], self.anchors[name])
-        return due
+        return anchors
 
     def named_state(self) -> dict[str, Tensor]:
         """Every parameter and buffer by name, to save or to load in place."""
-        networks = {"student": self.student, "teacher": self.teacher, "anchors": self.anchors}
+        networks = {
+            "student": self.student,
+            "teacher": self.teacher,
+            "anchors": self.anchors,
+            "frozen": self.frozen,
+        }
         return {
             f"{role}.{name}": tensor.detach()
             for role, network in networks.items()
@@ -156,7 +211,12 @@ class Networks:
         return whole.eval().requires_grad_(False)  # type: ignore[return-value]
 
 
-def refresh_due(anchor: Anchor, done: int) -> bool:
+def is_there(anchor: AnchorConfig, iteration: int) -> bool:
+    """Whether an anchor has begun before ``iteration``."""
+    return anchor.weights is not None or anchor.start is None or iteration >= anchor.start
+
+
+def refresh_due(anchor: AnchorConfig, done: int) -> bool:
     """Whether an anchor is copied from the teacher after ``done`` iterations (from 1)."""
     if anchor.period is None or done < anchor.first_refresh or done % anchor.period:
         return False

@@ -13,11 +13,15 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from dinov3_framework.configs import LossConfig
+from dinov3_framework.configs import ImagesConfig, LossConfig
 from dinov3_framework.contracts import Augmentation, Loss, LossResult, StepOutputs, ViewFeatures
+from dinov3_framework.engine.clock import StepClock
 from dinov3_framework.engine.loader import Batch
-from dinov3_framework.engine.networks import Networks, head_name
+from dinov3_framework.engine.networks import Networks, head_name, is_there
+from dinov3_framework.engine.teaching import OwnTeaching, Teaching
+from dinov3_framework.engine.views import features_of, on_grid, unflattened
 from dinov3_framework.errors import Problem
+from dinov3_framework.images import normalize
 
 OUTPUTS = ("class", "storage", "patches")
 # The views each network may be asked for; anchors see the view their loss names.
@@ -67,7 +71,11 @@ class Outcome:
 
 
 class Objective:
-    """Runs the networks on a batch and sums up the weighted losses."""
+    """Runs the networks on a batch and sums up the weighted losses.
+
+    ``teaching`` is whom the student learns from, by default its moving average; ``masking`` says
+    whether the student is kept from seeing masked patches; ``clock`` is told where the time goes.
+    """
 
     def __init__(
         self,
@@ -75,39 +83,50 @@ class Objective:
         configs: Mapping[str, LossConfig],
         networks: Networks,
         total_iterations: int,
+        images: ImagesConfig,
+        *,
+        teaching: Teaching | None = None,
+        masking: bool = True,
+        clock: StepClock | None = None,
     ) -> None:
         self.losses, self.configs, self.networks = losses, configs, networks
-        self.total_iterations = total_iterations
+        self.total_iterations, self.images = total_iterations, images
+        self.teaching = teaching or OwnTeaching(networks.teacher, images)
+        self.clock = clock or StepClock(torch.device("cpu"))
         needs: set[str] = set().union(*(loss.needs for loss in losses.values()))
         self._student_views = [v for v in STUDENT_VIEWS if _wanted(needs, "student", v)]
-        self._teacher_views = [v for v in TEACHER_VIEWS if _wanted(needs, "teacher", v)]
-        self._masks = "masks" in needs
+        self._taught = frozenset(o for o in OUTPUTS if f"teacher.global.{o}" in needs)
+        self._masks, self._masking = "masks" in needs, masking
 
     def __call__(self, batch: Batch, iteration: int) -> Outcome:
         """Evaluate the objective; call ``backward()`` on the outcome's total."""
+        with self.clock.phase("teacher"):
+            batch, teacher = self.teaching(batch, self._taught)
+            anchors = self._anchors(batch, iteration)
         masks = batch.masks if self._masks else None
-        with torch.no_grad():
-            teacher = {
-                view: _features(self.networks.teacher["backbone"], batch.crops[view])
-                for view in self._teacher_views
-            }
-        student = self._student(batch, masks)
+        with self.clock.phase("student"):
+            student = self._student(batch, masks if self._masking else None)
+        if "patches" in self._taught and "global" in student:
+            teacher = {"global": on_grid(teacher["global"], student["global"].grid)}
         total: Tensor = torch.zeros((), device=next(iter(batch.crops.values())).device)
         losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor | float] = {}
         for name, loss in self.losses.items():
+            if name in self.networks.anchors and name not in anchors:
+                continue  # not begun yet
             outputs = StepOutputs(
                 iteration=iteration,
                 total_iterations=self.total_iterations,
                 student=student,
                 teacher=teacher,
-                anchor=self._anchor(name, batch),
+                anchor=anchors.get(name),
                 masks=masks,
                 masked=batch.masked if self._masks else None,
                 project=partial(_project, self.networks.student, name),
-                project_teacher=torch.no_grad()(partial(_project, self.networks.teacher, name)),
+                project_teacher=torch.no_grad()(partial(_project, self.teaching.networks, name)),
             )
-            result: LossResult = loss(outputs)
+            with self.clock.phase("loss"):
+                result: LossResult = loss(outputs)
             weight = outputs.value(self.configs[name].weight)
             total = total + weight * result.loss
             losses[name] = result.loss.detach()
@@ -119,22 +138,27 @@ class Objective:
         """All views in one pass, so that sharded parameters are gathered once."""
         backbone: Any = self.networks.student["backbone"]
         views = self._student_views
-        flat = [batch.crops[view].flatten(0, 1) for view in views]
+        crops = [normalize(batch.crops[view], self.images) for view in views]
         hidden = [
             masks.flatten(0, 1) if masks is not None and v == "global" else None for v in views
         ]
-        outputs = backbone.forward_features(flat, hidden)
+        outputs = backbone.forward_features([each.flatten(0, 1) for each in crops], hidden)
         return {
-            view: _unflatten(output, batch.crops[view], backbone.patch_size)
-            for view, output in zip(views, outputs, strict=True)
+            view: unflattened(output, of_view, backbone.patch_size)
+            for view, output, of_view in zip(views, outputs, crops, strict=True)
         }
 
-    def _anchor(self, loss: str, batch: Batch) -> ViewFeatures | None:
-        if loss not in self.networks.anchors:
-            return None
-        view = self.networks.blueprint.anchors[loss].view
-        with torch.no_grad():
-            return _features(self.networks.anchors[loss], batch.crops[view])
+    @torch.no_grad()
+    def _anchors(self, batch: Batch, iteration: int) -> dict[str, ViewFeatures]:
+        """What the anchors that have begun say, by loss."""
+        features = {}
+        blueprint = self.networks.blueprint
+        for name, anchor in blueprint.anchors.items():
+            if is_there(anchor.config, iteration):
+                own = blueprint.anchor_weights.get(name)
+                crops = normalize(batch.crops[anchor.view], own.images if own else self.images)
+                features[name] = features_of(self.networks.anchors[name], crops)
+        return features
 
     def named_state(self) -> dict[str, Tensor]:
         """The losses' buffers by name, to save or to load in place."""
@@ -155,18 +179,3 @@ def _project(networks: nn.ModuleDict, loss: str, tokens: Tensor, *others: Any) -
         raise KeyError(f"loss {loss!r} projects tokens and built no projector")
     projected: Tensor = networks[name](tokens, *others)
     return projected
-
-
-def _features(backbone: Any, crops: Tensor) -> ViewFeatures:
-    return _unflatten(backbone.forward_features(crops.flatten(0, 1)), crops, backbone.patch_size)
-
-
-def _unflatten(output: Mapping[str, Tensor], crops: Tensor, patch_size: int) -> ViewFeatures:
-    sizes = crops.shape[:2]
-    height, width = crops.shape[-2:]
-    return ViewFeatures(
-        cls=output["x_norm_clstoken"].unflatten(0, sizes),
-        storage=output["x_storage_tokens"].unflatten(0, sizes),
-        patches=output["x_norm_patchtokens"].unflatten(0, sizes),
-        grid=(height // patch_size, width // patch_size),
-    )

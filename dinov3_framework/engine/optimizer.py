@@ -16,6 +16,8 @@ from dinov3_framework.contracts import Backbone
 from dinov3_framework.engine.settings import OptimizerConfig
 from dinov3_framework.schedules import Schedule
 
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
+
 
 @frozen
 class ParameterSetting:

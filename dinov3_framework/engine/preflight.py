@@ -13,12 +13,12 @@ from dinov3_framework.contracts import Augmentation, Dataset, Loss
 from dinov3_framework.engine.networks import Blueprint, head_name
 from dinov3_framework.engine.objective import check_needs
 from dinov3_framework.engine.optimizer import lr_factor
-from dinov3_framework.engine.settings import PretrainConfig
+from dinov3_framework.engine.settings import TrainingConfig, momentum
 from dinov3_framework.errors import Problem
 from dinov3_framework.schedules import Schedule
 
 # Figures that metrics.jsonl has of every run; a loss is logged by its name.
-_FIGURES = {"iteration", "loss", "images_per_second", "data_wait"} | {
+_FIGURES = {"iteration", "loss", "images_per_second", "data_wait", "time"} | {
     "lr",
     "last_layer_lr",
     "weight_decay",
@@ -35,7 +35,7 @@ class Parts:
     blueprint: Blueprint
 
 
-def config_problems(config: PretrainConfig, world_size: int) -> list[Problem]:
+def config_problems(config: TrainingConfig, world_size: int) -> list[Problem]:
     """What can be told without building anything."""
     return [
         *_batch_problems(config, world_size),
@@ -45,17 +45,18 @@ def config_problems(config: PretrainConfig, world_size: int) -> list[Problem]:
     ]
 
 
-def parts_problems(parts: Parts) -> list[Problem]:
-    """What does not fit together."""
+def parts_problems(parts: Parts, masks_student: bool = True) -> list[Problem]:
+    """What does not fit together; ``masks_student``: whether the student's patches are hidden."""
     return [
         *check_needs(parts.losses, parts.augmentation),
         *_view_problems(parts),
-        *_mask_problems(parts),
+        *(_mask_problems(parts) if masks_student else ()),
+        *_anchor_problems(parts),
     ]
 
 
 def sections(
-    config: PretrainConfig, parts: Parts, dataset: Dataset | None, world_size: int
+    config: TrainingConfig, parts: Parts, dataset: Dataset | None, world_size: int
 ) -> dict[str, list[tuple[str, str]]]:
     """The report of a check; ``dataset`` is None where this machine does not have it."""
     return {
@@ -67,7 +68,7 @@ def sections(
 
 
 # ---------------------------------------------------------------------- what can be wrong
-def _batch_problems(config: PretrainConfig, world_size: int) -> Iterator[Problem]:
+def _batch_problems(config: TrainingConfig, world_size: int) -> Iterator[Problem]:
     share = world_size * config.accumulation_steps
     if config.batch_size % share:
         lower, upper = config.batch_size // share * share, -(-config.batch_size // share) * share
@@ -80,7 +81,7 @@ def _batch_problems(config: PretrainConfig, world_size: int) -> Iterator[Problem
         )
 
 
-def _schedule_problems(config: PretrainConfig) -> Iterator[Problem]:
+def _schedule_problems(config: TrainingConfig) -> Iterator[Problem]:
     for where, schedule in _schedules(config, ""):
         for complaint in schedule.problems(config.iterations):
             yield Problem(where, complaint)
@@ -99,7 +100,7 @@ def _schedules(config: Any, prefix: str) -> Iterator[tuple[str, Schedule]]:
             yield from _schedules(value, f"{prefix}{name}.")
 
 
-def _channel_problems(config: PretrainConfig) -> Iterator[Problem]:
+def _channel_problems(config: TrainingConfig) -> Iterator[Problem]:
     given, wanted = config.backbone.in_chans, config.images.channels
     if given is not None and given != wanted:
         yield Problem(
@@ -109,7 +110,7 @@ def _channel_problems(config: PretrainConfig) -> Iterator[Problem]:
         )
 
 
-def _loss_problems(config: PretrainConfig) -> Iterator[Problem]:
+def _loss_problems(config: TrainingConfig) -> Iterator[Problem]:
     if not config.losses:
         yield Problem("losses", "no loss: nothing would be learnt")
     for name in config.losses:
@@ -145,20 +146,58 @@ def _mask_problems(parts: Parts) -> Iterator[Problem]:
             )
 
 
+def _anchor_problems(parts: Parts) -> Iterator[Problem]:
+    blueprint = parts.blueprint
+    ours = _shapes(blueprint.backbone)
+    for name, weights in blueprint.anchor_weights.items():
+        where = f"losses.{name}.anchor"
+        view = parts.augmentation.views.get(blueprint.anchors[name].view)
+        patch = weights.backbone.patch_size
+        if weights.backbone.in_chans != blueprint.backbone.in_chans:
+            message = f"has {weights.backbone.in_chans} input channels, the student"
+            yield Problem(f"{where}.weights", f"{message} {blueprint.backbone.in_chans}")
+        if view is not None and view.size % patch:
+            message = f"crops of {view.size} px are no multiple of the anchor's patch size {patch}"
+            yield Problem(f"{where}.weights", message)
+        if blueprint.anchors[name].config.follows and _shapes(weights.backbone) != ours:
+            yield Problem(
+                where,
+                "is to be refreshed from the momentum teacher, but its weights are of another "
+                "backbone than the student's",
+                "leave start and period out, or begin with weights of the student's backbone",
+            )
+
+
+def _shapes(backbone: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in backbone.state_dict().items()}
+
+
 # ---------------------------------------------------------------------- what a check shows
 def _parameter_rows(blueprint: Blueprint) -> list[tuple[str, str]]:
     rows = [("backbone", _count(blueprint.backbone))]
     rows += [(head_name(n), _count(projector)) for n, projector in blueprint.projectors.items()]
-    if blueprint.anchors:
-        rows.append(("anchors", ", ".join(blueprint.anchors)))
+    for name in blueprint.anchors:
+        rows.append((f"anchor of {name}", _anchor_text(blueprint, name)))
     return rows
+
+
+def _anchor_text(blueprint: Blueprint, name: str) -> str:
+    config = blueprint.anchors[name].config
+    start = "the momentum teacher" if config.weights is None else config.weights
+    if config.start is not None:
+        start += f", from iteration {config.start:,}: the momentum teacher of then"
+    if config.period is None:
+        return f"{start}; never refreshed"
+    often = "" if config.max_refreshes is None else f", {config.max_refreshes} times"
+    first = f" from {config.first_refresh:,} on" if config.first_refresh else ""
+    return f"{start}; refreshed every {config.period:,} iterations{first}{often}"
 
 
 def _count(module: nn.Module) -> str:
     return f"{sum(p.numel() for p in module.parameters()):,}"
 
 
-def _batch_rows(config: PretrainConfig, parts: Parts, world: int) -> list[tuple[str, str]]:
+def _batch_rows(config: TrainingConfig, parts: Parts, world: int) -> list[tuple[str, str]]:
     per_pass = config.batch_size // (world * config.accumulation_steps)
     views = [f"{v.crops} {name} of {v.size} px" for name, v in parts.augmentation.views.items()]
     rows = [
@@ -173,14 +212,14 @@ def _batch_rows(config: PretrainConfig, parts: Parts, world: int) -> list[tuple[
     return rows
 
 
-def _schedule_rows(config: PretrainConfig) -> list[tuple[str, str]]:
+def _schedule_rows(config: TrainingConfig) -> list[tuple[str, str]]:
     total, factor = config.iterations, lr_factor(config.optimizer, config.batch_size)
     lr = config.optimizer.lr.scaled(factor)
     rows = [("iterations", f"{total:,}"), ("lr", _course(lr, total))]
     if factor != 1:
         rows.append(("lr factor", f"{factor:g} ({config.optimizer.lr_scaling})"))
     rows.append(("weight decay", _course(config.optimizer.weight_decay, total)))
-    rows.append(("teacher momentum", _course(config.teacher.momentum, total)))
+    rows.append(("teacher momentum", _course(momentum(config), total)))
     rows += [
         (f"losses.{where}", _course(schedule, total))
         for where, schedule in _schedules(config.losses, "")
@@ -196,7 +235,7 @@ def _course(schedule: Schedule, total: int) -> str:
     return " -> ".join(f"{value:.3g}" for value in values)
 
 
-def _data_rows(config: PretrainConfig, dataset: Dataset | None) -> list[tuple[str, str]]:
+def _data_rows(config: TrainingConfig, dataset: Dataset | None) -> list[tuple[str, str]]:
     seen = config.iterations * config.batch_size
     rows = [("images seen", f"{seen:,}")]
     if dataset is not None:

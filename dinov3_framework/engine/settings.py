@@ -9,6 +9,7 @@ from dinov3_framework.configs import (
     BackboneConfig,
     DatasetConfig,
     ImagesConfig,
+    InvalidOption,
     LossConfig,
     ObserverConfig,
     TaskConfig,
@@ -52,6 +53,31 @@ class TeacherConfig:
     """The momentum teacher."""
 
     momentum: Schedule = option("share of the old teacher that is kept: a number or a schedule")
+
+
+@config
+class FrozenTeacherConfig:
+    """A network that has learnt already and is only looked at."""
+
+    weights: str = option(
+        "the teacher: a file or folder of any known format, a run's folder, a URL or a published "
+        "name"
+    )
+    network: Literal["teacher", "student"] = option(
+        "which network of a training checkpoint is read", default="teacher"
+    )
+    projectors: Literal["auto", "weights", "new"] = option(
+        "where its projectors come from: weights that hold them, or new ones, whose prototypes "
+        "are tokens of the first batches; auto takes those of the weights if there are any",
+        default="auto",
+    )
+
+
+@config
+class AverageConfig:
+    """The moving average of a student, which is what is evaluated and exported."""
+
+    momentum: Schedule = option("share of the old average that is kept: a number or a schedule")
 
 
 @config
@@ -139,8 +165,32 @@ class InitFromConfig:
 
 
 @config
-class PretrainConfig(TaskConfig):
-    """Self-supervised pretraining: a student, its momentum teacher, any losses."""
+class ContinueFromConfig:
+    """Another run whose training goes on here: its networks, optimizer and count of iterations.
+
+    Anchors are not taken over: each begins as its loss says.
+    """
+
+    run: str = option("the other run's folder, its checkpoints, or one of these")
+    iteration: int | None = option(
+        "after which of its iterations; left out, that of its newest checkpoint",
+        default=None,
+        check=positive,
+    )
+    new: tuple[str, ...] = option(
+        "names, or patterns with *, of this run's tensors that the other need not have: those it "
+        "lacks keep their initial values",
+        default=(),
+    )
+    unused: tuple[str, ...] = option(
+        "names, or patterns with *, of the other's tensors that this run has no place for",
+        default=(),
+    )
+
+
+@config
+class TrainingConfig(TaskConfig):
+    """What all trainings share: a student, crops of images, losses, an optimizer."""
 
     iterations: int = option("optimizer steps of the run", check=positive)
     batch_size: int = option("images of one optimizer step, over all processes", check=positive)
@@ -155,7 +205,6 @@ class PretrainConfig(TaskConfig):
         "weights that the networks start from; left out, they start at random", default=None
     )
     losses: dict[str, LossConfig] = option("the objective, by names of your choice")
-    teacher: TeacherConfig = option("the momentum teacher")
     optimizer: OptimizerConfig = option("how the student learns")
     loader: LoaderConfig = option("how batches are made", factory=LoaderConfig)
     parallel: ParallelConfig = option("devices, precision, sharding", factory=ParallelConfig)
@@ -171,6 +220,45 @@ class PretrainConfig(TaskConfig):
     )
 
 
-def resolved_backbone(config: PretrainConfig) -> BackboneConfig:
+@config
+class PretrainConfig(TrainingConfig):
+    """Self-supervised pretraining: a student, its momentum teacher, any losses."""
+
+    teacher: TeacherConfig = option("the momentum teacher")
+    continue_from: ContinueFromConfig | None = option(
+        "another run whose training goes on in this one; left out, this one begins", default=None
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if self.continue_from is not None and self.init_from is not None:
+            raise InvalidOption(
+                "continue_from",
+                "and init_from both say what the networks start from; leave one of them out",
+            )
+
+
+@config
+class DistillConfig(TrainingConfig):
+    """Distillation: a student learns from a frozen teacher, of any backbone."""
+
+    teacher: FrozenTeacherConfig = option("the frozen teacher")
+    average: AverageConfig = option("the student's moving average, which is exported")
+    mask_student: bool = option(
+        "hide masked patches from the student, as pretraining does; the published distillations "
+        "only compare them",
+        default=False,
+    )
+
+
+def momentum(config: TrainingConfig) -> Schedule:
+    """What the student's moving average keeps of itself: of the momentum teacher, if it is one."""
+    if isinstance(config, DistillConfig):
+        return config.average.momentum
+    if isinstance(config, PretrainConfig):
+        return config.teacher.momentum
+    raise TypeError(f"{type(config).__name__} has no moving average")
+
+
+def resolved_backbone(config: TrainingConfig) -> BackboneConfig:
     """The backbone's config with its input channels filled in from ``images``."""
     return replace(config.backbone, in_chans=config.images.channels)

@@ -31,6 +31,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> list[str]:
             dict(tensors),
             storage_writer=writer,
             planner=dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            process_group=collectives.current_group(),
             no_dist=not collectives.is_distributed(),
         )
     return writer.written
@@ -46,6 +47,7 @@ def load_shards(reader: SafeReader, tensors: Mapping[str, Tensor]) -> None:
             dict(tensors),
             storage_reader=reader,
             planner=TensorsOnly(),
+            process_group=collectives.current_group(),
             no_dist=not collectives.is_distributed(),
         )
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from attrs import define, evolve, field
+from attrs import define, field
 from torch import Tensor
 
 from dinov3_framework import collectives
 from dinov3_framework.contracts import Observer, StepRecord
 from dinov3_framework.engine.agreement import RankFailure, together
 from dinov3_framework.engine.checkpoint import CheckpointStore
+from dinov3_framework.engine.clock import StepClock
 from dinov3_framework.engine.console import TrainingProgress
 from dinov3_framework.engine.loader import Batch, BatchMaker, TrainingLoader
 from dinov3_framework.engine.metrics import Agreement, MetricsFile, agree
@@ -23,10 +24,9 @@ from dinov3_framework.engine.networks import Networks
 from dinov3_framework.engine.objective import Objective
 from dinov3_framework.engine.optimizer import Optimizer
 from dinov3_framework.engine.run import TrainingRun
-from dinov3_framework.engine.settings import PretrainConfig
+from dinov3_framework.engine.settings import TrainingConfig, momentum
 from dinov3_framework.engine.stopping import StopFlag
 from dinov3_framework.errors import DivergenceError, UserError
-from dinov3_framework.images import normalize
 from dinov3_framework.randomness import keyed_seed
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class OutOfMemory(UserError):
 class Trainer:
     """All that a step touches, and the order in which it does."""
 
-    config: PretrainConfig
+    config: TrainingConfig
     networks: Networks
     objective: Objective
     optimizer: Optimizer
@@ -50,30 +50,40 @@ class Trainer:
     run: TrainingRun
     done: int = 0  # iterations
     origin: Mapping[str, str] = {}  # of the first values, where they were not drawn
+    memory: Mapping[str, Any] = {}  # what checkpoints remember besides tensors
+    # Looks at what a checkpoint remembers before it is loaded, and may raise.
+    accept: Callable[[Mapping[str, Any]], None] | None = None
     _skipped: int = field(default=0, init=False)  # in a row
 
     @property
     def device(self) -> torch.device:
         return self.run.device
 
+    @property
+    def clock(self) -> StepClock:
+        return self.objective.clock
+
     # ------------------------------------------------------------------ state
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds, by name, to save or to load in place."""
         optimizer = {f"optimizer.{k}": v for k, v in self.optimizer.named_state().items()}
         return self.networks.named_state() | self.objective.named_state() | optimizer
 
-    def resume(self) -> None:
-        """Go on from the newest whole checkpoint, if there is one."""
-        restored = self.store.restore(self._tensors())
-        if restored is not None:
-            self.done = restored.step
-            self.origin = restored.state.get("init_from", {})
-            log.info("Going on after iteration %s, from %s", f"{self.done:,}", restored.path)
+    def resume(self) -> bool:
+        """Go on from the newest whole checkpoint, if there is one; whether there was."""
+        restored = self.store.restore(self.tensors(), accept=self.accept)
+        if restored is None:
+            return False
+        self.done = restored.step
+        self.origin = restored.state.get("init_from", {})
+        log.info("Going on after iteration %s, from %s", f"{self.done:,}", restored.path)
+        return True
 
     def _save(self) -> None:
-        state: dict[str, Any] = {"iterations": self.config.iterations}
+        state: dict[str, Any] = {"iterations": self.config.iterations, **self.memory}
         if self.origin:
             state["init_from"] = dict(self.origin)
-        self.store.save(self.done, self._tensors(), state)
+        self.store.save(self.done, self.tensors(), state)
 
     # ------------------------------------------------------------------ loop
     def train(self) -> None:
@@ -119,16 +129,21 @@ class Trainer:
             "images_per_second": self.config.batch_size / seconds,
             "data_wait": wait,
         }
+        if self._is_logged() or self.device.type != "cuda":  # it waits for the device
+            figures |= self.clock.read()
         bar.update(self.done, figures["loss"], figures["images_per_second"], wait)
         observed = self._call_observers(figures)
-        last = self.done == self.config.iterations
-        if observed or last or self.done % self.config.log_every == 0:
+        if observed or self._is_logged():
             self._write(metrics, figures | observed)
+        last = self.done == self.config.iterations
         stopping = agreement.stop and not last
         if stopping or last or self.done % self.config.checkpoint.every == 0:
             self._save()
         if stopping:
             raise stop.stopped(self.done)
+
+    def _is_logged(self) -> bool:
+        return self.done % self.config.log_every == 0 or self.done == self.config.iterations
 
     def _write(self, metrics: MetricsFile | None, figures: Mapping[str, float]) -> None:
         if metrics is not None and figures:
@@ -139,9 +154,12 @@ class Trainer:
         """One optimizer step, or none if anybody's losses or gradients are not finite."""
         iteration, total = self.done, self.config.iterations
         values = self.optimizer.values(iteration, total)
-        values["momentum"] = self.config.teacher.momentum.at(iteration, total)
+        values["momentum"] = momentum(self.config).at(iteration, total)
         self.optimizer.set_values(values)
-        buffers = [(tensor, tensor.clone()) for tensor in self._buffers()]
+        self.clock.begin()
+        for name in self.networks.start_anchors(iteration):
+            log.info("Anchor of loss %r begins after iteration %d", name, iteration)
+        buffers = [(tensor, tensor.clone()) for tensor in self.buffers()]
         figures, losses, wait = self._forward_backward(batches, iteration)
         norms = self.optimizer.gradient_norms()
         figures |= values | {f"gradient_norm/{name}": norm for name, norm in norms.items()}
@@ -154,15 +172,16 @@ class Trainer:
             self._skip(agreement.nonfinite)
         else:
             self._skipped = 0
-            self.optimizer.clip(norms)
-            self.optimizer.step()
-            self.networks.update_teacher(values["momentum"])
+            with self.clock.phase("optimizer"):
+                self.optimizer.clip(norms)
+                self.optimizer.step()
+                self.networks.update_teacher(values["momentum"])
         for name in self.networks.refresh_anchors(iteration + 1):
             log.info("Anchor of loss %r refreshed after iteration %d", name, iteration + 1)
         self.optimizer.zero_grad()
         return agreement, wait
 
-    def _buffers(self) -> Iterator[Tensor]:
+    def buffers(self) -> Iterator[Tensor]:
         """What a forward pass may change without the optimizer."""
         yield from self.objective.named_state().values()
         yield from self.networks.student.buffers()
@@ -183,24 +202,20 @@ class Trainer:
         losses: dict[str, Any] = defaultdict(float)
         for micro in range(passes):
             asked = time.perf_counter()
-            batch = self._on_device(self._fetch(batches))
+            batch = self._fetch(batches).to(self.device)
             wait += time.perf_counter() - asked
             # Drop path and RoPE augmentation draw from the global generator.
             rank = collectives.rank()
             torch.manual_seed(keyed_seed(self.config.seed, "forward", iteration, micro, rank))
             outcome = self.objective(batch, iteration)
-            (outcome.total / passes).backward()
+            with self.clock.phase("backward"):
+                (outcome.total / passes).backward()
             for name, loss in outcome.losses.items():
                 losses[name] = losses[name] + loss / passes
             terms = {**outcome.metrics, **outcome.losses, "loss": outcome.total.detach()}
             for name, value in terms.items():
                 figures[name] = figures[name] + value / passes
         return dict(figures), dict(losses), wait
-
-    def _on_device(self, batch: Batch) -> Batch:
-        batch = batch.to(self.device)
-        crops = {view: normalize(c, self.config.images) for view, c in batch.crops.items()}
-        return evolve(batch, crops=crops)
 
     def _skip(self, nonfinite: Mapping[str, list[int]]) -> None:
         self._skipped += 1

@@ -26,6 +26,7 @@ from dinov3_framework.weights.layouts import (
 
 log = logging.getLogger(__name__)
 
+BACKBONE = "backbone."
 OWN = "dinov3_framework"  # the format of this framework's own files
 _SIZE = 224  # pixels, of the published evaluations
 _DEPTH = 4  # components of a prefix, at most: model.teacher.backbone.module
@@ -107,6 +108,26 @@ class Recognised:
         if self.layout is None:
             return [Renamed(name, name) for name in names]
         return self.layout.rules(self.config, names)
+
+    def projectors(self) -> dict[str, Shape]:
+        """Names and shapes of everything beside the backbone in its network."""
+        prefix, source = self.content.prefix, self.content.source
+        if not f".{prefix}".endswith(f".{BACKBONE}"):
+            return {}
+        return {
+            name.removeprefix(self._beside): tuple(shape)
+            for name, shape in source.shapes.items()
+            if name.startswith(self._beside) and not name.startswith(prefix)
+        }
+
+    def read_projector(self, name: str) -> Tensor:
+        """A tensor of :meth:`projectors`."""
+        return self.content.source.read(self._beside + name)
+
+    @property
+    def _beside(self) -> str:
+        """What stands before ``backbone.`` in the file, and so before its neighbours' names."""
+        return self.content.prefix.removesuffix(BACKBONE)
 
 
 def recognise(

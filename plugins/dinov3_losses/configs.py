@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 from dinov3_framework import (
+    AnchorConfig,
     Constant,
     InvalidOption,
     LossConfig,
     Schedule,
     config,
-    not_negative,
     option,
     positive,
 )
@@ -28,6 +28,15 @@ class ProjectorConfig:
     n_layers: int = option("linear layers of the MLP", default=3, check=positive)
 
 
+def _same_prototypes(head: ProjectorConfig, teacher: ProjectorConfig | None) -> None:
+    if teacher is not None and teacher.n_prototypes != head.n_prototypes:
+        raise InvalidOption(
+            "teacher_head",
+            f"has n_prototypes = {teacher.n_prototypes}, head has {head.n_prototypes}: both are "
+            "compared prototype by prototype",
+        )
+
+
 @config
 class DinoConfig(LossConfig):
     """Cross-entropy of the student's class tokens against the teacher's, between crops.
@@ -37,6 +46,10 @@ class DinoConfig(LossConfig):
     """
 
     head: ProjectorConfig = option("the projection head", factory=ProjectorConfig)
+    teacher_head: ProjectorConfig | None = option(
+        "of a frozen teacher, the projection head, where it differs from the student's",
+        default=None,
+    )
     teacher_temp: Schedule = option(
         "temperature of the teacher's logits", factory=lambda: Constant(value=0.07)
     )
@@ -49,6 +62,9 @@ class DinoConfig(LossConfig):
     sinkhorn_iterations: int = option(
         "Sinkhorn-Knopp iterations on the teacher's logits", default=3, check=positive
     )
+
+    def __attrs_post_init__(self) -> None:
+        _same_prototypes(self.head, self.teacher_head)
 
     @property
     def uses_local_crops(self) -> bool:
@@ -63,6 +79,10 @@ class IbotConfig(LossConfig):
     """
 
     head: ProjectorConfig = option("the projection head", factory=ProjectorConfig)
+    teacher_head: ProjectorConfig | None = option(
+        "of a frozen teacher, the projection head, where it differs from the student's",
+        default=None,
+    )
     teacher_temp: Schedule = option(
         "temperature of the teacher's logits", factory=lambda: Constant(value=0.07)
     )
@@ -70,6 +90,9 @@ class IbotConfig(LossConfig):
     sinkhorn_iterations: int = option(
         "Sinkhorn-Knopp iterations on the teacher's logits", default=3, check=positive
     )
+
+    def __attrs_post_init__(self) -> None:
+        _same_prototypes(self.head, self.teacher_head)
 
 
 @config
@@ -98,8 +121,8 @@ class KoLeoConfig(LossConfig):
 class GramConfig(LossConfig):
     """Holds the similarities between the student's patches to those of an earlier teacher.
 
-    The anchor, a frozen copy of the momentum teacher, sees crops that may be larger than the
-    student's; its features are then resized to the student's patches.
+    The anchor, a frozen backbone such as an earlier momentum teacher, sees crops that may be larger
+    than the student's; its features are then resized to the student's patches.
     """
 
     normalized: bool = option("compare cosines rather than dot products", default=True)
@@ -121,16 +144,10 @@ class GramConfig(LossConfig):
     compute_stats: bool = option(
         "also log the loss over masked and over unmasked patches", default=False
     )
-    period: int | None = option(
-        "iterations between refreshes of the anchor from the momentum teacher; left out, none",
-        default=None,
-        check=positive,
-    )
-    first_refresh: int = option(
-        "iteration that the first refresh does not come before", default=0, check=not_negative
-    )
-    max_refreshes: int | None = option(
-        "refreshes in all; left out, no limit", default=None, check=not_negative
+    anchor: AnchorConfig | None = option(
+        'the anchor and when it is refreshed; "none": the momentum teacher itself, as it is in '
+        "each step, on the global crops",
+        factory=AnchorConfig,
     )
 
     def __attrs_post_init__(self) -> None:
@@ -145,9 +162,6 @@ class GramConfig(LossConfig):
                 f"is {self.tokens!r}, which differs in number between images: set "
                 "image_level = false as well",
             )
-        if self.period is None and (self.first_refresh or self.max_refreshes is not None):
-            name = "first_refresh" if self.first_refresh else "max_refreshes"
-            raise InvalidOption(name, "has no effect without period")
 
     @property
     def uses_masks(self) -> bool:

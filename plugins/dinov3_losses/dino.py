@@ -29,6 +29,9 @@ class DinoLoss(Loss):
     def build_projector(self, embed_dim: int) -> Projector:
         return PrototypeProjector(self.config.head, embed_dim)
 
+    def build_teacher_projector(self, embed_dim: int) -> Projector:
+        return PrototypeProjector(self.config.teacher_head or self.config.head, embed_dim)
+
     def forward(self, step: StepOutputs) -> LossResult:
         """Metrics: ``global`` and ``local``, the mean cross-entropy of each kind of pair."""
         config = self.config

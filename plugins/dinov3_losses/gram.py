@@ -17,30 +17,27 @@ class GramLoss(Loss):
         super().__init__()
         self.config = config
         self.sees_batch = not config.image_level
-        needs = {"student.global.patches", "anchor.anchor.patches"}
+        anchor = "teacher.global.patches" if config.anchor is None else "anchor.anchor.patches"
+        needs = {"student.global.patches", anchor}
         if config.uses_masks:
             needs.add("masks")
         self.needs = frozenset(needs)
 
-    def anchor(self) -> Anchor:
-        config = self.config
-        return Anchor(
-            period=config.period,
-            first_refresh=config.first_refresh,
-            max_refreshes=config.max_refreshes,
-        )
+    def anchor(self) -> Anchor | None:
+        return None if self.config.anchor is None else Anchor(config=self.config.anchor)
 
     def forward(self, step: StepOutputs) -> LossResult:
         """Metrics with ``compute_stats``: ``masked`` and ``unmasked``, over those patches alone."""
         config, masks = self.config, step.masks
-        if step.anchor is None:
+        held_to = step.teacher["global"] if config.anchor is None else step.anchor
+        if held_to is None:
             raise UserError("the gram loss needs an anchor, and this step has none")
         if config.uses_masks and masks is None:
             raise UserError("the gram loss as configured needs masks, and the step has none")
         student = step.student["global"]
         patches = student.patches.flatten(0, 1)  # [G * B, P, D]
         with full_precision(patches):
-            anchor = fit_anchor(step.anchor, student, config.resize_antialias).flatten(0, 1)
+            anchor = fit_anchor(held_to, student, config.resize_antialias).flatten(0, 1)
             chosen: tuple[Tensor, Tensor] = (patches, anchor)
             if masks is not None and config.tokens != "all":
                 kept = masks.flatten(0, 1) == (config.tokens == "masked")

@@ -25,6 +25,9 @@ class IbotLoss(Loss):
     def build_projector(self, embed_dim: int) -> Projector:
         return PrototypeProjector(self.config.head, embed_dim)
 
+    def build_teacher_projector(self, embed_dim: int) -> Projector:
+        return PrototypeProjector(self.config.teacher_head or self.config.head, embed_dim)
+
     def forward(self, step: StepOutputs) -> LossResult:
         """The mean over global crops of the mean cross-entropy of a crop's masked patches.
 

@@ -40,8 +40,37 @@ class PrototypeProjector(Projector):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    @torch.no_grad()
+    def fit(self, tokens: Tensor) -> bool:
+        """Take embeddings of tokens [n, D], and mixtures of two, for prototypes.
+
+        The MLP stays random, which keeps distances roughly (Johnson and Lindenstrauss 1984).
+        Prototypes are differences from the mean embedding, scaled such that a token's logit with
+        its own prototype is 1 on average, whatever the spread of the embeddings: the targets are
+        then as sharp as those of a teacher that was trained with its projector.
+        """
+        if len(tokens) < 2:
+            return False
+        offsets = self._embed(tokens.float())
+        offsets -= offsets.mean(dim=0)
+        spread = offsets.square().sum(dim=1).mean()
+        if spread == 0:
+            return False
+        count = self.last_layer.weight.shape[0]
+        first, second = torch.randint(len(tokens), (2, count))
+        places = torch.randperm(len(tokens))[:count]
+        share = torch.rand(count, 1)
+        first[: len(places)], share[: len(places)] = places, 1.0
+        mixed = share * offsets[first] + (1 - share) * offsets[second]
+        length = mixed.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        self.last_layer.weight.copy_(mixed / length / spread.sqrt())
+        return True
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Tokens [n, D] to points of the unit sphere [n, bottleneck]."""
         embedding = self.mlp(tokens)
         # In float32: the smallest length that is told from 0 would itself be 0 in float16.
-        unit = F.normalize(embedding.float(), dim=-1).to(embedding.dtype)
-        return self.last_layer(unit)  # type: ignore[no-any-return]
+        return F.normalize(embedding.float(), dim=-1).to(embedding.dtype)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.last_layer(self._embed(tokens))  # type: ignore[no-any-return]

@@ -92,7 +92,11 @@ def losses(output: Path) -> list[tuple[int, str]]:
     for text in (output / "metrics.jsonl").read_text().splitlines():
         line = json.loads(text)
         timing = {"iteration", "images_per_second", "data_wait"}
-        figures = {k: float(v).hex() for k, v in sorted(line.items()) if k not in timing}
+        figures = {
+            k: float(v).hex()
+            for k, v in sorted(line.items())
+            if k not in timing and not k.startswith("time/")
+        }
         lines.append((line["iteration"], json.dumps(figures)))
     return lines
 

@@ -27,7 +27,6 @@ from trainer_support import pretrain, trainer
 
 from dinov3_framework import BackboneConfig, CheckpointError, RecipeError, config, option
 from dinov3_framework.engine.init_match import match, patterns_for
-from dinov3_framework.engine.settings import InitFromConfig
 
 Found = dict[str, str]
 
@@ -47,10 +46,10 @@ def advised(hint: str) -> dict[str, list[str]]:
 
 # --------------------------------------------------------------------------- the source
 def test_weights_that_are_not_there(tmp_path: Path) -> None:
-    found = problems(*start(tmp_path / "nowhere.pth"))
-    assert found.keys() == {"init_from.weights"}
-    assert "nowhere.pth" in found["init_from.weights"][0]
-    assert "dinov3_vits16" in found["init_from.weights"][0]
+    (said,) = pretrain(*start(tmp_path / "nowhere.pth")).check(1).missing
+    assert said.startswith("init_from.weights: there is no ")
+    assert "nowhere.pth" in said
+    assert "dinov3_vits16" in said
 
 
 def test_a_file_that_is_no_weights(tmp_path: Path) -> None:
@@ -256,7 +255,7 @@ def test_patterns_are_as_few_as_will_do() -> None:
 
 def test_the_order_is_the_owners() -> None:
     shapes = {f"backbone.{name}": (1,) for name in "cab"}
-    found, complaints = match(shapes, dict(sorted(shapes.items())), InitFromConfig(weights="x"))
+    found, complaints = match(shapes, dict(sorted(shapes.items())), new=(), unused=())
     assert found.loaded == list(shapes)
     assert complaints == []
 

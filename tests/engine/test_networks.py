@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from trainer_support import pretrain, trainer
 
-from dinov3_framework import Anchor, Loss
+from dinov3_framework import AnchorConfig, Loss
 from dinov3_framework.engine.networks import refresh_due
 from dinov3_framework.engine.parallel import initial_values
 
@@ -103,16 +103,16 @@ def test_the_teacher_follows_by_its_momentum(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("anchor", "due"),
     [
-        (Anchor(), []),
-        (Anchor(period=3), [3, 6, 9, 12, 15]),
-        (Anchor(period=3, first_refresh=7), [9, 12, 15]),
-        (Anchor(period=3, first_refresh=6, max_refreshes=2), [6, 9]),
-        (Anchor(period=3, first_refresh=1, max_refreshes=1), [3]),
-        (Anchor(period=1, max_refreshes=0), []),
-        (Anchor(period=20), []),
+        (AnchorConfig(), []),
+        (AnchorConfig(period=3), [3, 6, 9, 12, 15]),
+        (AnchorConfig(period=3, first_refresh=7), [9, 12, 15]),
+        (AnchorConfig(period=3, first_refresh=6, max_refreshes=2), [6, 9]),
+        (AnchorConfig(period=3, first_refresh=1, max_refreshes=1), [3]),
+        (AnchorConfig(period=1, max_refreshes=0), []),
+        (AnchorConfig(period=20), []),
     ],
 )
-def test_when_an_anchor_is_refreshed(anchor: Anchor, due: list[int]) -> None:
+def test_when_an_anchor_is_refreshed(anchor: AnchorConfig, due: list[int]) -> None:
     assert [done for done in range(1, 16) if refresh_due(anchor, done)] == due
 
 

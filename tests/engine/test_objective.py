@@ -74,7 +74,7 @@ def test_needs_that_are_met() -> None:
 def objective(tmp_path: Path, **losses: Reads) -> Iterator[tuple[Objective, Trainer]]:
     with trainer(tmp_path, NO_LOSSES, "losses.p.use=scaled_mean") as ours:
         configs = dict.fromkeys(losses, ours.config.losses["p"])
-        yield Objective(losses, configs, ours.networks, 10), ours
+        yield Objective(losses, configs, ours.networks, 10, ours.config.images), ours
 
 
 def calls(ours: Trainer, role: str) -> list[Any]:
@@ -92,7 +92,7 @@ def calls(ours: Trainer, role: str) -> list[Any]:
 
 
 def batch(ours: Trainer) -> Any:
-    return ours._on_device(ours.maker[0, 0])
+    return ours.maker[0, 0]
 
 
 def test_nothing_is_computed_that_nobody_needs(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_projecting_without_a_projector_is_said(tmp_path: Path) -> None:
 def test_state_is_the_losses_buffers(tmp_path: Path) -> None:
     with trainer(tmp_path, "losses.c.use=centre") as ours:
         assert set(ours.objective.named_state()) == {"losses.c.centre"}
-        assert "losses.c.centre" in ours._tensors()
+        assert "losses.c.centre" in ours.tensors()
 
 
 def test_a_loss_weight_may_be_a_schedule() -> None:

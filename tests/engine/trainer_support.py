@@ -73,14 +73,14 @@ def snapshot(trainer: Trainer, prefixes: Sequence[str] = ("",)) -> dict[str, Ten
     """Copies of the state whose names start so."""
     return {
         name: tensor.clone()
-        for name, tensor in trainer._tensors().items()
+        for name, tensor in trainer.tensors().items()
         if name.startswith(tuple(prefixes))
     }
 
 
 def changed(before: dict[str, Tensor], trainer: Trainer) -> set[str]:
     """Names of tensors that are not what they were, bit for bit."""
-    now = trainer._tensors()
+    now = trainer.tensors()
     return {
         name
         for name, tensor in before.items()

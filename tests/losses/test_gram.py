@@ -12,7 +12,7 @@ from dinov3_losses.gram import GramLoss, fit_anchor, gram_loss
 from loss_support import features, randn, step
 from torch import Tensor
 
-from dinov3_framework import Anchor, InvalidOption, LossResult, UserError
+from dinov3_framework import Anchor, AnchorConfig, InvalidOption, LossResult, UserError
 
 
 def run(student: Tensor, anchor: Tensor, masks: Tensor | None = None, **options: Any) -> LossResult:
@@ -146,8 +146,8 @@ def test_needs() -> None:
 
 def test_anchor() -> None:
     assert GramLoss(GramConfig()).anchor() == Anchor()
-    config = GramConfig(period=10, first_refresh=5, max_refreshes=3)
-    assert GramLoss(config).anchor() == Anchor(period=10, first_refresh=5, max_refreshes=3)
+    anchor = AnchorConfig(period=10, first_refresh=5, max_refreshes=3)
+    assert GramLoss(GramConfig(anchor=anchor)).anchor() == Anchor(config=anchor)
 
 
 @pytest.mark.parametrize(
@@ -158,14 +158,24 @@ def test_anchor() -> None:
             "remove_only_teacher_negative: contradicts remove_negative",
         ),
         ({"tokens": "masked"}, "tokens: is 'masked', .* set image_level = false"),
-        ({"first_refresh": 5}, "first_refresh: has no effect without period"),
-        ({"max_refreshes": 0}, "max_refreshes: has no effect without period"),
-        ({"period": 0}, "period: must be above 0"),
     ],
 )
 def test_impossible_configs(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidOption, match=message):
         GramConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"first_refresh": 5}, "first_refresh: has no effect without period"),
+        ({"max_refreshes": 0}, "max_refreshes: has no effect without period"),
+        ({"period": 0}, "period: must be above 0"),
+    ],
+)
+def test_impossible_anchors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidOption, match=message):
+        AnchorConfig(**options)
 
 
 def test_what_a_step_must_bring() -> None:
