@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dinov3_framework.components import Component
 from dinov3_framework.engine.extraction.settings import FeaturesTaskConfig
-from dinov3_framework.engine.settings import DistillConfig, PretrainConfig
+from dinov3_framework.engine.settings import DistillConfig, MultiDistillConfig, PretrainConfig
 from dinov3_framework.hookspecs import hookimpl
 
 
@@ -15,5 +15,10 @@ def dinov3_tasks() -> list[Component]:
             "features", FeaturesTaskConfig, "dinov3_framework.engine.extraction.task:FeaturesTask"
         ),
         Component("distill", DistillConfig, "dinov3_framework.engine.distill:Distill"),
+        Component(
+            "multi_distill",
+            MultiDistillConfig,
+            "dinov3_framework.engine.multi_distill:MultiDistill",
+        ),
         Component("pretrain", PretrainConfig, "dinov3_framework.engine.pretrain:Pretrain"),
     ]

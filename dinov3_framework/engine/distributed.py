@@ -6,7 +6,7 @@ import logging
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NoReturn
@@ -55,6 +55,15 @@ def process_group(device: torch.device, timeout: float) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def subgroups(ranks: Sequence[Sequence[int]], timeout: float) -> list[dist.ProcessGroup | None]:
+    """A group for each list of ranks; on a process outside of a group, torch's word for that.
+
+    To be called by every process. ``timeout`` as of :func:`process_group`.
+    """
+    limit = timedelta(seconds=timeout)
+    return [dist.new_group(list(each), timeout=limit) for each in ranks]
 
 
 def leave(code: int) -> NoReturn:

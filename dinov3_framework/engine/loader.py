@@ -42,13 +42,15 @@ class Layout:
 
     @property
     def per_pass(self) -> int:
-        """Images that one process sees in one pass."""
+        """Images that one process sees in one pass; one more, perhaps, where they do not divide."""
         return self.batch_size // (self.world_size * self.accumulation_steps)
 
     def places(self, step: int, micro: int) -> range:
         """The places in the stream of this process's images in one pass of one step."""
-        first = (step * self.accumulation_steps + micro) * self.world_size + self.rank
-        return range(first * self.per_pass, (first + 1) * self.per_pass)
+        whole = self.batch_size // self.accumulation_steps
+        first = (step * self.accumulation_steps + micro) * whole
+        start, stop = (whole * part // self.world_size for part in (self.rank, self.rank + 1))
+        return range(first + start, first + stop)
 
 
 @frozen
@@ -81,10 +83,18 @@ class BatchMaker(TorchDataset[Batch]):
     """Makes the batch of any (step, pass)."""
 
     def __init__(
-        self, dataset: Dataset, augmentation: Augmentation, layout: Layout, seed: int, workers: int
+        self,
+        dataset: Dataset,
+        augmentation: Augmentation,
+        layout: Layout,
+        seed: int,
+        workers: int,
+        masks_of: Layout | None = None,
     ) -> None:
+        """``masks_of`` says whose masks are made, if not those of the images of ``layout``."""
         self.dataset, self.augmentation = dataset, augmentation
         self.layout, self.seed = layout, seed
+        self.masks_of = masks_of or layout
         self.stream = ShuffledStream(len(dataset), seed)
         # What each worker is reading, for the message if it dies or hangs.
         self.reading = torch.full((max(workers, 1),), -1, dtype=torch.int64).share_memory_()
@@ -98,7 +108,7 @@ class BatchMaker(TorchDataset[Batch]):
             view: torch.stack([sample[view] for sample in samples], dim=1)
             for view in self.augmentation.views
         }
-        masks = self._masks(step, places)
+        masks = self._masks(step, self.masks_of.places(step, micro))
         masked = None if masks is None else masks.flatten().nonzero().squeeze(1)
         return Batch(crops, masks, tuple(corrupt), step, micro, masked)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import attrs
+
 from dinov3_framework.configs import (
     AugmentationConfig,
     BackboneConfig,
@@ -189,8 +191,8 @@ class ContinueFromConfig:
 
 
 @config
-class TrainingConfig(TaskConfig):
-    """What all trainings share: a student, crops of images, losses, an optimizer."""
+class RunConfig(TaskConfig):
+    """What all trainings share: crops of images, losses, an optimizer."""
 
     iterations: int = option("optimizer steps of the run", check=positive)
     batch_size: int = option("images of one optimizer step, over all processes", check=positive)
@@ -200,10 +202,6 @@ class TrainingConfig(TaskConfig):
     dataset: DatasetConfig = option("where the images come from")
     images: ImagesConfig = option("channels and normalisation", factory=ImagesConfig)
     augmentation: AugmentationConfig = option("how an image becomes crops and masks")
-    backbone: BackboneConfig = option("the network that is trained")
-    init_from: InitFromConfig | None = option(
-        "weights that the networks start from; left out, they start at random", default=None
-    )
     losses: dict[str, LossConfig] = option("the objective, by names of your choice")
     optimizer: OptimizerConfig = option("how the student learns")
     loader: LoaderConfig = option("how batches are made", factory=LoaderConfig)
@@ -217,6 +215,16 @@ class TrainingConfig(TaskConfig):
         "steps in a row that may be skipped for a NaN or inf before the run ends",
         default=3,
         check=not_negative,
+    )
+
+
+@config
+class TrainingConfig(RunConfig):
+    """A training of one student."""
+
+    backbone: BackboneConfig = option("the network that is trained")
+    init_from: InitFromConfig | None = option(
+        "weights that the networks start from; left out, they start at random", default=None
     )
 
 
@@ -247,6 +255,67 @@ class DistillConfig(TrainingConfig):
         "hide masked patches from the student, as pretraining does; the published distillations "
         "only compare them",
         default=False,
+    )
+
+
+@config
+class StudentConfig:
+    """One of several students. What it leaves out is as the recipe says for all."""
+
+    processes: int = option(
+        "processes that train it: a number, or its part in the sum of all students' numbers where "
+        "there are more or fewer processes",
+        check=positive,
+    )
+    backbone: BackboneConfig = option("the network that is trained")
+    init_from: InitFromConfig | None = option(
+        "weights that it starts from; left out, it starts at random", default=None
+    )
+    losses: dict[str, LossConfig] | None = option(
+        "its objective, whole; left out, the recipe's", default=None
+    )
+    optimizer: OptimizerConfig | None = option(
+        "how it learns, whole; left out, the recipe's", default=None
+    )
+    average: AverageConfig | None = option(
+        "its moving average; left out, the recipe's", default=None
+    )
+
+
+@config
+class MultiDistillConfig(RunConfig):
+    """Distillation of one frozen teacher into several students, each on some of the processes.
+
+    Every student sees the whole batch.
+    """
+
+    teacher: FrozenTeacherConfig = option("the frozen teacher")
+    average: AverageConfig = option("the students' moving averages, which are exported")
+    mask_student: bool = option(
+        "hide masked patches from the students, as pretraining does; the published distillations "
+        "only compare them",
+        default=False,
+    )
+    students: dict[str, StudentConfig] = option("who learns, by names of your choice")
+
+
+def of_student(config: MultiDistillConfig, name: str, output_dir: str | None) -> DistillConfig:
+    """The distillation that one student of several is."""
+    student = config.students[name]
+    shared = {field.name: getattr(config, field.name) for field in attrs.fields(RunConfig)}
+    return DistillConfig(
+        **shared
+        | {
+            "output_dir": output_dir,
+            "launcher": None,
+            "losses": config.losses if student.losses is None else student.losses,
+            "optimizer": config.optimizer if student.optimizer is None else student.optimizer,
+        },
+        backbone=student.backbone,
+        init_from=student.init_from,
+        teacher=config.teacher,
+        average=config.average if student.average is None else student.average,
+        mask_student=config.mask_student,
     )
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dinov3_framework import collectives
 from dinov3_framework.contracts import Observer, StepRecord
-from dinov3_framework.engine.agreement import RankFailure, together
 from dinov3_framework.engine.checkpoint import CheckpointStore
 from dinov3_framework.engine.clock import StepClock
 from dinov3_framework.engine.console import TrainingProgress
@@ -23,10 +22,11 @@ from dinov3_framework.engine.metrics import Agreement, MetricsFile, agree
 from dinov3_framework.engine.networks import Networks
 from dinov3_framework.engine.objective import Objective
 from dinov3_framework.engine.optimizer import Optimizer
+from dinov3_framework.engine.peers import Alone
 from dinov3_framework.engine.run import TrainingRun
 from dinov3_framework.engine.settings import TrainingConfig, momentum
 from dinov3_framework.engine.stopping import StopFlag
-from dinov3_framework.errors import DivergenceError, UserError
+from dinov3_framework.errors import DivergenceError, PeerError, UserError
 from dinov3_framework.randomness import keyed_seed
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ class Trainer:
     memory: Mapping[str, Any] = {}  # what checkpoints remember besides tensors
     # Looks at what a checkpoint remembers before it is loaded, and may raise.
     accept: Callable[[Mapping[str, Any]], None] | None = None
+    peers: Alone = field(factory=Alone)
     _skipped: int = field(default=0, init=False)  # in a row
 
     @property
@@ -69,9 +70,9 @@ class Trainer:
         optimizer = {f"optimizer.{k}": v for k, v in self.optimizer.named_state().items()}
         return self.networks.named_state() | self.objective.named_state() | optimizer
 
-    def resume(self) -> bool:
-        """Go on from the newest whole checkpoint, if there is one; whether there was."""
-        restored = self.store.restore(self.tensors(), accept=self.accept)
+    def resume(self, step: int | None = None) -> bool:
+        """Go on from the newest whole checkpoint, or that of ``step``; whether there was one."""
+        restored = self.store.restore(self.tensors(), accept=self.accept, step=step)
         if restored is None:
             return False
         self.done = restored.step
@@ -120,10 +121,14 @@ class Trainer:
     ) -> None:
         started = time.perf_counter()
         try:
-            agreement, wait = self._step(batches, bool(stop))
+            agreement, wait = self._step(batches, self.peers.share(bool(stop)))
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory(error) from error
+        except DivergenceError as error:
+            self.peers.leave(str(error))
+            raise
         self.done += 1
+        left = self.peers.last_words()
         seconds = time.perf_counter() - started
         figures = agreement.metrics | {
             "images_per_second": self.config.batch_size / seconds,
@@ -137,8 +142,13 @@ class Trainer:
             self._write(metrics, figures | observed)
         last = self.done == self.config.iterations
         stopping = agreement.stop and not last
-        if stopping or last or self.done % self.config.checkpoint.every == 0:
+        if stopping or last or left or self.done % self.config.checkpoint.every == 0:
             self._save()
+        if left:
+            raise PeerError(
+                f"ended with others of the run, its state saved after iteration {self.done:,}\n    "
+                + "\n    ".join(left)
+            )
         if stopping:
             raise stop.stopped(self.done)
 
@@ -186,13 +196,6 @@ class Trainer:
         yield from self.objective.named_state().values()
         yield from self.networks.student.buffers()
 
-    def _fetch(self, batches: Iterator[Batch]) -> Batch:
-        """This process's next batch; if anybody gets none, all end here and nobody waits."""
-        try:
-            return together(next, batches)
-        except RankFailure as failure:
-            raise failure.for_process() from failure.own
-
     def _forward_backward(
         self, batches: Iterator[Batch], iteration: int
     ) -> tuple[dict[str, Tensor | float], dict[str, Tensor], float]:
@@ -202,7 +205,7 @@ class Trainer:
         losses: dict[str, Any] = defaultdict(float)
         for micro in range(passes):
             asked = time.perf_counter()
-            batch = self._fetch(batches).to(self.device)
+            batch = self.peers.next(batches).to(self.device)
             wait += time.perf_counter() - asked
             # Drop path and RoPE augmentation draw from the global generator.
             rank = collectives.rank()

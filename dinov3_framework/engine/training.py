@@ -31,6 +31,7 @@ from dinov3_framework.engine.opening import exists
 from dinov3_framework.engine.optimizer import Optimizer
 from dinov3_framework.engine.output import write_results
 from dinov3_framework.engine.parallel import Sharder
+from dinov3_framework.engine.peers import Alone
 from dinov3_framework.engine.preflight import Parts, config_problems, parts_problems, sections
 from dinov3_framework.engine.run import TrainingRun
 from dinov3_framework.engine.settings import TrainingConfig, resolved_backbone
@@ -54,6 +55,7 @@ class TrainingTask(Task):
 
     def __init__(self, config: TrainingConfig, *, registry: Registry) -> None:
         self.config, self.registry = config, registry
+        self._peers = Alone()
 
     # ------------------------------------------------------------------ what a task decides
     def _problems(self, parts: Parts) -> list[Problem]:
@@ -203,16 +205,36 @@ class TrainingTask(Task):
     def run(self, output_dir: Path) -> None:
         started = time.time()
         device = pick_device(self.config.parallel.device)
-        try:
-            dataset = together(self._dataset)
-        except RankFailure as failure:
-            raise failure.for_process() from failure.own
+        dataset = self._load_dataset()
         parts = self._parts()
         trainer = self._trainer(parts, dataset, output_dir, device)
-        if not trainer.resume():
+        if not self._resume(trainer):
             self._begin(trainer, parts)
         trainer.train()
         self._finish(trainer, started)
+
+    def _load_dataset(self) -> Dataset:
+        try:
+            return together(self._dataset)
+        except RankFailure as failure:
+            raise failure.for_process() from failure.own
+
+    def _restorable(self, store: CheckpointStore) -> list[int]:
+        """Iterations that this run could go on after."""
+        return from_main(store.steps)
+
+    def _resume(self, trainer: Trainer) -> bool:
+        return trainer.resume()
+
+    def _maker(self, dataset: Dataset, parts: Parts) -> BatchMaker:
+        config = self.config
+        layout = Layout(
+            world_size=collectives.world_size(),
+            rank=collectives.rank(),
+            accumulation_steps=config.accumulation_steps,
+            batch_size=config.batch_size,
+        )
+        return BatchMaker(dataset, parts.augmentation, layout, config.seed, config.loader.workers)
 
     def _trainer(
         self, parts: Parts, dataset: Dataset, output_dir: Path, device: torch.device
@@ -224,17 +246,11 @@ class TrainingTask(Task):
             keep_every=config.checkpoint.keep_every,
         )
         try:
-            restored = bool(from_main(store.steps))
+            restored = bool(self._restorable(store))
             networks, origin = self._networks(parts, restored, output_dir, device)
         except RankFailure as failure:
             raise failure.for_process() from failure.own
-        layout = Layout(
-            world_size=collectives.world_size(),
-            rank=collectives.rank(),
-            accumulation_steps=config.accumulation_steps,
-            batch_size=config.batch_size,
-        )
-        maker = BatchMaker(dataset, parts.augmentation, layout, config.seed, config.loader.workers)
+        maker = self._maker(dataset, parts)
         losses = {name: loss.to(device) for name, loss in parts.losses.items()}
         return Trainer(
             config=config,
@@ -268,6 +284,7 @@ class TrainingTask(Task):
             origin=origin,
             memory=self._remembered(parts),
             accept=self._accept,
+            peers=self._peers,
         )
 
     @property
@@ -289,7 +306,7 @@ class TrainingTask(Task):
         be gone by then.
         """
         config, blueprint = self.config, parts.blueprint
-        sharder = Sharder(config.parallel, device)
+        sharder = Sharder(config.parallel, device, collectives.current_group())
         if restored:
             return Networks(blueprint, sharder, config.seed, restored=True), {}
         if config.init_from is None:

@@ -1,0 +1,294 @@
+"""The ``multi_distill`` task: several students learn from one teacher, side by side.
+
+Each student has some of the processes and is a run of its own on them (``SideStudent``), with its
+own folder of checkpoints, metrics and exports. All processes share the teacher's work.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch.distributed as dist
+
+from dinov3_framework import collectives
+from dinov3_framework.contracts import Dataset, Report, Task
+from dinov3_framework.engine.agreement import RankFailure, together
+from dinov3_framework.engine.checkpoint import CheckpointStore
+from dinov3_framework.engine.distill import Distill
+from dinov3_framework.engine.distributed import subgroups
+from dinov3_framework.engine.loader import BatchMaker, Layout
+from dinov3_framework.engine.networks import Networks
+from dinov3_framework.engine.output import RECIPE, RESULTS, write_aside, write_results
+from dinov3_framework.engine.parallel import Sharder
+from dinov3_framework.engine.peers import SideBySide
+from dinov3_framework.engine.preflight import Parts
+from dinov3_framework.engine.settings import DistillConfig, MultiDistillConfig, of_student
+from dinov3_framework.engine.sharing import Exchange, SharedTeaching
+from dinov3_framework.engine.teaching import Teaching
+from dinov3_framework.engine.trainer import Trainer
+from dinov3_framework.errors import CheckpointError, Problem, RecipeError
+from dinov3_framework.recipe import to_toml
+from dinov3_framework.registry import Registry
+from dinov3_framework.structure import unstructure
+
+log = logging.getLogger(__name__)
+
+# Keys that a student may have of its own; the others are the same for all.
+_OWN = ("backbone", "losses", "optimizer", "average", "init_from")
+
+
+class MultiDistill(Task):
+    """Distils a frozen teacher into several students at once."""
+
+    def __init__(self, config: MultiDistillConfig, *, registry: Registry) -> None:
+        self.config, self.registry = config, registry
+
+    # ------------------------------------------------------------------ checking
+    def check(self, world_size: int) -> Report:
+        problems = list(_own_problems(self.config))
+        if problems:
+            raise RecipeError(problems)
+        shares = processes_of(self.config, world_size)
+        missing: list[str] = []
+        if shares is None:
+            asked = " + ".join(str(student.processes) for student in self.config.students.values())
+            total = sum(student.processes for student in self.config.students.values())
+            missing.append(
+                f"students: they share {total} processes ({asked}) or another number in the same "
+                f"proportion, this start has {world_size}"
+            )
+        told: dict[str, list[tuple[str, str]]] = {}
+        for name, student in self.config.students.items():
+            processes = student.processes if shares is None else shares[name]
+            try:
+                report = self._student(name).check(processes)
+            except RecipeError as error:
+                problems += [
+                    p
+                    for each in error.problems
+                    if (p := _placed(each, name, self.config)) not in problems
+                ]
+                continue
+            missing += [text for text in report.missing if text not in missing]
+            for title, rows in report.sections.items():
+                _tell(told, name, title, rows)
+        world = (
+            world_size
+            if shares is not None
+            else sum(s.processes for s in self.config.students.values())
+        )
+        if self.config.batch_size < world * self.config.accumulation_steps:
+            problems.append(
+                Problem(
+                    "batch_size",
+                    f"{self.config.batch_size} images leave some of {world} processes x "
+                    f"accumulation_steps = {self.config.accumulation_steps} without one for the "
+                    "teacher",
+                )
+            )
+        if problems:
+            raise RecipeError(problems)
+        return Report(told, missing)
+
+    def _student(self, name: str) -> Distill:
+        folder = None
+        if self.config.output_dir is not None:
+            folder = str(Path(self.config.output_dir) / name)
+        return Distill(of_student(self.config, name, folder), registry=self.registry)
+
+    # ------------------------------------------------------------------ running
+    def run(self, output_dir: Path) -> None:
+        world, rank = dist.get_world_size(), dist.get_rank()
+        shares = processes_of(self.config, world)
+        if shares is None:
+            raise RecipeError([Problem("students", f"cannot share {world} processes")])
+        spans = _spans(shares)
+        groups = subgroups([list(span) for span in spans.values()], self.config.parallel.timeout)
+        place = next(i for i, span in enumerate(spans.values()) if rank in span)
+        name = list(spans)[place]
+        folder = output_dir / name
+        student = SideStudent(
+            of_student(self.config, name, str(folder)),
+            registry=self.registry,
+            name=name,
+            spans=spans,
+        )
+        with collectives.within(groups[place]), _own_folder(folder, student, self.registry):
+            student.run(folder)
+        collectives.barrier()
+        if collectives.is_main():
+            results = {n: json.loads((output_dir / n / RESULTS).read_text()) for n in spans}
+            write_results(output_dir, {"task": "multi_distill", "students": results})
+
+
+class SideStudent(Distill):
+    """One of several students, on its own processes."""
+
+    def __init__(
+        self, config: DistillConfig, *, registry: Registry, name: str, spans: Mapping[str, range]
+    ) -> None:
+        super().__init__(config, registry=registry)
+        self._name, self._spans = name, spans
+        self._peers = SideBySide(name)
+
+    def _load_dataset(self) -> Dataset:
+        with collectives.within(None):
+            return super()._load_dataset()
+
+    def _layouts(self) -> tuple[list[Layout], list[Layout]]:
+        """What each process makes for the teacher, and what it sees as a student; by rank."""
+        config, world = self.config, dist.get_world_size()
+
+        def layout(size: int, place: int) -> Layout:
+            return Layout(size, place, config.accumulation_steps, config.batch_size)
+
+        have = [layout(world, rank) for rank in range(world)]
+        want = [layout(len(s), place) for s in self._spans.values() for place in range(len(s))]
+        return have, want
+
+    def _maker(self, dataset: Dataset, parts: Parts) -> BatchMaker:
+        have, want = self._layouts()
+        rank, config = dist.get_rank(), self.config
+        return BatchMaker(
+            dataset,
+            parts.augmentation,
+            have[rank],
+            config.seed,
+            config.loader.workers,
+            masks_of=want[rank],
+        )
+
+    def _teaching(self, networks: Networks, parts: Parts, restored: bool) -> Teaching:
+        with collectives.within(None):
+            # Over all processes; the rest of a student is over its own.
+            backbone = self._placed_teacher(Sharder(self.config.parallel, networks.device))
+            wanted = self._wanted(parts)
+        networks.frozen = self._placed_heads(networks, parts, restored)
+        have, want = ([layout.places(0, 0) for layout in each] for each in self._layouts())
+        return SharedTeaching(
+            backbone,
+            self._frozen.images,
+            networks.frozen,
+            Exchange.between(dist.get_rank(), have, want),
+            wanted,
+        )
+
+    def _wanted(self, parts: Parts) -> dict[str, list[bool]]:
+        """Which process, by rank, gets which output of the teacher."""
+        mine = {
+            need.rpartition(".")[2]
+            for loss in parts.losses.values()
+            for need in loss.needs
+            if need.startswith("teacher.global.")
+        }
+        everyone = cast("list[set[str]]", collectives.all_gather_object(mine))
+        return {
+            output: [output in needs for needs in everyone]
+            for output in sorted(set().union(*everyone))
+        }
+
+    def _restorable(self, store: CheckpointStore) -> list[int]:
+        """Iterations of which every student has a checkpoint, the newest first."""
+        own = set(store.steps())
+        with collectives.within(None):
+            everyone = cast("list[set[int]]", collectives.all_gather_object(own))
+        return sorted(set.intersection(*everyone), reverse=True)
+
+    def _resume(self, trainer: Trainer) -> bool:
+        steps = self._restorable(trainer.store)
+        for step in steps:
+            try:
+                found, complaint = trainer.resume(step), ""
+            except CheckpointError as error:
+                found, complaint = False, str(error)
+            with collectives.within(None):
+                words = collectives.all_gather_object((found, self._name, complaint))
+            if all(cast("tuple[bool, str, str]", word)[0] for word in words):
+                return True
+            trouble = {f"{n}: {text}" for ok, n, text in cast(Any, words) if not ok}
+            log.warning("Iteration %d cannot be gone on from: %s", step, "; ".join(sorted(trouble)))
+        if steps:
+            raise CheckpointError(
+                "there is no iteration of which every student has a sound checkpoint; start in "
+                "another output folder"
+            )
+        return False
+
+
+# ------------------------------------------------------------------ processes
+def processes_of(config: MultiDistillConfig, world_size: int) -> dict[str, int] | None:
+    """How many of ``world_size`` processes each student gets; None if they cannot be shared."""
+    total = sum(student.processes for student in config.students.values())
+    shares = {name: s.processes * world_size for name, s in config.students.items()}
+    if not total or any(share % total for share in shares.values()):
+        return None
+    return {name: share // total for name, share in shares.items()}
+
+
+def _spans(shares: Mapping[str, int]) -> dict[str, range]:
+    spans, start = {}, 0
+    for name, count in shares.items():
+        spans[name] = range(start, start + count)
+        start += count
+    return spans
+
+
+# ------------------------------------------------------------------ checking
+def _own_problems(config: MultiDistillConfig) -> Iterator[Problem]:
+    if len(config.students) < 2:
+        hint = 'task = "distill" has one student'
+        yield Problem("students", f"there are {len(config.students)}, several are wanted", hint)
+    for name in config.students:
+        if not name.replace("_", "").replace("-", "").isalnum():
+            message = "a name is made of letters, digits, - and _: it names a folder"
+            yield Problem(f"students.{name}", message)
+
+
+def _placed(problem: Problem, name: str, config: MultiDistillConfig) -> Problem:
+    """A student's problem at the key of the whole recipe that it is about."""
+    first = problem.where.partition(".")[0]
+    if first in _OWN and getattr(config.students[name], first) is not None:
+        return Problem(
+            f"students.{name}.{problem.where}", problem.message, problem.hint, problem.source
+        )
+    return problem
+
+
+def _tell(told: dict[str, list[tuple[str, str]]], name: str, title: str, rows: Any) -> None:
+    """A student's section of the report: once where all say the same, else under its name."""
+    if title in ("data", "teacher"):
+        told.setdefault(title, list(rows))
+    else:
+        told[f"{name}: {title}"] = list(rows)
+
+
+# ------------------------------------------------------------------ folders
+@contextmanager
+def _own_folder(folder: Path, student: Distill, registry: Registry) -> Iterator[None]:
+    """A student's folder, with its recipe and its log; by its main process."""
+    logger = logging.getLogger("dinov3_framework")
+    handler: logging.Handler = logging.NullHandler()
+
+    def prepare() -> None:
+        nonlocal handler
+        if collectives.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_aside(folder / RECIPE, to_toml(unstructure(registry, student.config)))
+            handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
+            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+    try:
+        together(prepare)
+    except RankFailure as failure:
+        raise failure.for_process() from failure.own
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
