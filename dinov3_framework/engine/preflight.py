@@ -9,9 +9,9 @@ from typing import Any
 import attrs
 from torch import nn
 
-from dinov3_framework.contracts import Augmentation, Dataset, Loss
+from dinov3_framework.contracts import Augmentation, Dataset, Loss, View
 from dinov3_framework.engine.networks import Blueprint, head_name
-from dinov3_framework.engine.objective import check_needs
+from dinov3_framework.engine.objective import STUDENT_VIEWS, check_needs
 from dinov3_framework.engine.optimizer import lr_factor
 from dinov3_framework.engine.settings import PretrainConfig
 from dinov3_framework.errors import Problem
@@ -47,11 +47,10 @@ def config_problems(config: PretrainConfig, world_size: int) -> list[Problem]:
 
 def parts_problems(parts: Parts) -> list[Problem]:
     """What does not fit together."""
-    return [
-        *check_needs(parts.losses, parts.augmentation),
-        *_view_problems(parts),
-        *_mask_problems(parts),
-    ]
+    variants = parts.augmentation.variants()
+    needs = [each for variant in variants for each in check_needs(parts.losses, variant)]
+    # What is wrong with all variants is said once.
+    return list(dict.fromkeys([*needs, *_view_problems(parts), *_mask_problems(parts)]))
 
 
 def sections(
@@ -61,6 +60,7 @@ def sections(
     return {
         "parameters": _parameter_rows(parts.blueprint),
         "batch": _batch_rows(config, parts, world_size),
+        **_resolution_rows(parts),
         "schedule": _schedule_rows(config),
         "data": _data_rows(config, dataset),
     }
@@ -121,8 +121,10 @@ def _loss_problems(config: PretrainConfig) -> Iterator[Problem]:
 
 def _view_problems(parts: Parts) -> Iterator[Problem]:
     patch = parts.blueprint.backbone.patch_size
-    for name, view in parts.augmentation.views.items():
-        if view.crops and view.size % patch:
+    views = [each for one in parts.augmentation.variants() for each in one.views.items()]
+    for name, view in views:
+        # The teacher's own crops are cut into its own patches.
+        if name != "teacher" and view.crops and view.size % patch:
             yield Problem(
                 "augmentation",
                 f"{name} crops of {view.size} px are no multiple of the patch size {patch}",
@@ -160,17 +162,36 @@ def _count(module: nn.Module) -> str:
 
 def _batch_rows(config: PretrainConfig, parts: Parts, world: int) -> list[tuple[str, str]]:
     per_pass = config.batch_size // (world * config.accumulation_steps)
-    views = [f"{v.crops} {name} of {v.size} px" for name, v in parts.augmentation.views.items()]
+    variants = len(parts.augmentation.variants())
+    which = f" in the largest of {variants} resolutions" if variants > 1 else ""
     rows = [
         ("images per step", f"{config.batch_size:,}"),
         ("split", f"{world} x {config.accumulation_steps} passes x {per_pass} images"),
-        ("crops per image", ", ".join(views)),
+        ("crops per image", _crops(parts.augmentation.views) + which),
     ]
     if config.accumulation_steps > 1:
         seeing = [name for name, loss in parts.losses.items() if loss.sees_batch]
         if seeing:
             rows.append(("see one pass at a time", ", ".join(seeing)))
     return rows
+
+
+def _crops(views: Mapping[str, View]) -> str:
+    return ", ".join(f"{view.crops} {name} of {view.size} px" for name, view in views.items())
+
+
+def _resolution_rows(parts: Parts) -> dict[str, list[tuple[str, str]]]:
+    """A section of its own where steps have crops of different sizes."""
+    variants, patch = parts.augmentation.variants(), parts.blueprint.backbone.patch_size
+    if len(variants) == 1:
+        return {}
+    rows = []
+    for index, variant in enumerate(variants, start=1):
+        seen = [variant.views[name] for name in STUDENT_VIEWS if name in variant.views]
+        patches = sum(view.crops * (view.size // patch) ** 2 for view in seen)
+        row = f"{variant.share:g} of the steps: {_crops(variant.views)}"
+        rows.append((f"{index}", f"{row}; {patches:,} patches of an image for the student"))
+    return {"resolutions": rows}
 
 
 def _schedule_rows(config: PretrainConfig) -> list[tuple[str, str]]:
