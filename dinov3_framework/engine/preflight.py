@@ -189,8 +189,8 @@ def _resolution_rows(parts: Parts) -> dict[str, list[tuple[str, str]]]:
     for index, variant in enumerate(variants, start=1):
         seen = [variant.views[name] for name in STUDENT_VIEWS if name in variant.views]
         patches = sum(view.crops * (view.size // patch) ** 2 for view in seen)
-        row = f"{variant.share:g} of the steps: {_crops(variant.views)}"
-        rows.append((f"{index}", f"{row}; {patches:,} patches of an image for the student"))
+        what = f"{_crops(variant.views)}; {patches:,} patches per image for the student"
+        rows.append((f"{index}", f"{variant.share:.4g} of steps: {what}"))
     return {"resolutions": rows}
 
 
