@@ -31,7 +31,7 @@ from dinov3_crops.boxes import crop, random_boxes, resize
 from dinov3_crops.configs import MultiCropConfig
 from dinov3_crops.distortions import apply_jitter, distort, draw_blur, draw_jitter
 from dinov3_crops.masking import batch_masks
-from dinov3_crops.sizes import GLOBAL_CROPS, by_resolution, pixels, size_problems, views_of
+from dinov3_crops.sizes import GLOBAL_CROPS, by_resolution, size_problems, total_pixels, views_of
 from dinov3_framework import Augmentation, DataError, RecipeError, keyed_rng
 
 Pixels = NDArray[np.uint8]  # an image [H, W, C] or crops [N, C, H, W]
@@ -54,7 +54,7 @@ class MultiCrop(Augmentation):
                 variant = MultiCrop(one, channels=channels, patch_size=patch_size)
                 variant.share = ratio
                 self._resolutions.append(variant)
-            config = max(self._resolutions, key=lambda variant: pixels(variant.views)).config
+            config = max(self._resolutions, key=lambda variant: total_pixels(variant.views)).config
         self.config, self.views = config, views_of(config, patch_size)
         self.makes_masks = config.masking is not None and config.masking.probability > 0
 

@@ -47,7 +47,7 @@ def views_of(config: MultiCropConfig, patch_size: int) -> dict[str, View]:
     return views
 
 
-def pixels(views: dict[str, View]) -> int:
+def total_pixels(views: dict[str, View]) -> int:
     """Pixels of all crops of an image."""
     return sum(view.crops * view.size**2 for view in views.values())
 
