@@ -64,11 +64,29 @@ class Augmentation(abc.ABC):
     """One image in, crops out; and the masks of a whole batch.
 
     ``views`` says what it makes: ``{"global": View(2, 224), "local": View(8, 96)}``. The engine
-    knows ``global`` (student and teacher), ``local`` (student) and ``anchor`` (anchors).
+    knows ``global`` (student and teacher), ``local`` (student), ``anchor`` (anchors) and
+    ``teacher`` (the teacher's version of the global crops, where the two differ).
+
+    There may be several variants of it, such as crops of several sizes, of which each step has
+    one: see ``at``. They make the same views, as many crops of each, and differ in sizes alone.
+    What has variants shows ``views``, and makes crops and masks, of the largest of them.
     """
 
     views: Mapping[str, View]
     makes_masks: bool = False
+    share: float = 1.0  # of the steps that have it, where it is one of several variants
+
+    def at(self, seed: int, step: int) -> Augmentation:
+        """The augmentation of one step, one of ``variants()``; by default itself.
+
+        It depends on seed and step alone, so that all processes and passes of a step have the
+        same, and a resumed run the same again.
+        """
+        return self
+
+    def variants(self) -> Sequence[Augmentation]:
+        """All that ``at`` may return, by default itself alone; their ``share`` sums to 1."""
+        return (self,)
 
     @abc.abstractmethod
     def __call__(self, image: Tensor, rng: np.random.Generator) -> Mapping[str, Tensor]:
@@ -374,7 +392,8 @@ class Run(Protocol):
 
     def sample_batch(self, count: int) -> Mapping[str, Tensor]:
         """The crops of the stream's first ``count`` samples, [crops, count, C, size, size] by view
-        (uint8 or normalised float, as the augmentation gives them), and ``masks`` if any."""
+        (uint8 or normalised float, as the augmentation of step 0 gives them), and ``masks`` if
+        any."""
         ...
 
 

@@ -74,7 +74,8 @@ def _array_name(parts: tuple[Any, ...]) -> str:
 
 
 def _plural(declared: Any) -> str:
-    return f"{_WORDS[declared]}s" if declared in _WORDS else f"({type_name(declared)})"
+    name = type_name(declared)
+    return f"{name}s" if declared in _WORDS or name == "table" else f"({name})"
 
 
 def found(value: Any) -> str:
@@ -115,6 +116,8 @@ def nested_config(declared: Any) -> type | None:
     declared = without_none(declared)
     if typing.get_origin(declared) in (dict, Mapping):
         declared = without_none(typing.get_args(declared)[1])
+    elif typing.get_origin(declared) is tuple and typing.get_args(declared)[1:] == (Ellipsis,):
+        declared = typing.get_args(declared)[0]
     if declared is Schedule or kind_of(declared) or not attrs.has(declared):
         return None
     return typing.cast(type, declared)

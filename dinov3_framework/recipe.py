@@ -168,10 +168,13 @@ def _into_scalar(
     path: KeyPath, old: Any, origin: str, value: Mapping[str, Any], top: _Layer
 ) -> Problem:
     inner = next(_paths(value, path), path)
+    array = isinstance(old, list)
+    whole = "array" if array else "table"
+    text = "[..., ...]" if array else "{ use = ..., ... }"
     return Problem(
         dotted(inner),
         f"{dotted(path)} is {inline(old)} (set by {origin}), which has no keys",
-        f"replace it by a whole table: {dotted(path)} = {{ use = ..., ... }}",
+        f"replace it by a whole {whole}: {dotted(path)} = {text}",
         top.origins[path],
     )
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import attrs
-from cattrs import Converter
+from cattrs import BaseValidationError, Converter, IterableValidationError, IterableValidationNote
 from cattrs.gen import make_dict_structure_fn, mapping_structure_factory, override
 
 from dinov3_framework.configs import TaskConfig
@@ -143,11 +143,17 @@ def _array(value: Any, declared: Any, converter: Converter) -> tuple[Any, ...]:
     if types is None:
         raise Fault(f"expected {type_name(declared)}, found an array of {len(value)}")
     elements = []
+    tables: list[Exception] = []
     for index, (item, inner) in enumerate(zip(value, types, strict=True), 1):
         try:
             elements.append(converter.structure(item, inner))
         except Fault as fault:
             raise Fault(f"element {index}: {fault.message}", fault.hint) from fault
+        except BaseValidationError as error:
+            error.add_note(IterableValidationNote(f"element {index}", index, inner))
+            tables.append(error)
+    if tables:
+        raise IterableValidationError("in an array of tables", tables, type(value))
     return tuple(elements)
 
 

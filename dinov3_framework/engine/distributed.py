@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -57,13 +57,14 @@ def process_group(device: torch.device, timeout: float) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def subgroups(ranks: Sequence[Sequence[int]], timeout: float) -> list[dist.ProcessGroup | None]:
-    """A group for each list of ranks; on a process outside of a group, torch's word for that.
+def subgroups(ranks: Sequence[Sequence[int]], timeout: float) -> list[dist.ProcessGroup]:
+    """A group for each list of ranks; only its own is of use to a process.
 
     To be called by every process. ``timeout`` as of :func:`process_group`.
     """
     limit = timedelta(seconds=timeout)
-    return [dist.new_group(list(each), timeout=limit) for each in ranks]
+    groups: list[Any] = [dist.new_group(list(each), timeout=limit) for each in ranks]
+    return groups
 
 
 def leave(code: int) -> NoReturn:

@@ -80,7 +80,7 @@ class Batch:
 
 
 class BatchMaker(TorchDataset[Batch]):
-    """Makes the batch of any (step, pass)."""
+    """Makes the batch of any (step, pass), by the augmentation's variant for the step."""
 
     def __init__(
         self,
@@ -102,17 +102,21 @@ class BatchMaker(TorchDataset[Batch]):
     def __getitem__(self, key: tuple[int, int]) -> Batch:
         step, micro = key
         places = self.layout.places(step, micro)
+        # One for the step: the crops of all passes and processes have the same sizes.
+        augmentation = self.augmentation.at(self.seed, step)
         corrupt: list[str] = []
-        samples = [self._crops(place, corrupt) for place in places]
+        samples = [self._crops(augmentation, place, corrupt) for place in places]
         crops = {
             view: torch.stack([sample[view] for sample in samples], dim=1)
-            for view in self.augmentation.views
+            for view in augmentation.views
         }
-        masks = self._masks(step, self.masks_of.places(step, micro))
+        masks = self._masks(augmentation, step, self.masks_of.places(step, micro))
         masked = None if masks is None else masks.flatten().nonzero().squeeze(1)
         return Batch(crops, masks, tuple(corrupt), step, micro, masked)
 
-    def _crops(self, place: int, corrupt: list[str]) -> Mapping[str, Tensor]:
+    def _crops(
+        self, augmentation: Augmentation, place: int, corrupt: list[str]
+    ) -> Mapping[str, Tensor]:
         index = self.stream[place]
         rng = keyed_rng(self.seed, "crops", place)
         for attempt in range(_SUBSTITUTES):
@@ -124,7 +128,7 @@ class BatchMaker(TorchDataset[Batch]):
                 substitute = keyed_rng(self.seed, "substitute", place, attempt)
                 index = int(substitute.integers(len(self.dataset)))
                 continue
-            return self.augmentation(image, rng)
+            return augmentation(image, rng)
         raise DataError(
             f"{_SUBSTITUTES} samples in a row could not be decoded, the last: {corrupt[-1]}\n"
             "    the dataset seems to be damaged or of another format"
@@ -134,13 +138,13 @@ class BatchMaker(TorchDataset[Batch]):
         worker = get_worker_info()
         self.reading[worker.id if worker is not None else 0] = index
 
-    def _masks(self, step: int, places: range) -> Tensor | None:
-        if not self.augmentation.makes_masks:
+    def _masks(self, augmentation: Augmentation, step: int, places: range) -> Tensor | None:
+        if not augmentation.makes_masks:
             return None
-        crops, size = self.augmentation.views["global"].crops, self.layout.batch_size
+        crops, size = augmentation.views["global"].crops, self.layout.batch_size
         first = places.start - step * size
         rows = [crop * size + first + i for crop in range(crops) for i in range(len(places))]
-        masks = self.augmentation.masks(rows=rows, total=crops * size, seed=self.seed, step=step)
+        masks = augmentation.masks(rows=rows, total=crops * size, seed=self.seed, step=step)
         unflat: Tensor = masks.unflatten(0, (crops, len(places)))
         return unflat
 

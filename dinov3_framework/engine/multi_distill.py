@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 # Keys that a student may have of its own; the others are the same for all.
 _OWN = ("backbone", "losses", "optimizer", "average", "init_from")
+_SHARED = ("data", "teacher", "parallel")  # sections of the report
 
 
 class MultiDistill(Task):
@@ -50,50 +51,33 @@ class MultiDistill(Task):
 
     # ------------------------------------------------------------------ checking
     def check(self, world_size: int) -> Report:
-        problems = list(_own_problems(self.config))
+        config = self.config
+        problems = list(_own_problems(config))
         if problems:
             raise RecipeError(problems)
-        shares = processes_of(self.config, world_size)
-        missing: list[str] = []
+        shares, missing = processes_of(config, world_size), []
         if shares is None:
-            asked = " + ".join(str(student.processes) for student in self.config.students.values())
-            total = sum(student.processes for student in self.config.students.values())
+            shares = {name: student.processes for name, student in config.students.items()}
+            asked = " + ".join(map(str, shares.values()))
             missing.append(
-                f"students: they share {total} processes ({asked}) or another number in the same "
-                f"proportion, this start has {world_size}"
+                f"students: they share {sum(shares.values())} processes ({asked}) or another "
+                f"number in this proportion, this start has {world_size}"
             )
         told: dict[str, list[tuple[str, str]]] = {}
-        for name, student in self.config.students.items():
-            processes = student.processes if shares is None else shares[name]
+        problems += _share_problems(config, sum(shares.values()))
+        for name in config.students:
             try:
-                report = self._student(name).check(processes)
+                report = self._student(name).check(shares[name])
             except RecipeError as error:
-                problems += [
-                    p
-                    for each in error.problems
-                    if (p := _placed(each, name, self.config)) not in problems
-                ]
+                problems += [_placed(each, name, config) for each in error.problems]
                 continue
-            missing += [text for text in report.missing if text not in missing]
+            missing += report.missing
             for title, rows in report.sections.items():
-                _tell(told, name, title, rows)
-        world = (
-            world_size
-            if shares is not None
-            else sum(s.processes for s in self.config.students.values())
-        )
-        if self.config.batch_size < world * self.config.accumulation_steps:
-            problems.append(
-                Problem(
-                    "batch_size",
-                    f"{self.config.batch_size} images leave some of {world} processes x "
-                    f"accumulation_steps = {self.config.accumulation_steps} without one for the "
-                    "teacher",
-                )
-            )
+                # What is the same for all is said once.
+                told.setdefault(title if title in _SHARED else f"{name}: {title}", list(rows))
         if problems:
-            raise RecipeError(problems)
-        return Report(told, missing)
+            raise RecipeError(list(dict.fromkeys(problems)))
+        return Report(told, list(dict.fromkeys(missing)))
 
     def _student(self, name: str) -> Distill:
         folder = None
@@ -249,6 +233,17 @@ def _own_problems(config: MultiDistillConfig) -> Iterator[Problem]:
             yield Problem(f"students.{name}", message)
 
 
+def _share_problems(config: MultiDistillConfig, processes: int) -> Iterator[Problem]:
+    share = processes * config.accumulation_steps
+    if config.batch_size < share or config.batch_size % config.accumulation_steps:
+        yield Problem(
+            "batch_size",
+            f"{config.batch_size} images cannot be split over {processes} processes x "
+            f"accumulation_steps = {config.accumulation_steps}: each wants one for the teacher",
+            f"take {share} or more, a multiple of accumulation_steps",
+        )
+
+
 def _placed(problem: Problem, name: str, config: MultiDistillConfig) -> Problem:
     """A student's problem at the key of the whole recipe that it is about."""
     first = problem.where.partition(".")[0]
@@ -257,14 +252,6 @@ def _placed(problem: Problem, name: str, config: MultiDistillConfig) -> Problem:
             f"students.{name}.{problem.where}", problem.message, problem.hint, problem.source
         )
     return problem
-
-
-def _tell(told: dict[str, list[tuple[str, str]]], name: str, title: str, rows: Any) -> None:
-    """A student's section of the report: once where all say the same, else under its name."""
-    if title in ("data", "teacher"):
-        told.setdefault(title, list(rows))
-    else:
-        told[f"{name}: {title}"] = list(rows)
 
 
 # ------------------------------------------------------------------ folders

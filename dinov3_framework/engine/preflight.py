@@ -9,9 +9,9 @@ from typing import Any
 import attrs
 from torch import nn
 
-from dinov3_framework.contracts import Augmentation, Dataset, Loss
+from dinov3_framework.contracts import Augmentation, Dataset, Loss, View
 from dinov3_framework.engine.networks import Blueprint, head_name
-from dinov3_framework.engine.objective import check_needs
+from dinov3_framework.engine.objective import STUDENT_VIEWS, check_needs
 from dinov3_framework.engine.optimizer import lr_factor
 from dinov3_framework.engine.settings import TrainingConfig, momentum
 from dinov3_framework.errors import Problem
@@ -47,12 +47,12 @@ def config_problems(config: TrainingConfig, world_size: int) -> list[Problem]:
 
 def parts_problems(parts: Parts, masks_student: bool = True) -> list[Problem]:
     """What does not fit together; ``masks_student``: whether the student's patches are hidden."""
-    return [
-        *check_needs(parts.losses, parts.augmentation),
-        *_view_problems(parts),
-        *(_mask_problems(parts) if masks_student else ()),
-        *_anchor_problems(parts),
-    ]
+    variants = parts.augmentation.variants()
+    needs = [each for variant in variants for each in check_needs(parts.losses, variant)]
+    masks = _mask_problems(parts) if masks_student else ()
+    # What is wrong with all variants is said once.
+    found = [*needs, *_view_problems(parts), *masks, *_anchor_problems(parts)]
+    return list(dict.fromkeys(found))
 
 
 def sections(
@@ -62,6 +62,7 @@ def sections(
     return {
         "parameters": _parameter_rows(parts.blueprint),
         "batch": _batch_rows(config, parts, world_size),
+        **_resolution_rows(parts),
         "schedule": _schedule_rows(config),
         "data": _data_rows(config, dataset),
     }
@@ -122,8 +123,10 @@ def _loss_problems(config: TrainingConfig) -> Iterator[Problem]:
 
 def _view_problems(parts: Parts) -> Iterator[Problem]:
     patch = parts.blueprint.backbone.patch_size
-    for name, view in parts.augmentation.views.items():
-        if view.crops and view.size % patch:
+    views = [each for one in parts.augmentation.variants() for each in one.views.items()]
+    for name, view in views:
+        # The teacher's own crops are cut into its own patches.
+        if name != "teacher" and view.crops and view.size % patch:
             yield Problem(
                 "augmentation",
                 f"{name} crops of {view.size} px are no multiple of the patch size {patch}",
@@ -151,13 +154,13 @@ def _anchor_problems(parts: Parts) -> Iterator[Problem]:
     ours = _shapes(blueprint.backbone)
     for name, weights in blueprint.anchor_weights.items():
         where = f"losses.{name}.anchor"
-        view = parts.augmentation.views.get(blueprint.anchors[name].view)
+        views = [v.views.get(blueprint.anchors[name].view) for v in parts.augmentation.variants()]
         patch = weights.backbone.patch_size
         if weights.backbone.in_chans != blueprint.backbone.in_chans:
             message = f"has {weights.backbone.in_chans} input channels, the student"
             yield Problem(f"{where}.weights", f"{message} {blueprint.backbone.in_chans}")
-        if view is not None and view.size % patch:
-            message = f"crops of {view.size} px are no multiple of the anchor's patch size {patch}"
+        for size in {view.size for view in views if view is not None and view.size % patch}:
+            message = f"crops of {size} px are no multiple of the anchor's patch size {patch}"
             yield Problem(f"{where}.weights", message)
         if blueprint.anchors[name].config.follows and _shapes(weights.backbone) != ours:
             yield Problem(
@@ -199,17 +202,36 @@ def _count(module: nn.Module) -> str:
 
 def _batch_rows(config: TrainingConfig, parts: Parts, world: int) -> list[tuple[str, str]]:
     per_pass = config.batch_size // (world * config.accumulation_steps)
-    views = [f"{v.crops} {name} of {v.size} px" for name, v in parts.augmentation.views.items()]
+    variants = len(parts.augmentation.variants())
+    which = f" in the largest of {variants} resolutions" if variants > 1 else ""
     rows = [
         ("images per step", f"{config.batch_size:,}"),
         ("split", f"{world} x {config.accumulation_steps} passes x {per_pass} images"),
-        ("crops per image", ", ".join(views)),
+        ("crops per image", _crops(parts.augmentation.views) + which),
     ]
     if config.accumulation_steps > 1:
         seeing = [name for name, loss in parts.losses.items() if loss.sees_batch]
         if seeing:
             rows.append(("see one pass at a time", ", ".join(seeing)))
     return rows
+
+
+def _crops(views: Mapping[str, View]) -> str:
+    return ", ".join(f"{view.crops} {name} of {view.size} px" for name, view in views.items())
+
+
+def _resolution_rows(parts: Parts) -> dict[str, list[tuple[str, str]]]:
+    """A section of its own where steps have crops of different sizes."""
+    variants, patch = parts.augmentation.variants(), parts.blueprint.backbone.patch_size
+    if len(variants) == 1:
+        return {}
+    rows = []
+    for index, variant in enumerate(variants, start=1):
+        seen = [variant.views[name] for name in STUDENT_VIEWS if name in variant.views]
+        patches = sum(view.crops * (view.size // patch) ** 2 for view in seen)
+        what = f"{_crops(variant.views)}; {patches:,} patches per image for the student"
+        rows.append((f"{index}", f"{variant.share:.4g} of steps: {what}"))
+    return {"resolutions": rows}
 
 
 def _schedule_rows(config: TrainingConfig) -> list[tuple[str, str]]:

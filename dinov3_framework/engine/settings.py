@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import attrs
 
@@ -302,7 +302,8 @@ class MultiDistillConfig(RunConfig):
 def of_student(config: MultiDistillConfig, name: str, output_dir: str | None) -> DistillConfig:
     """The distillation that one student of several is."""
     student = config.students[name]
-    shared = {field.name: getattr(config, field.name) for field in attrs.fields(RunConfig)}
+    base: Any = RunConfig
+    shared = {field.name: getattr(config, field.name) for field in attrs.fields(base)}
     return DistillConfig(
         **shared
         | {

@@ -6,10 +6,15 @@ crops; the global batch gets the masks of the iBOT objective. See ``multi_crop``
 
 from __future__ import annotations
 
-from dinov3_crops.configs import DistortionsConfig, MaskingConfig, MultiCropConfig
+from dinov3_crops.configs import (
+    DistortionsConfig,
+    MaskingConfig,
+    MultiCropConfig,
+    ResolutionConfig,
+)
 from dinov3_framework import Component, hookimpl
 
-__all__ = ["DistortionsConfig", "MaskingConfig", "MultiCropConfig"]
+__all__ = ["DistortionsConfig", "MaskingConfig", "MultiCropConfig", "ResolutionConfig"]
 
 
 @hookimpl

@@ -117,6 +117,20 @@ class MaskingConfig:
 
 
 @config
+class ResolutionConfig:
+    """Sizes that the crops of some steps have; the augmentation's own where left out."""
+
+    ratio: float = option("share of the steps; those of all resolutions sum to 1", check=positive)
+    global_size: int | None = option("side of a global crop", default=None, check=positive)
+    local_size: int | None = option("side of a local crop", default=None, check=positive)
+    anchor_size: int | None = option(
+        "side of an anchor crop; over global_size the same in all resolutions",
+        default=None,
+        check=positive,
+    )
+
+
+@config
 class MultiCropConfig(AugmentationConfig):
     """Two global crops, local crops and anchor crops of each image, and masks.
 
@@ -153,6 +167,21 @@ class MultiCropConfig(AugmentationConfig):
     )
     anchor_without_distortions: bool = option(
         "take anchor crops from before the crop's distortions, not from after", default=False
+    )
+    teacher_scale: float | None = option(
+        "side of the teacher's global crops over the student's; left out, the teacher sees the "
+        "student's",
+        default=None,
+        check=positive,
+    )
+    trim_local_crops: bool = option(
+        "cut what is over whole patches off local crops, on the right and below, rather than "
+        "refuse their size",
+        default=False,
+    )
+    resolutions: tuple[ResolutionConfig, ...] = option(
+        "sizes of which each step has one, drawn by their ratios; left out, always those above",
+        default=(),
     )
     distortions: DistortionsConfig = option(
         "colour jitter, grayscale, blur and solarization", factory=DistortionsConfig

@@ -4,14 +4,18 @@ An image passes through these stages, each for all crops of a view at once:
 
 1. boxes are drawn; each is cut out, *then* resized, on uint8 pixels, and mirrored (``boxes``);
 2. distortions are drawn, then applied in float and rounded back to uint8 (``distortions``);
-3. where there are anchors, global crops and anchors are brought to their own sizes.
+3. global crops, anchors and the teacher's crops are brought to their own sizes.
 
-A global crop and its anchor are one crop, made at the larger of the two sizes. With undistorted
-anchors it is brought to the global size before the distortions, otherwise after: distortions
-measured in pixels, such as blur, then mean the same to both.
+A global crop, its anchor and the teacher's version of it are one crop, made at the largest of
+their sizes. It is distorted at the largest size of those that show the distortions, which
+undistorted anchors do not, and brought to each size after: distortions measured in pixels, such
+as blur, then mean the same to all.
 
 ``local_from_global`` distorts the undistorted global crops anew, once for each local crop, and
 cuts a window out of each at a random offset that is a multiple of the patch size.
+
+With several resolutions each step has one of them, drawn by their ratios and keyed by the step. A
+resolution is a ``MultiCrop`` of its own, at the cost of one.
 """
 
 from __future__ import annotations
@@ -27,9 +31,8 @@ from dinov3_crops.boxes import crop, random_boxes, resize
 from dinov3_crops.configs import MultiCropConfig
 from dinov3_crops.distortions import apply_jitter, distort, draw_blur, draw_jitter
 from dinov3_crops.masking import batch_masks
-from dinov3_framework import Augmentation, DataError, Problem, RecipeError, View
-
-GLOBAL_CROPS = 2
+from dinov3_crops.sizes import GLOBAL_CROPS, by_resolution, size_problems, total_pixels, views_of
+from dinov3_framework import Augmentation, DataError, RecipeError, keyed_rng
 
 Pixels = NDArray[np.uint8]  # an image [H, W, C] or crops [N, C, H, W]
 
@@ -41,16 +44,33 @@ class MultiCrop(Augmentation):
     """
 
     def __init__(self, config: MultiCropConfig, *, channels: int, patch_size: int) -> None:
-        problems = _problems(config, patch_size)
+        problems = size_problems(config, patch_size)
         if problems:
             raise RecipeError(problems)
-        self.config, self.channels, self.patch_size = config, channels, patch_size
-        self.views = {"global": View(GLOBAL_CROPS, config.global_size)}
-        if config.local_crops:
-            self.views["local"] = View(config.local_crops, config.local_size)
-        if config.anchor_size is not None:
-            self.views["anchor"] = View(GLOBAL_CROPS, config.anchor_size)
+        self.channels, self.patch_size = channels, patch_size
+        self._resolutions: list[MultiCrop] = []
+        if config.resolutions:
+            for ratio, one in by_resolution(config):
+                variant = MultiCrop(one, channels=channels, patch_size=patch_size)
+                variant.share = ratio
+                self._resolutions.append(variant)
+            config = max(self._resolutions, key=lambda variant: total_pixels(variant.views)).config
+        self.config, self.views = config, views_of(config, patch_size)
         self.makes_masks = config.masking is not None and config.masking.probability > 0
+
+    def variants(self) -> Sequence[MultiCrop]:
+        """One for each resolution."""
+        return self._resolutions or [self]
+
+    def at(self, seed: int, step: int) -> MultiCrop:
+        """The resolution of a step, keyed by (seed, step)."""
+        variants = self.variants()
+        if len(variants) == 1:
+            return variants[0]
+        place = keyed_rng(seed, "resolution", step).random()
+        # The last ends at 1, up to rounding.
+        ends = np.cumsum([variant.share for variant in variants])[:-1]
+        return variants[int(np.searchsorted(ends, place, side="right"))]
 
     def __call__(self, image: Tensor, rng: np.random.Generator) -> Mapping[str, Tensor]:
         """Crops of a uint8 image [C, H, W], by view: uint8 [crops, C, size, size].
@@ -61,9 +81,9 @@ class MultiCrop(Augmentation):
         pixels = self._pixels(image)
         if config.share_color_jitter:
             pixels = self._jittered(pixels, rng)
-        largest = max(config.global_size, config.anchor_size or 0)
+        largest = max(self._whole_sizes().values())
         bases = self._crop(pixels, rng, GLOBAL_CROPS, largest, config.global_scale)
-        crops = self._global_and_anchor(bases, rng)
+        crops = self._whole(bases, rng)
         if config.local_crops and config.local_from_global:
             crops["local"] = self._local_from_global(bases, rng)
         elif config.local_crops:
@@ -120,24 +140,28 @@ class MultiCrop(Augmentation):
         blur = draw_blur(rng, config, np.array(blur_probability), np.array(solarize_probability))
         distort(crops, jitter, blur, config)
 
-    def _global_and_anchor(self, bases: Pixels, rng: np.random.Generator) -> dict[str, Pixels]:
-        config, distortions = self.config, self.config.distortions
-        resize_first, anchor_size = config.anchor_without_distortions, config.anchor_size
-        crops = resize(bases, config.global_size) if resize_first else bases.copy()
+    def _whole_sizes(self) -> dict[str, int]:
+        """Pixels of the views that show whole global crops."""
+        return {name: view.size for name, view in self.views.items() if name != "local"}
+
+    def _whole(self, bases: Pixels, rng: np.random.Generator) -> dict[str, Pixels]:
+        config, distortions, sizes = self.config, self.config.distortions, self._whole_sizes()
+        clean = {"anchor"} if config.anchor_without_distortions else set()
+        crops = resize(bases, max(size for name, size in sizes.items() if name not in clean))
         self._distort(crops, rng, distortions.blur_probability, distortions.solarize_probability)
-        views = {"global": crops if resize_first else resize(crops, config.global_size)}
-        if anchor_size is not None:
-            views["anchor"] = resize(bases if resize_first else crops, anchor_size)
-        return views
+        return {
+            name: resize(bases if name in clean else crops, size) for name, size in sizes.items()
+        }
 
     def _local(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
         config = self.config
         crops = self._crop(pixels, rng, config.local_crops, config.local_size, config.local_scale)
         self._distort_local(crops, rng)
-        return crops
+        size = self.views["local"].size
+        return np.ascontiguousarray(crops[:, :, :size, :size])
 
     def _local_from_global(self, bases: Pixels, rng: np.random.Generator) -> Pixels:
-        count, size = self.config.local_crops, self.config.local_size
+        count, size = self.config.local_crops, self.views["local"].size
         whole = np.repeat(resize(bases, self.config.global_size), count // GLOBAL_CROPS, axis=0)
         self._distort_local(whole, rng)
         places = (self.config.global_size - size) // self.patch_size + 1
@@ -152,38 +176,3 @@ class MultiCrop(Augmentation):
     def _distort_local(self, crops: Pixels, rng: np.random.Generator) -> None:
         blur = self.config.distortions.local_blur_probability
         self._distort(crops, rng, [blur] * len(crops), [0.0] * len(crops))
-
-
-def _problems(config: MultiCropConfig, patch_size: int) -> list[Problem]:
-    """What keeps crops from being made, or from being cut into patches."""
-    problems = []
-
-    def add(key: str, message: str, hint: str) -> None:
-        problems.append(Problem(f"augmentation.{key}", message, hint))
-
-    sizes = {"global_size": config.global_size}
-    if config.local_crops:
-        sizes["local_size"] = config.local_size
-    if config.anchor_size is not None:
-        sizes["anchor_size"] = config.anchor_size
-    for key, size in sizes.items():
-        if size % patch_size:
-            below = size - size % patch_size
-            near = f"{below} or {below + patch_size}" if below else f"{patch_size}"
-            add(key, f"{size} is no multiple of the patch size {patch_size}", f"try {near}")
-    if config.local_crops and config.local_from_global:
-        if config.local_crops % GLOBAL_CROPS:
-            add(
-                "local_crops",
-                f"{config.local_crops} is odd, but local_from_global takes half of the local "
-                "crops from each global crop",
-                f"try {config.local_crops + 1}",
-            )
-        if config.local_size > config.global_size:
-            add(
-                "local_size",
-                f"{config.local_size} is above global_size = {config.global_size}, out of which "
-                "local_from_global cuts the local crops",
-                f"try at most {config.global_size}, or local_from_global = false",
-            )
-    return problems

@@ -120,6 +120,107 @@ class MasksAll(SoundAugmentation):
         return torch.ones(len(rows), 4, dtype=torch.bool)
 
 
+class TeacherApart(SoundAugmentation):
+    views = {"global": View(2, 8), "local": View(1, 4), "teacher": View(1, 6)}  # noqa: RUF012
+
+
+class Small(SoundAugmentation):
+    """A variant of a quarter of the steps."""
+
+    views = {"global": View(2, 4), "local": View(1, 4)}  # noqa: RUF012
+    makes_masks = False
+    share = 0.25
+
+
+class Large(Small):
+    views = {"global": View(2, 8), "local": View(1, 4)}  # noqa: RUF012
+    share = 0.75
+
+
+class SoundVariants(Large):
+    """By turns small and large."""
+
+    share = 1.0
+    kinds: tuple[type[SoundAugmentation], ...] = (Small, Large)
+
+    def __init__(self, config: ToyAugmentationConfig, *, channels: int, patch_size: int) -> None:
+        super().__init__(config, channels=channels, patch_size=patch_size)
+        self.each = [kind(config, channels=channels, patch_size=patch_size) for kind in self.kinds]
+
+    def variants(self) -> Sequence[Augmentation]:
+        return self.each
+
+    def at(self, seed: int, step: int) -> Augmentation:
+        return self.each[(seed + step) % 2]
+
+
+class NoVariants(SoundVariants):
+    kinds = ()
+
+
+class ForeignVariant(SoundVariants):
+    def at(self, seed: int, step: int) -> Augmentation:
+        return TeacherApart(ToyAugmentationConfig(), channels=self.channels, patch_size=4)
+
+
+class VariantsByTheClock(SoundVariants):
+    """Counts how often it was asked."""
+
+    asked = 0
+
+    def at(self, seed: int, step: int) -> Augmentation:
+        self.asked += 1
+        return self.each[self.asked // 3 % 2]
+
+
+class ByRank(SoundVariants):
+    """Knows whether it was sent to another process."""
+
+    rank = 0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.rank = 1
+
+    def at(self, seed: int, step: int) -> Augmentation:
+        return self.each[(step + self.rank) % 2]
+
+
+class NoLocal(Small):
+    views = {"global": View(2, 4)}  # noqa: RUF012
+
+
+class OtherViewsByVariant(SoundVariants):
+    kinds = (NoLocal, Large)
+
+
+class OddVariant(SoundVariants):
+    class Odd(Small):
+        views = {"global": View(2, 6), "local": View(1, 4)}  # noqa: RUF012
+
+    kinds = (Odd, Large)
+
+
+class ViewsOfTheSmallest(SoundVariants):
+    views = Small.views
+
+
+class SharesOverOne(SoundVariants):
+    kinds = (Large, Large)
+
+
+class Nested(SoundVariants):
+    kinds = (SoundVariants, Large)
+
+
+class VariantNotAsDeclared(SoundVariants):
+    class Fewer(Small):
+        def __call__(self, image: Tensor, rng: np.random.Generator) -> Mapping[str, Tensor]:
+            return {name: crops[:1] for name, crops in super().__call__(image, rng).items()}
+
+    kinds = (Fewer, Large)
+
+
 AUGMENTATIONS: dict[str, tuple[Callable[..., Any], str]] = {
     "no global": (NoGlobal, "no global crops"),
     "odd size": (OddSize, "a multiple of the patch size 4"),
@@ -134,6 +235,17 @@ AUGMENTATIONS: dict[str, tuple[Callable[..., Any], str]] = {
     "float masks": (FloatMasks, "masks are torch.float32"),
     "masks by place": (MasksByPlace, "masks depend on which rows"),
     "masks all": (MasksAll, "leaves no patch"),
+    "teacher apart": (TeacherApart, "teacher's version of the global ones, but not as many"),
+    "no variants": (NoVariants, "must give one or more augmentations"),
+    "foreign variant": (ForeignVariant, "which no variant has"),
+    "variants by the clock": (VariantsByTheClock, "when asked again, or once pickled"),
+    "variants by rank": (ByRank, "when asked again, or once pickled"),
+    "other views by variant": (OtherViewsByVariant, "in more than sizes"),
+    "odd variant": (OddVariant, "a multiple of the patch size 4"),
+    "views of the smallest": (ViewsOfTheSmallest, "must be those of the largest"),
+    "shares over one": (SharesOverOne, "sum to 1, are"),
+    "nested variants": (Nested, "a variant has variants of its own"),
+    "variant not as declared": (VariantNotAsDeclared, "are \\[1, 3, 4, 4\\], declared"),
 }
 
 

@@ -277,6 +277,10 @@ def test_an_override_into_a_number_shows_it_and_its_origin(write: Write) -> None
     assert "losses.koleo.weight is 0.1 (set by base.toml), which has no keys" in text
     text = mistakes("base.toml", ["x=1", "x.y=2"])
     assert "x is 1 (set by command line), which has no keys" in text
+    assert "replace it by a whole table: x = { use = ..., ... }" in text
+    text = mistakes("base.toml", ["x=[1, 2]", "x.1=3"])
+    assert "x is [1, 2] (set by command line), which has no keys" in text
+    assert "replace it by a whole array: x = [..., ...]" in text
 
 
 def test_all_bad_overrides_are_told_at_once(write: Write) -> None:

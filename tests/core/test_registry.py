@@ -153,6 +153,8 @@ def test_describe_shows_nested_tables_and_required_fields(registry: Registry) ->
     toy = {field.name: field for field in registry.describe("task", "toy").fields}
     assert toy["iterations"].default == "required"
     assert toy["backbone"].fields == [], "components are described under their own names"
+    assert (toy["heads"].type, toy["heads"].default) == ("array of tables", "[]")
+    assert [inner.name for inner in toy["heads"].fields] == ["width", "bias"]
 
 
 @config

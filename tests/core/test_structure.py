@@ -112,6 +112,33 @@ def test_defaults_fill_the_rest(registry: Registry) -> None:
     assert result == ToyConfig(iterations=5, lr=Constant(value=0.1), backbone=TinyConfig())
 
 
+def test_arrays_of_tables_there_and_back(registry: Registry) -> None:
+    text = MINIMAL + "heads = [{ width = 3 }, {}]"
+    result = structure(registry, text)
+    assert result.heads == (HeadOptions(width=3), HeadOptions())
+    plain = unstructure(registry, result)
+    assert plain["heads"] == [{"width": 3, "bias": True}, {"width": 256, "bias": True}]
+    for written in (to_toml(plain), annotated_toml(plain, {})):
+        assert structure(registry, written) == result
+    appended = MINIMAL + "[[heads]]\nwidth = 3\n[[heads]]\n"
+    assert structure(registry, appended) == result
+
+
+def test_mistakes_in_an_array_of_tables_come_together_with_their_places(
+    registry: Registry,
+) -> None:
+    found = mistakes(registry, MINIMAL + 'heads = [{ width = 0 }, {}, { widht = 3, bias = "no" }]')
+    assert found == {
+        "heads.1.width": "must be above 0, is 0 | ",
+        "heads.3.widht": "unknown key | did you mean 'width'?",
+        "heads.3.bias": 'expected boolean, found string "no" | '
+        "booleans are true and false, without quotes",
+    }
+    assert mistakes(registry, MINIMAL + "heads = [{}, 7]") == {
+        "heads": "element 2: expected table, found integer 7 | "
+    }
+
+
 def test_integers_stand_for_numbers(registry: Registry) -> None:
     result = structure(registry, MINIMAL + "clip = 3")
     assert type(result.clip) is float
@@ -345,6 +372,7 @@ def test_unstructure_is_complete_and_inverse(registry: Registry) -> None:
         },
         "mean": [0.5],
         "tags": {},
+        "heads": [],
         "resume": True,
     }
     assert structure(registry, to_toml(plain)) == first
@@ -399,6 +427,7 @@ def test_none_turns_off_what_a_default_turns_on(registry: Registry) -> None:
         (tuple[float, ...], "array of numbers"),
         (tuple[float, float], "array of 2 numbers"),
         (tuple[int, str], "array of integer, string"),
+        (tuple[HeadOptions, ...], "array of tables"),
         (tuple[tuple[int, int], ...], "array of (array of 2 integers)"),
         (dict[str, LossConfig], "table of name = loss (use = ...)"),
         (Literal["a", "b"], '"a" or "b"'),

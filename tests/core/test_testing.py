@@ -13,6 +13,7 @@ from broken_data import (
     DATASETS,
     SoundAugmentation,
     SoundDataset,
+    SoundVariants,
     ToyAugmentationConfig,
     ToyDatasetConfig,
 )
@@ -79,7 +80,15 @@ def test_losses_pass(installed: Registry, name: str, values: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("extra", [{}, {"anchor_size": 24, "local_from_global": True}])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"anchor_size": 24, "local_from_global": True},
+        {"resolutions": [{"ratio": 0.4}, {"ratio": 0.6, "global_size": 24}], "teacher_scale": 0.5},
+    ],
+    ids=["plain", "anchors", "resolutions"],
+)
 def test_multi_crop_passes(installed: Registry, extra: dict[str, Any], channels: int) -> None:
     values = {"global_size": 16, "local_size": 8, "local_crops": 2} | extra
     settings = structure_component(installed, "augmentation", "multi_crop", values)
@@ -97,6 +106,7 @@ def test_sound_components_pass() -> None:
     check_backbone(ToyBackboneConfig(), factory=SoundBackbone)
     check_loss(ToyLossConfig(), factory=SoundLoss)
     check_augmentation(ToyAugmentationConfig(), factory=SoundAugmentation)
+    check_augmentation(ToyAugmentationConfig(), factory=SoundVariants)
     check_dataset(ToyDatasetConfig(), factory=SoundDataset)
 
 

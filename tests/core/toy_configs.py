@@ -74,6 +74,7 @@ class ToyConfig(TaskConfig):
     losses: dict[str, LossConfig] = option("the objective", factory=dict)
     mean: tuple[float, ...] = option("means", default=(0.5,))
     tags: dict[str, str] = option("words", factory=dict)
+    heads: tuple[HeadOptions, ...] = option("several heads", default=())
     clip: float | None = option("largest norm", default=None)
     resume: bool = option("go on", default=True)
 

@@ -19,8 +19,8 @@ GREY = ImagesConfig(channels=1, mean=(0.3,), std=(0.2,))
 
 
 def flat_batch(**levels: int) -> dict[str, Tensor]:
-    """Three images of uniform crops, 28 px but for local ones of 14 px."""
-    sides = {"local": 14, "anchor": 56}
+    """Three images of uniform crops, 28 px but for some views."""
+    sides = {"local": 14, "anchor": 56, "teacher": 21}
     counts = {"local": 6}
     return {
         name: torch.full(
@@ -125,6 +125,11 @@ def test_columns_are_global_local_and_other_views() -> None:
         "6 local crops\n14 px",
         "anchor crop 1\n56 px",
         "anchor crop 2\n56 px",
+    ]
+    wider = crops_sheet(flat_batch(teacher=9, **{"global": 50}), GREY, patch_size=7)
+    assert [title for title, _, _ in wider.titles][2:] == [
+        "teacher crop 1\n21 px",
+        "teacher crop 2\n21 px",
     ]
     levels = [set(np.unique(sheet.pixels[:, left:right])) for _, left, right in sheet.titles]
     assert levels == [{50, 255}, {50, 255}, {100, 255}, {200, 255}, {200, 255}]
