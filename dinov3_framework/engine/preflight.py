@@ -10,9 +10,16 @@ import attrs
 from torch import nn
 
 from dinov3_framework.contracts import Augmentation, Dataset, Loss
+from dinov3_framework.engine.distributed import pick_device
 from dinov3_framework.engine.networks import Blueprint, head_name
 from dinov3_framework.engine.objective import check_needs
 from dinov3_framework.engine.optimizer import lr_factor
+from dinov3_framework.engine.parallel_check import (
+    backbone_problems,
+    machine_problems,
+    parallel_problems,
+    parallel_rows,
+)
 from dinov3_framework.engine.settings import PretrainConfig
 from dinov3_framework.errors import Problem
 from dinov3_framework.schedules import Schedule
@@ -36,8 +43,10 @@ class Parts:
 
 
 def config_problems(config: PretrainConfig, world_size: int) -> list[Problem]:
-    """What can be told without building anything."""
+    """What can be told without building anything; raises as ``pick_device`` does."""
     return [
+        *parallel_problems(config.parallel, world_size),
+        *machine_problems(config.parallel, pick_device(config.parallel.device)),
         *_batch_problems(config, world_size),
         *_schedule_problems(config),
         *_channel_problems(config),
@@ -45,9 +54,10 @@ def config_problems(config: PretrainConfig, world_size: int) -> list[Problem]:
     ]
 
 
-def parts_problems(parts: Parts) -> list[Problem]:
+def parts_problems(config: PretrainConfig, parts: Parts) -> list[Problem]:
     """What does not fit together."""
     return [
+        *backbone_problems(config.parallel, parts.blueprint.backbone),
         *check_needs(parts.losses, parts.augmentation),
         *_view_problems(parts),
         *_mask_problems(parts),
@@ -61,6 +71,7 @@ def sections(
     return {
         "parameters": _parameter_rows(parts.blueprint),
         "batch": _batch_rows(config, parts, world_size),
+        "parallel": parallel_rows(config.parallel, parts.blueprint.backbone, world_size),
         "schedule": _schedule_rows(config),
         "data": _data_rows(config, dataset),
     }

@@ -50,7 +50,6 @@ class Pretrain(Task):
     def check(self, world_size: int) -> Report:
         config = self.config
         problems = config_problems(config, world_size)
-        pick_device(config.parallel.device)
         if problems:
             raise RecipeError(problems)
         missing: list[str] = []
@@ -61,7 +60,7 @@ class Pretrain(Task):
             dataset = None
         parts = self._parts()
         missing += self._absent_data()
-        problems = parts_problems(parts)
+        problems = parts_problems(config, parts)
         start: list[tuple[str, str]] = []
         try:
             start = self._start(parts)
