@@ -107,7 +107,7 @@ class Distill(TrainingTask):
 
     def _placed_teacher(self, sharder: Sharder) -> nn.Module:
         """The teacher's backbone, spread over the processes of ``sharder``."""
-        backbone = sharder.place(copy.deepcopy(self._frozen.backbone))
+        backbone = sharder.place(copy.deepcopy(self._frozen.backbone), trains=False)
         fill_frozen(self._frozen, backbone)
         backbone.eval().requires_grad_(False)
         self._fingerprint = fingerprint(backbone)
@@ -119,7 +119,7 @@ class Distill(TrainingTask):
         sharder = Sharder(self.config.parallel, networks.device, collectives.current_group())
         placed = nn.ModuleDict(
             {
-                head_name(name): sharder.place(copy.deepcopy(projector))
+                head_name(name): sharder.place(copy.deepcopy(projector), trains=False)
                 for name, projector in heads.projectors.items()
             }
         )

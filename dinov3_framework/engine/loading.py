@@ -87,7 +87,7 @@ def load_placed(
         with open_backbone(source, registry, network=network, images=images) as found:
             blueprint = built(found, registry)
             check_fit(found, blueprint)
-            placed = sharder.place(copy.deepcopy(blueprint))
+            placed = sharder.place(copy.deepcopy(blueprint), trains=False)
             fill_placed(placed, blueprint, found)
             return _loaded(found, placed.eval(), registry)
 

@@ -118,12 +118,13 @@ class Networks:
     ) -> None:
         self.blueprint, self.seed = blueprint, seed
         self.student = self._place(blueprint.student(), sharder)
-        self.teacher = self._place(blueprint.student(), sharder)
+        self.teacher = self._place(blueprint.student(), sharder, trains=False)
         self.anchors = self._place(
             nn.ModuleDict(
                 {name: copy.deepcopy(blueprint.anchor_backbone(name)) for name in blueprint.anchors}
             ),
             sharder,
+            trains=False,
         )
         self.device = sharder.device
         self.frozen = nn.ModuleDict()  # the projectors of a teacher that is not one of these
@@ -171,8 +172,9 @@ class Networks:
         return keyed_seed(self.seed, f"init.{part}")
 
     @staticmethod
-    def _place(networks: nn.ModuleDict, sharder: Sharder) -> nn.ModuleDict:
-        return nn.ModuleDict({name: sharder.place(module) for name, module in networks.items()})
+    def _place(networks: nn.ModuleDict, sharder: Sharder, trains: bool = True) -> nn.ModuleDict:
+        placed = {n: sharder.place(module, trains=trains) for n, module in networks.items()}
+        return nn.ModuleDict(placed)
 
     def start_anchors(self, iteration: int) -> list[str]:
         """Copy the teacher into each anchor that is to begin before ``iteration``."""

@@ -35,6 +35,10 @@ _FREE_KEYS = (
     "checkpoint",
     "observers",
     "parallel.timeout",
+    # These change how fast and in how much memory, and figures by no more than rounding.
+    "parallel.replicas",
+    "parallel.checkpointing",
+    "parallel.compile",
     "log_every",
     "max_nonfinite_steps",
 )

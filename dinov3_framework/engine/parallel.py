@@ -1,4 +1,5 @@
-"""Sharding with FSDP2, and giving sharded networks their first values."""
+"""Networks in their place: in which precision, compiled, recomputed and sharded (FSDP2) as a recipe
+asks, and their first values."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -19,7 +20,13 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from dinov3_framework.contracts import Backbone
+from dinov3_framework.engine.compiling import compile_blocks
+from dinov3_framework.engine.fp8_linears import use_fp8
+from dinov3_framework.engine.meshes import broadcast_from_first, is_first, mesh_of, mesh_over
+from dinov3_framework.engine.parallel_check import machine_problems, parallel_problems
+from dinov3_framework.engine.recompute import recompute
 from dinov3_framework.engine.settings import ParallelConfig
+from dinov3_framework.errors import RecipeError
 from dinov3_framework.weights.filling import put
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -27,20 +34,49 @@ _FORWARD_METHODS = ("forward_features", "get_intermediate_layers")
 
 
 class Sharder:
-    """Shards networks over all processes as a recipe's ``[parallel]`` asks."""
+    """Places networks as a recipe's ``[parallel]`` asks.
 
-    def __init__(self, config: ParallelConfig, device: torch.device) -> None:
+    They are spread over the processes of ``group``, or over all; to be made by each of those, and
+    where others are in groups of theirs, by these too. Raises ``RecipeError`` for what the group
+    or this machine cannot do.
+    """
+
+    def __init__(
+        self,
+        config: ParallelConfig,
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         self.config, self.device = config, device
+        processes = dist.get_world_size(group)
+        problems = [*parallel_problems(config, processes), *machine_problems(config, device)]
+        if problems:
+            raise RecipeError(problems)
         self.mesh: DeviceMesh | None = None
         # One process in full precision has nothing to shard and nothing to cast.
-        if dist.get_world_size() > 1 or config.param_dtype != "fp32":
-            self.mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        if processes > 1 or config.param_dtype != "fp32":
+            self.mesh = mesh_over(group, device, config.replicas, config.timeout)
 
-    def place(self, module: nn.Module) -> nn.Module:
-        """Shard a network that is on the meta device and allocate it, without values."""
+    def place(self, module: nn.Module, *, trains: bool = True) -> nn.Module:
+        """Shard a network that is on the meta device and allocate it, without values.
+
+        Only one that ``trains`` has anything to recompute. Names of parameters stay as they are.
+        """
+        if isinstance(module, Backbone):
+            self._prepare(module, trains)
         if self.mesh is not None:
             self._shard(module, self.mesh)
         return module.to_empty(device=self.device)
+
+    def _prepare(self, backbone: Backbone, trains: bool) -> None:
+        """What comes before sharding, from the inside out: a block is compiled as it then is."""
+        if self.config.fp8 != "off":
+            use_fp8(self.config, backbone)
+        if trains and self.config.checkpointing != "none":
+            for block in backbone.blocks_to_shard():
+                recompute(block, selective=self.config.checkpointing == "selective")
+        if self.config.compile:
+            compile_blocks(backbone.blocks_to_shard())
 
     def _shard(self, module: nn.Module, mesh: DeviceMesh) -> None:
         types: dict[str, Any] = {
@@ -73,11 +109,11 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def initialise(module: nn.Module, blueprint: nn.Module, seed: int) -> None:
     """Give a placed network the values that ``blueprint.init_weights()`` draws from ``seed``.
 
-    ``blueprint`` is the same network, whole, on the meta device. The main process alone draws, on
-    the CPU, and the rest receive their shards one tensor at a time: the values depend neither on
-    the device nor on how many processes there are.
+    ``blueprint`` is the same network, whole, on the meta device. Of the processes that share the
+    network the first alone draws, on the CPU, and the rest receive their shards one tensor at a
+    time: the values depend neither on the device nor on how many processes there are.
     """
-    whole = initial_values(blueprint, seed) if dist.get_rank() == 0 else blueprint
+    whole = initial_values(blueprint, seed) if is_first(mesh_of(module)) else blueprint
     fill_from_main(module, whole)
 
 
@@ -100,15 +136,16 @@ def initial_values(blueprint: nn.Module, seed: int) -> nn.Module:
 
 @torch.no_grad()
 def fill_from_main(module: nn.Module, whole: nn.Module) -> None:
-    """Copy the main process's whole network into the (sharded) one of every process."""
+    """Copy a whole network into one that is spread over processes, of which the first has it."""
+    mesh = mesh_of(module)
     source = dict(tensors_of(whole))
     for name, target in tensors_of(module):
         full = source[name].detach()
         if full.is_meta:
             full = torch.empty_like(full, device=target.device)
         full = full.to(target.device)
-        if dist.get_world_size() > 1:
-            dist.broadcast(full, src=0)
+        if mesh is not None:
+            broadcast_from_first(full, mesh)
         put(target, full)
 
 

@@ -10,9 +10,16 @@ import attrs
 from torch import nn
 
 from dinov3_framework.contracts import Augmentation, Dataset, Loss, View
+from dinov3_framework.engine.distributed import pick_device
 from dinov3_framework.engine.networks import Blueprint, head_name
 from dinov3_framework.engine.objective import STUDENT_VIEWS, check_needs
 from dinov3_framework.engine.optimizer import lr_factor
+from dinov3_framework.engine.parallel_check import (
+    backbone_problems,
+    machine_problems,
+    parallel_problems,
+    parallel_rows,
+)
 from dinov3_framework.engine.settings import TrainingConfig, momentum
 from dinov3_framework.errors import Problem
 from dinov3_framework.schedules import Schedule
@@ -36,8 +43,10 @@ class Parts:
 
 
 def config_problems(config: TrainingConfig, world_size: int) -> list[Problem]:
-    """What can be told without building anything."""
+    """What can be told without building anything; raises as ``pick_device`` does."""
     return [
+        *parallel_problems(config.parallel, world_size),
+        *machine_problems(config.parallel, pick_device(config.parallel.device)),
         *_batch_problems(config, world_size),
         *_schedule_problems(config),
         *_channel_problems(config),
@@ -45,13 +54,16 @@ def config_problems(config: TrainingConfig, world_size: int) -> list[Problem]:
     ]
 
 
-def parts_problems(parts: Parts, masks_student: bool = True) -> list[Problem]:
+def parts_problems(
+    config: TrainingConfig, parts: Parts, masks_student: bool = True
+) -> list[Problem]:
     """What does not fit together; ``masks_student``: whether the student's patches are hidden."""
     variants = parts.augmentation.variants()
     needs = [each for variant in variants for each in check_needs(parts.losses, variant)]
     masks = _mask_problems(parts) if masks_student else ()
+    parallel = backbone_problems(config.parallel, parts.blueprint.backbone)
     # What is wrong with all variants is said once.
-    found = [*needs, *_view_problems(parts), *masks, *_anchor_problems(parts)]
+    found = [*parallel, *needs, *_view_problems(parts), *masks, *_anchor_problems(parts)]
     return list(dict.fromkeys(found))
 
 
@@ -63,6 +75,7 @@ def sections(
         "parameters": _parameter_rows(parts.blueprint),
         "batch": _batch_rows(config, parts, world_size),
         **_resolution_rows(parts),
+        "parallel": parallel_rows(config.parallel, parts.blueprint.backbone, world_size),
         "schedule": _schedule_rows(config),
         "data": _data_rows(config, dataset),
     }

@@ -93,7 +93,6 @@ class TrainingTask(Task):
     def check(self, world_size: int) -> Report:
         config = self.config
         problems = config_problems(config, world_size)
-        pick_device(config.parallel.device)
         if problems:
             raise RecipeError(problems)
         missing: list[str] = []
@@ -106,7 +105,10 @@ class TrainingTask(Task):
         missing += [self._no_such(key, path) for key, path in absent.items()]
         parts = self._parts(absent)
         missing += self._absent_data()
-        problems = [*parts_problems(parts, self._masks_student), *self._problems(parts)]
+        problems = [
+            *parts_problems(config, parts, self._masks_student),
+            *self._problems(parts),
+        ]
         start: list[tuple[str, str]] = []
         try:
             start = [] if "init_from.weights" in absent else self._start(parts)

@@ -91,6 +91,7 @@ class MaskedKeyBiasLinear(nn.Linear):
     """
 
     bias_mask: Tensor
+    product = staticmethod(F.linear)  # which an engine may replace by one in another precision
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, 3 * dim)
@@ -112,7 +113,7 @@ class MaskedKeyBiasLinear(nn.Linear):
             self.init_mask()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.linear(tokens, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
+        return self.product(tokens, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
 
 
 class Attention(nn.Module):

@@ -34,6 +34,6 @@ def _sharded(config: FeaturesTaskConfig, registry: Registry, sharder: Sharder) -
         loaded = load_placed(config.weights, sharder=sharder, registry=registry)
         return Subject.of_weights(config.weights, loaded)
     subject = Subject.described(config, registry)
-    backbone = sharder.place(copy.deepcopy(subject.backbone))
+    backbone = sharder.place(copy.deepcopy(subject.backbone), trains=False)
     initialise(backbone, subject.backbone, Subject.seed(config))
     return attrs.evolve(subject, backbone=backbone.eval())  # type: ignore[arg-type]
