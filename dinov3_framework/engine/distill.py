@@ -49,7 +49,13 @@ class Distill(TrainingTask):
     @cached_property
     def _frozen(self) -> FrozenWeights:
         teacher = self.config.teacher
-        return described(teacher.weights, teacher.network, "teacher.weights", self.registry)
+        return described(
+            teacher.weights,
+            teacher.network,
+            "teacher.weights",
+            self.registry,
+            projectors=teacher.projectors != "new",
+        )
 
     def _heads(self, parts: Parts) -> TeacherHeads:
         return TeacherHeads.of(parts.losses, self._frozen, self.config.teacher.projectors)

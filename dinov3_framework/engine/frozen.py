@@ -55,9 +55,11 @@ def described(
     network: str,
     where: str,
     registry: Registry,
+    *,
+    projectors: bool = False,
     remembered: Mapping[str, str] | None = None,
 ) -> FrozenWeights:
-    """What ``weights`` hold; raises ``RecipeError`` at key ``where`` if they are of no use.
+    """What ``weights`` hold, ``projectors`` too if they are wanted; raises ``RecipeError`` at key ``where`` if they are of no use.
 
     ``remembered`` is what :func:`memory_of` gave to a checkpoint: a run that goes on from one has
     the values already, and the weights may be gone.
@@ -65,12 +67,12 @@ def described(
     if remembered is not None:
         return _remembered(weights, network, remembered, registry)
     try:
-        with open_backbone(weights, registry, network=network) as found:
+        with open_backbone(weights, registry, network=network, projectors=projectors) as found:
             backbone = built(found, registry)
             check_fit(found, backbone)
             component, values = registry.values_of(found.config)
             info = BackboneInfo(component, values, found.images, found.size, found.provenance)
-            shapes = found.projectors()
+            shapes = found.projectors() if projectors else {}
     except CheckpointError as error:
         raise RecipeError([Problem(where, str(error))]) from error
     return FrozenWeights(weights, network, backbone, info, shapes, registry)
@@ -106,7 +108,12 @@ def fill_frozen(
     """
 
     def fill() -> None:
-        with open_backbone(weights.weights, weights.registry, network=weights.network) as found:
+        with open_backbone(
+            weights.weights,
+            weights.registry,
+            network=weights.network,
+            projectors=bool(weights.projectors),
+        ) as found:
             if backbone is not None:
                 fill_placed(backbone, weights.backbone, found)
             for name, module in (projectors or {}).items():

@@ -167,13 +167,21 @@ def _opened(
     stack: ExitStack, config: TrainingConfig, init: InitFromConfig, registry: Registry
 ) -> Recognised:
     try:
-        opened = open_backbone(init.weights, registry, network=init.network)
+        opened = open_backbone(
+            init.weights, registry, network=init.network, projectors=init.projectors
+        )
         return stack.enter_context(opened)
     except CheckpointError:
         if "images" not in init.differing:
             raise
     # Weights that do not say how images are scaled cannot be opened without being told.
-    opened = open_backbone(init.weights, registry, network=init.network, images=config.images)
+    opened = open_backbone(
+        init.weights,
+        registry,
+        network=init.network,
+        images=config.images,
+        projectors=init.projectors,
+    )
     return stack.enter_context(opened)
 
 

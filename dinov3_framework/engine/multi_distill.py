@@ -108,6 +108,11 @@ class MultiDistill(Task):
         if collectives.is_main():
             results = {n: json.loads((output_dir / n / RESULTS).read_text()) for n in spans}
             write_results(output_dir, {"task": "multi_distill", "students": results})
+            print(
+                "\nDone. Load a student from Python:\n\n  from dinov3_framework import load_backbone"
+            )
+            for n in spans:
+                print(f'  {n} = load_backbone("{output_dir / n}")')
 
 
 class SideStudent(Distill):
@@ -119,6 +124,9 @@ class SideStudent(Distill):
         super().__init__(config, registry=registry)
         self._name, self._spans = name, spans
         self._peers = SideBySide(name)
+
+    def _say_goodbye(self, results: Mapping[str, Any], output_dir: Path, export: Path) -> None:
+        """Nothing: it is said once, for all."""
 
     def _load_dataset(self) -> Dataset:
         with collectives.within(None):

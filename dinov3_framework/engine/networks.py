@@ -65,7 +65,7 @@ class Blueprint:
                 anchor.config.network,
                 f"losses.{name}.anchor.weights",
                 registry,
-                (remembered or {}).get(name),
+                remembered=(remembered or {}).get(name),
             )
             for name, anchor in anchors.items()
             if anchor.config.weights is not None and name not in absent

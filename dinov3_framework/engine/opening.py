@@ -42,17 +42,19 @@ def open_backbone(
     *,
     network: str = "teacher",
     images: ImagesConfig | None = None,
+    projectors: bool = False,
 ) -> Iterator[Recognised]:
     """The backbone in ``source``, recognised and ready to be read; nothing is built or filled.
 
     ``source`` is a path to a file or folder of any known format, a run's output folder, a URL, or
     a published name such as ``dinov3_vits16`` or ``dinov3_vitl16@SAT493M``. Of training
     checkpoints ``network`` says which network is meant, ``teacher`` or ``student``. ``images``
-    overrules what the weights say of their images. What a person should know is logged as a
+    overrules what the weights say of their images. With ``projectors`` a run's folder means its
+    checkpoints, which have them, rather than its export. What a person should know is logged as a
     warning. Raises ``CheckpointError`` for what is not there or not usable.
     """
     path = _located(str(source), registry)
-    with _opened(path, network) as opened:
+    with _opened(path, network, projectors) as opened:
         info = None
         if isinstance(opened, sharded_weights.ShardedSource):
             info = _of_recipe(opened.path, registry)
@@ -85,10 +87,11 @@ def _located(text: str, registry: Registry) -> Path:
 
 
 @contextmanager
-def _opened(path: Path, network: str) -> Iterator[Opened]:
+def _opened(path: Path, network: str, projectors: bool) -> Iterator[Opened]:
     if path.is_dir():
         export = path / EXPORT
-        if network == "teacher" and export.is_file():
+        kept = projectors and sharded_weights.checkpoint_in(path) is not None
+        if network == "teacher" and export.is_file() and not kept:
             path = export
         elif sharded_weights.is_checkpoint(path):
             yield sharded_weights.one(path)

@@ -29,6 +29,11 @@ class Alone:
         except RankFailure as failure:
             raise failure.for_process() from failure.own
 
+    @property
+    def speaks(self) -> bool:
+        """Whether this run may write to the console."""
+        return True
+
     def share(self, stop: bool) -> bool:
         """Whether anybody was asked to stop, as far as this run's own step will not tell."""
         return stop
@@ -50,6 +55,10 @@ class SideBySide(Alone):
     def next(self, items: Iterator[T]) -> T:
         with collectives.within(None):
             return super().next(items)
+
+    @property
+    def speaks(self) -> bool:
+        return dist.get_rank() == 0
 
     def share(self, stop: bool) -> bool:
         return bool(_maximum(stop))

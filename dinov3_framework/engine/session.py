@@ -90,12 +90,12 @@ def _logging(output_dir: Path) -> Iterator[None]:
             raise unwritable(error, output_dir / "run.log") from error
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers = [file, console_handler()]
-        root.setLevel(logging.INFO)
     else:
         other = logging.StreamHandler(sys.stderr)
         other.setFormatter(logging.Formatter(f"[rank {collectives.rank()}] %(message)s"))
+        other.setLevel(logging.WARNING)
         handlers = [other]
-        root.setLevel(logging.WARNING)
+    root.setLevel(logging.INFO)
     # Libraries' warnings: into the main process's file, and not once per process on the console.
     captured = logging.getLogger("py.warnings")
     captured.addHandler(handlers[0] if collectives.is_main() else logging.NullHandler())

@@ -100,7 +100,8 @@ class Trainer:
         )
         batches = iter(loader)
         try:
-            with StopFlag() as stop, TrainingProgress(self.done, total, self.run.is_main) as bar:
+            shown = self.run.is_main and self.peers.speaks
+            with StopFlag() as stop, TrainingProgress(self.done, total, shown) as bar:
                 self._write(metrics, self._start_observers())
                 while self.done < total:
                     self._iterate(batches, stop, bar, metrics)

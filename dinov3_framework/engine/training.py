@@ -359,20 +359,19 @@ class TrainingTask(Task):
             results |= observer.on_end(run) or {}
         if run.is_main:
             write_results(run.output_dir, results)
-            _say_goodbye(results, run.output_dir, export)
+            self._say_goodbye(results, run.output_dir, export)
 
-
-def _say_goodbye(results: Mapping[str, Any], output_dir: Path, export: Path) -> None:
-    for name, value in results.items():
-        if isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
-            print_table(name, value)
-    print(f"\nDone. Everything is in {output_dir}:")
-    for entry in sorted(output_dir.iterdir()):
-        if not entry.name.startswith("."):
-            print(f"  {entry.name}{'/' if entry.is_dir() else ''}")
-    print(
-        "\nUse the backbone from Python:\n\n"
-        "  from dinov3_framework import load_backbone\n"
-        f'  backbone = load_backbone("{export}")\n'
-        '  features = backbone.features("an image.png")  # [1, D] class token\n'
-    )
+    def _say_goodbye(self, results: Mapping[str, Any], output_dir: Path, export: Path) -> None:
+        for name, value in results.items():
+            if isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
+                print_table(name, value)
+        print(f"\nDone. Everything is in {output_dir}:")
+        for entry in sorted(output_dir.iterdir()):
+            if not entry.name.startswith("."):
+                print(f"  {entry.name}{'/' if entry.is_dir() else ''}")
+        print(
+            "\nUse the backbone from Python:\n\n"
+            "  from dinov3_framework import load_backbone\n"
+            f'  backbone = load_backbone("{export}")\n'
+            '  features = backbone.features("an image.png")  # [1, D] class token\n'
+        )
