@@ -59,8 +59,9 @@ def described(
     projectors: bool = False,
     remembered: Mapping[str, str] | None = None,
 ) -> FrozenWeights:
-    """What ``weights`` hold, ``projectors`` too if they are wanted; raises ``RecipeError`` at key ``where`` if they are of no use.
+    """What ``weights`` hold, ``projectors`` too if they are wanted.
 
+    Raises ``RecipeError`` at key ``where`` if they are of no use.
     ``remembered`` is what :func:`memory_of` gave to a checkpoint: a run that goes on from one has
     the values already, and the weights may be gone.
     """

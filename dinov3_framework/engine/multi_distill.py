@@ -108,9 +108,8 @@ class MultiDistill(Task):
         if collectives.is_main():
             results = {n: json.loads((output_dir / n / RESULTS).read_text()) for n in spans}
             write_results(output_dir, {"task": "multi_distill", "students": results})
-            print(
-                "\nDone. Load a student from Python:\n\n  from dinov3_framework import load_backbone"
-            )
+            print("\nDone. Use the students from Python:\n")
+            print("  from dinov3_framework import load_backbone")
             for n in spans:
                 print(f'  {n} = load_backbone("{output_dir / n}")')
 

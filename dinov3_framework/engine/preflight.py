@@ -254,7 +254,7 @@ def _schedule_rows(config: TrainingConfig) -> list[tuple[str, str]]:
     if factor != 1:
         rows.append(("lr factor", f"{factor:g} ({config.optimizer.lr_scaling})"))
     rows.append(("weight decay", _course(config.optimizer.weight_decay, total)))
-    rows.append(("teacher momentum", _course(momentum(config), total)))
+    rows.append(("momentum", _course(momentum(config), total)))
     rows += [
         (f"losses.{where}", _course(schedule, total))
         for where, schedule in _schedules(config.losses, "")
