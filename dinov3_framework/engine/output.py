@@ -35,6 +35,7 @@ _FREE_KEYS = (
     "checkpoint",
     "observers",
     "parallel.timeout",
+    "teacher.weights",  # its fingerprint is compared
     # These change how fast and in how much memory, and figures by no more than rounding.
     "parallel.replicas",
     "parallel.checkpointing",

@@ -202,7 +202,8 @@ class InitFromConfig:
 class ContinueFromConfig:
     """Another run whose training goes on here: its networks, optimizer and count of iterations.
 
-    Anchors are not taken over: each begins as its loss says.
+    Names of tensors are those of a student, ``dino_head.mlp.0.weight``; its teacher and optimizer
+    follow it. Anchors are not taken over: each begins as its loss says.
     """
 
     run: str = option("the other run's folder, its checkpoints, or one of these")
