@@ -75,7 +75,7 @@ def test_what_does_not_fit_is_known_before_anything_is_written(
     assert "nothing would be left to do" in problems(start)["iterations"]
     more = (start, "iterations=9")
     assert "there are those of 4, 6" in problems(*more, f"{FROM}.iteration=5")[f"{FROM}.iteration"]
-    assert "backbone.cls_token" in problems(*more, "backbone.embed_dim=48")[FROM]
+    assert "backbone.blocks.0" in problems(*more, "backbone.embed_dim=48")[FROM]
     both = problems(*more, "drop=losses.ibot")
     assert 'unused = ["' in both[FROM]
     assert "ibot_head." in both[FROM]
