@@ -298,7 +298,9 @@ class Wrong(NamedTuple):
         Wrong(
             {"parallel": {"replicas": 2}}, "parallel.replicas: every process .*\n.*sharded = true"
         ),
-        Wrong({"parallel": {"replicas": 2}, "sharded": True}, "parallel.replicas: 1 processes can"),
+        Wrong(
+            {"parallel": {"replicas": 2}, "sharded": True}, "parallel.replicas: 1 process cannot"
+        ),
     ],
     ids=lambda wrong: wrong.message.partition(":")[0],
 )
