@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dinov3_framework.components import Component
 from dinov3_framework.engine.extraction.settings import FeaturesTaskConfig
+from dinov3_framework.engine.pipeline_settings import PipelineConfig
 from dinov3_framework.engine.settings import PretrainConfig
 from dinov3_framework.hookspecs import hookimpl
 
@@ -14,5 +15,6 @@ def dinov3_tasks() -> list[Component]:
         Component(
             "features", FeaturesTaskConfig, "dinov3_framework.engine.extraction.task:FeaturesTask"
         ),
+        Component("pipeline", PipelineConfig, "dinov3_framework.engine.pipeline:Pipeline"),
         Component("pretrain", PretrainConfig, "dinov3_framework.engine.pretrain:Pretrain"),
     ]

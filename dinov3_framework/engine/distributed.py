@@ -14,6 +14,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from dinov3_framework import collectives
 from dinov3_framework.errors import Problem, RecipeError
 
 
@@ -55,6 +56,17 @@ def process_group(device: torch.device, timeout: float) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def wait_for_all(seconds: float) -> None:
+    """Wait for every process, longer than a collective may take otherwise.
+
+    A process that is gone ends the wait at once, as it does any collective.
+    """
+    if collectives.is_distributed():
+        options = dist.AllreduceOptions()
+        options.timeout = timedelta(seconds=seconds)
+        dist.distributed_c10d._get_default_group().allreduce([torch.zeros(1)], options).wait()
 
 
 def leave(code: int) -> NoReturn:

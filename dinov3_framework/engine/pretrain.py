@@ -28,6 +28,7 @@ from dinov3_framework.engine.parallel import Sharder
 from dinov3_framework.engine.preflight import Parts, config_problems, parts_problems, sections
 from dinov3_framework.engine.run import TrainingRun
 from dinov3_framework.engine.settings import PretrainConfig, resolved_backbone
+from dinov3_framework.engine.stand_in import write_stand_in
 from dinov3_framework.engine.trainer import Trainer
 from dinov3_framework.errors import DataError, Problem, RecipeError, UserError
 from dinov3_framework.registry import Registry
@@ -112,6 +113,10 @@ class Pretrain(Task):
                 yield f"observers.{name}: {error}"
             except UserError as error:
                 raise RecipeError([Problem(f"observers.{name}", str(error))]) from error
+
+    def stand_in(self, folder: Path) -> bool:
+        write_stand_in(folder, self.config, self._parts(), self.registry)
+        return True
 
     # ------------------------------------------------------------------ running
     def run(self, output_dir: Path) -> None:

@@ -1,0 +1,111 @@
+"""What a training run will leave, without the values: for the checks of what is to start from it.
+
+Checkpoints have their index and no shards; the exported backbone is a file of zeros that takes no
+room on the disk.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from dinov3_framework.engine.checkpoint_folder import name_of
+from dinov3_framework.engine.durable import write_and_sync
+from dinov3_framework.engine.manifest import STATE, FileRecord, Manifest
+from dinov3_framework.engine.opening import EXPORT, RECIPE
+from dinov3_framework.engine.optimizer import parameter_settings
+from dinov3_framework.engine.parallel import tensors_of
+from dinov3_framework.engine.preflight import Parts
+from dinov3_framework.engine.settings import CheckpointConfig, PretrainConfig, resolved_backbone
+from dinov3_framework.engine.shard_writer import INDEX
+from dinov3_framework.recipe import to_toml
+from dinov3_framework.registry import Registry
+from dinov3_framework.structure import unstructure
+from dinov3_framework.weights.info import BackboneInfo
+from dinov3_framework.weights.tensor_file import file_header
+
+
+def write_stand_in(folder: Path, config: PretrainConfig, parts: Parts, registry: Registry) -> None:
+    """Write recipe, checkpoints and export of a finished run into ``folder``."""
+    (folder / RECIPE).write_text(to_toml(unstructure(registry, config)), "utf-8")
+    tensors = dict(_state(config, parts))
+    for step in kept_steps(config.iterations, config.checkpoint):
+        _write_checkpoint(folder / "checkpoints" / name_of(step), step, tensors, config.iterations)
+    component, values = registry.values_of(resolved_backbone(config))
+    size = parts.augmentation.views["global"].size
+    provenance = {"network": "teacher", "iterations": str(config.iterations)}
+    info = BackboneInfo(component, values, config.images, size, provenance)
+    _write_export(folder / EXPORT, parts.blueprint.backbone, info)
+
+
+def kept_steps(iterations: int, config: CheckpointConfig) -> list[int]:
+    """The steps whose checkpoints are there at the end, ascending."""
+    saved = [*range(config.every, iterations, config.every), iterations]
+    kept = set(saved[-config.keep :])
+    if config.keep_every is not None:
+        kept.update(step for step in saved if step % config.keep_every == 0)
+    return sorted(kept)
+
+
+def _state(config: PretrainConfig, parts: Parts) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a checkpoint, on the meta device."""
+    student = parts.blueprint.student()
+    networks = {"student": student, "teacher": student}
+    anchors = {f"anchors.{name}": parts.blueprint.backbone for name in parts.blueprint.anchors}
+    for role, network in (networks | anchors).items():
+        for name, tensor in tensors_of(network):
+            yield f"{role}.{name}", tensor
+    for called, loss in parts.losses.items():
+        for name, buffer in loss.named_buffers():
+            yield f"losses.{called}.{name}", buffer
+    optimizer = config.optimizer
+    for part, module in student.items():
+        parameters = dict(module.named_parameters())
+        settings = parameter_settings(
+            module,
+            layerwise_decay=optimizer.layerwise_decay,
+            patch_embed_lr_mult=optimizer.patch_embed_lr_mult,
+        )
+        for name in settings:
+            prefix = f"optimizer.{part}.{name}"
+            yield f"{prefix}.step", torch.empty((), device="meta")
+            yield f"{prefix}.exp_avg", parameters[name]
+            yield f"{prefix}.exp_avg_sq", parameters[name]
+
+
+def _write_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], iterations: int
+) -> None:
+    folder.mkdir(parents=True)
+    entries = {
+        name: TensorStorageMetadata(
+            properties=TensorProperties(dtype=tensor.dtype),
+            size=tensor.size(),
+            chunks=[ChunkStorageMetadata(torch.Size([0] * tensor.dim()), tensor.size())],
+        )
+        for name, tensor in tensors.items()
+    }
+    index = Metadata(state_dict_metadata=entries, storage_data={})  # type: ignore[arg-type]
+    write_and_sync(folder / INDEX, pickle.dumps(index))
+    write_and_sync(folder / STATE, f'{{"iterations": {iterations}}}'.encode())
+    files = {name: FileRecord.of(folder / name) for name in (INDEX, STATE)}
+    Manifest(step, files).write(folder)
+
+
+def _write_export(path: Path, backbone: nn.Module, info: BackboneInfo) -> None:
+    specs = {name: (t.dtype, tuple(t.shape)) for name, t in backbone.state_dict().items()}
+    header, places = file_header(specs, info.to_metadata())
+    path.parent.mkdir()
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + max(stop for _, stop in places.values()))
