@@ -62,7 +62,8 @@ class Pipeline(Task):
         except RankFailure as failure:
             raise failure.for_process() from failure.own
         task: Task = self.registry.build(run.config, registry=self.registry)
-        log.info("%s: %s", where, folder)
+        if not (folder / RESULTS).exists():
+            log.info("%s: %s", where, folder)
         try:
             run_here(task, run.config, self.registry, folder, run.inherited)
         except RunComplete:

@@ -87,7 +87,7 @@ def _reference_problems(
             what = "does not come before this one" if known else "does not exist"
             hint = near(reference.stage, earlier, "stages before this one")
             yield Problem(where, f"stage {reference.stage!r} {what}", hint)
-        elif {"", ".", ".."} & set(reference.inside.split("/")) and reference.inside:
+        elif not reference.is_sound:
             message = f"{reference} does not lie in the stage's folder"
             yield Problem(where, message, f"write {PREFIX}{reference.stage}/path/inside")
 
@@ -116,7 +116,7 @@ class _Check:
             self.rows.append((name, f"{row}: complete"))
             return
         open_keys = [path for path, each in references(recipe).items() if not self._is_there(each)]
-        later = f"; checked when {name}'s turn has come" if open_keys else ""
+        later = "; to be checked when its turn has come" if open_keys else ""
         self.rows.append((name, f"{row}{later}"))
         if not isinstance(recipe, PipelineConfig):
             task = self._task(name, recipe)
@@ -124,7 +124,8 @@ class _Check:
             self._stand_in(name, task)
 
     def _is_there(self, reference: Reference) -> bool:
-        return reference.stage in self._folders
+        """Whether the folder that it leads into can be looked at."""
+        return reference.stage in self._folders and reference.is_sound
 
     def _place(self, reference: Reference) -> Path:
         return reference.path(self._folders.get(reference.stage, self.output_dir))

@@ -37,6 +37,11 @@ class Reference:
     def __str__(self) -> str:
         return PREFIX + "/".join(part for part in (self.stage, self.inside) if part)
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether it stays inside the stage's folder."""
+        return not self.inside or not {"", ".", ".."} & set(self.inside.split("/"))
+
     def path(self, output_dir: Path) -> Path:
         """The place, where the stages' folders lie in ``output_dir``."""
         return output_dir / self.stage / self.inside

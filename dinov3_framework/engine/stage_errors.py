@@ -21,6 +21,9 @@ def naming_stage(name: str) -> Iterator[None]:
     except UserError as error:
         error.args = (f"stage {name}: {error}",)
         raise
+    except Exception as error:
+        error.add_note(f"in stage {name}")
+        raise
 
 
 def stage_problems(name: str, problems: list[Problem]) -> list[Problem]:
