@@ -332,8 +332,8 @@ class Task(abc.ABC):
         """Put into an empty folder what the run will leave for others, all but tensors' values.
 
         Names, shapes and types are right, so that a recipe that reads the run's folder can be
-        checked before there is one; values may be anything. What the run will have removed again is
-        not there. False, and nothing written, if that cannot be told beforehand.
+        checked before there is one. What the run will have removed again by its end is not there.
+        False, and nothing written, if that cannot be told beforehand.
         """
         return False
 

@@ -1,17 +1,19 @@
 """What a training run will leave, without the values: for the checks of what is to start from it.
 
-Checkpoints have their index and no shards; the exported backbone is a file of zeros that takes no
-room on the disk.
+Checkpoints have their index and no shards; in place of the exported file there is such a checkpoint
+of the backbone alone.
 """
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -32,7 +34,6 @@ from dinov3_framework.recipe import to_toml
 from dinov3_framework.registry import Registry
 from dinov3_framework.structure import unstructure
 from dinov3_framework.weights.info import BackboneInfo
-from dinov3_framework.weights.tensor_file import file_header
 
 
 def write_stand_in(folder: Path, config: PretrainConfig, parts: Parts, registry: Registry) -> None:
@@ -40,12 +41,14 @@ def write_stand_in(folder: Path, config: PretrainConfig, parts: Parts, registry:
     (folder / RECIPE).write_text(to_toml(unstructure(registry, config)), "utf-8")
     tensors = dict(_state(config, parts))
     for step in kept_steps(config.iterations, config.checkpoint):
-        _write_checkpoint(folder / "checkpoints" / name_of(step), step, tensors, config.iterations)
+        place = folder / "checkpoints" / name_of(step)
+        _write_index(place, step, tensors, {"iterations": config.iterations})
     component, values = registry.values_of(resolved_backbone(config))
     size = parts.augmentation.views["global"].size
-    provenance = {"network": "teacher", "iterations": str(config.iterations)}
-    info = BackboneInfo(component, values, config.images, size, provenance)
-    _write_export(folder / EXPORT, parts.blueprint.backbone, info)
+    info = BackboneInfo(component, values, config.images, size, {"network": "teacher"})
+    # Whole files are mapped into memory when they are opened, and this one may be larger.
+    backbone = parts.blueprint.backbone.state_dict()
+    _write_index(folder / EXPORT, config.iterations, backbone, {"backbone": info.to_metadata()})
 
 
 def kept_steps(iterations: int, config: CheckpointConfig) -> list[int]:
@@ -83,9 +86,8 @@ def _state(config: PretrainConfig, parts: Parts) -> Iterator[tuple[str, Tensor]]
             yield f"{prefix}.exp_avg_sq", parameters[name]
 
 
-def _write_checkpoint(
-    folder: Path, step: int, tensors: Mapping[str, Tensor], iterations: int
-) -> None:
+def _write_index(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Any) -> None:
+    """A checkpoint without shards: whoever wants a value finds that it lies nowhere."""
     folder.mkdir(parents=True)
     entries = {
         name: TensorStorageMetadata(
@@ -97,15 +99,6 @@ def _write_checkpoint(
     }
     index = Metadata(state_dict_metadata=entries, storage_data={})  # type: ignore[arg-type]
     write_and_sync(folder / INDEX, pickle.dumps(index))
-    write_and_sync(folder / STATE, f'{{"iterations": {iterations}}}'.encode())
+    write_and_sync(folder / STATE, json.dumps(state).encode())
     files = {name: FileRecord.of(folder / name) for name in (INDEX, STATE)}
     Manifest(step, files).write(folder)
-
-
-def _write_export(path: Path, backbone: nn.Module, info: BackboneInfo) -> None:
-    specs = {name: (t.dtype, tuple(t.shape)) for name, t in backbone.state_dict().items()}
-    header, places = file_header(specs, info.to_metadata())
-    path.parent.mkdir()
-    with path.open("wb") as file:
-        file.write(header)
-        file.truncate(len(header) + max(stop for _, stop in places.values()))
