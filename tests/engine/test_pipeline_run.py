@@ -202,7 +202,7 @@ def test_stopped_and_killed_and_resumed_is_bit_equal(
 
 @pytest.mark.slow
 def test_two_processes_killed_and_resumed(recipe: Path, tmp_path: Path) -> None:
-    short = ["drop=stages.last", "stages.pretrain.recipe.iterations=1"]
+    short = ["drop=stages.last", "stages.pretrain.recipe.iterations=2"]
     one, other = tmp_path / "one", tmp_path / "other"
     done = two_processes(one, *short, recipe=recipe)
     assert done.returncode == 0, done.stderr
@@ -235,13 +235,16 @@ def test_a_stage_that_cannot_go_on_is_named(
 
 
 @pytest.mark.slow
-def test_a_full_disk_names_the_stage(recipe: Path, tmp_path: Path) -> None:
+def test_a_full_disk_names_the_stage(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     big = ["stages.adapt.recipe.losses.dino.head.n_prototypes=20000"]
     big += ['drop=["stages.last"]']
     with small_disk(tmp_path / "disk", "tmpfs"):
-        done = run(tmp_path / "disk" / "out", *big, recipe=recipe)
-    assert done.returncode == ExitCode.WRONG_INPUT, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("stage ")]
+        assert start(recipe, tmp_path / "disk" / "out", *big) == ExitCode.WRONG_INPUT
+    told = capsys.readouterr().err
+    (line,) = [line for line in told.splitlines() if line.startswith("stage ")]
+    assert line.startswith("stage adapt: ")
     assert "cannot save the checkpoint of step" in line
     assert "disk full" in line
     assert os.strerror(28) in line or os.strerror(27) in line
