@@ -71,6 +71,12 @@ def problems(origin: ContinueFromConfig, parts: Parts, config: TrainingConfig) -
     return differences
 
 
+def iteration_of(origin: ContinueFromConfig) -> int:
+    """The iteration that a run goes on after; 0 if there is no such checkpoint."""
+    place = _located(origin)
+    return 0 if isinstance(place, Problem) else place.iteration
+
+
 def rows(origin: ContinueFromConfig) -> list[tuple[str, str]]:
     """What a check says of it."""
     place = _located(origin)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from dinov3_framework import Projector
 from dinov3_losses.configs import ProjectorConfig
 
-
 _NO_SPREAD = 1e-10  # what rounding leaves of points of the unit sphere that are all one
 
 
