@@ -34,7 +34,7 @@ def test_checkpoints_have_every_tensor_of_a_run(stand_in: Path, tmp_path: Path) 
     source = newest(stand_in / "checkpoints")
     assert source.path.name == "step_00000006"
     with trainer(tmp_path / "run", *GRAM) as ours:
-        tensors = ours._tensors()
+        tensors = ours.tensors()
         check_fit(source.path, source._reader.tensors(), tensors)
     assert {name.split(".")[0] for name in tensors} == {
         "student",
