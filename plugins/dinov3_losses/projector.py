@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +41,18 @@ class PrototypeProjector(Projector):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, reduce: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Logits [n, K] of tokens [n, D].
+
+        Or else, so that nobody needs to hold as many logits, what ``reduce`` makes of the unit
+        embeddings [n, d] and the prototypes [K, d], of one dtype: it is called in here, because
+        sharded prototypes are whole only as long as this module runs.
+        """
         embedding = self.mlp(tokens)
         # In float32: the smallest length that is told from 0 would itself be 0 in float16.
         unit = F.normalize(embedding.float(), dim=-1).to(embedding.dtype)
+        if reduce is not None:
+            return reduce(unit, self.last_layer.weight.to(unit.dtype))
         return self.last_layer(unit)  # type: ignore[no-any-return]
