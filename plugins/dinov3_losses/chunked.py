@@ -150,6 +150,8 @@ class ChunkedCrossEntropy:
                     values.exp_().mul_(counts.sum(dim=-1, keepdim=True))
                     values.baddbmm_(counts, targets, alpha=-1).div_(ours.temperature)
                     gradients.add(ours, (samples, crops), values.flatten(0, 1))
+                del values  # before the next are made
+            del targets
         return pairs
 
     def _slices(self) -> Iterator[tuple[slice, list[slice]]]:
