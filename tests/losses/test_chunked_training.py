@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from dinov3_losses.sinkhorn import balance, sinkhorn_knopp
-from loss_support import randn
-from torch import Tensor, multiprocessing
+from loss_support import Results, randn, results_of
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dinov3_framework import StepOutputs
@@ -43,7 +42,7 @@ def logits() -> Tensor:
     return values
 
 
-def train(folder: Path, *overrides: str) -> dict[str, Any]:
+def train(folder: Path, *overrides: str) -> Results:
     """Figures of some steps of the real trainer, and this process's gradients in the first."""
     from trainer_support import pretrain, steps
 
@@ -71,40 +70,31 @@ def train(folder: Path, *overrides: str) -> dict[str, Any]:
     return {"figures": steps(trainer, STEPS), "gradients": gradients[0], "masked": masked}
 
 
-def work(rank: int, folder: str) -> None:
-    """All that two processes are needed for, in one go: starting them is what takes time."""
-    torch.set_num_threads(1)
+def work(rank: int, folder: Path) -> Results:
     sys.path.insert(0, str(ENGINE))
-    store = dist.FileStore(f"{folder}/store", WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
-    results: dict[str, Any] = {
-        name: train(Path(folder), *overrides) for name, overrides in RUNS.items()
-    }
+    found: Results = {name: train(folder, *overrides) for name, overrides in RUNS.items()}
     for name, (sizes, rows) in SLICES.items():
         own = logits().split(sizes)[rank]
         slices = [part for part in own.split(rows) if len(part)]
-        found = balance(lambda: (part.clone() for part in slices), 12, own.device)  # noqa: B023
-        results[name] = found.assign(own.clone())
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+        balanced = balance(lambda: (part.clone() for part in slices), 12, own.device)  # noqa: B023
+        found[name] = balanced.assign(own.clone())
+    return found
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder: Path = tmp_path_factory.mktemp("processes")
-    multiprocessing.spawn(work, args=(str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    return results_of(work, tmp_path_factory.mktemp("training"), WORLD)
 
 
 pytestmark = pytest.mark.slow
 
 
-def test_some_process_had_no_masked_patch(results: list[dict[str, Any]]) -> None:
+def test_some_process_had_no_masked_patch(results: list[Results]) -> None:
     counts = [result["chunked"]["masked"] for result in results]
     assert any((a == 0) != (b == 0) for a, b in zip(*counts, strict=True)), counts
 
 
-def test_chunks_change_nothing(results: list[dict[str, Any]]) -> None:
+def test_chunks_change_nothing(results: list[Results]) -> None:
     for result in results:
         plain, chunked = result["plain"], result["chunked"]
         for expected, found in zip(plain["figures"], chunked["figures"], strict=True):
@@ -118,7 +108,7 @@ def test_chunks_change_nothing(results: list[dict[str, Any]]) -> None:
             assert distance <= limit * wanted.norm(), name
 
 
-def test_chunks_change_little_in_bfloat16(results: list[dict[str, Any]]) -> None:
+def test_chunks_change_little_in_bfloat16(results: list[Results]) -> None:
     for result in results:
         plain, chunked = result["plain bf16"], result["chunked bf16"]
         for expected, found in zip(plain["figures"], chunked["figures"], strict=True):
@@ -131,6 +121,6 @@ def test_chunks_change_little_in_bfloat16(results: list[dict[str, Any]]) -> None
 
 
 @pytest.mark.parametrize("name", SLICES)
-def test_sinkhorn(results: list[dict[str, Any]], name: str) -> None:
+def test_sinkhorn(results: list[Results], name: str) -> None:
     parts = torch.cat([result[name] for result in results])
     torch.testing.assert_close(parts, sinkhorn_knopp(logits(), 1.0), rtol=1e-4, atol=1e-7)
