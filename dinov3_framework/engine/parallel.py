@@ -40,6 +40,10 @@ class Sharder:
         """Shard a network that is on the meta device and allocate it, without values."""
         if self.mesh is not None:
             self._shard(module, self.mesh)
+        return self.allocate(module)
+
+    def allocate(self, module: nn.Module) -> nn.Module:
+        """Move a network from the meta device, without values."""
         return module.to_empty(device=self.device)
 
     def _shard(self, module: nn.Module, mesh: DeviceMesh) -> None:

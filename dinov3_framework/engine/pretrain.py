@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dinov3_framework import collectives
+from dinov3_framework.configs import replace
 from dinov3_framework.contracts import Augmentation, Dataset, Report, Task
 from dinov3_framework.engine.agreement import RankFailure, from_main, together
 from dinov3_framework.engine.checkpoint import CheckpointStore
@@ -112,6 +113,19 @@ class Pretrain(Task):
                 yield f"observers.{name}: {error}"
             except UserError as error:
                 raise RecipeError([Problem(f"observers.{name}", str(error))]) from error
+
+    # ------------------------------------------------------------------ rehearsing
+    def rehearse(self, world_size: int, accelerator: str) -> Report:
+        from dinov3_framework.engine.rehearsal.accelerators import accelerator as known
+        from dinov3_framework.engine.rehearsal.report import sections as told
+        from dinov3_framework.engine.rehearsal.step import rehearse
+
+        machine = known(accelerator)
+        # Whatever the device, it is pretended, and this machine need not have it.
+        config = replace(self.config, parallel=replace(self.config.parallel, device="cpu"))
+        checked = Pretrain(config, registry=self.registry).check(world_size)
+        findings = rehearse(config, self._parts(), world_size)
+        return Report(told(config, findings, machine), checked.missing)
 
     # ------------------------------------------------------------------ running
     def run(self, output_dir: Path) -> None:
