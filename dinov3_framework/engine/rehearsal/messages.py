@@ -62,7 +62,7 @@ def _group(value: Any) -> dist.ProcessGroup:
     if isinstance(value, dist.ProcessGroup):
         return value
     if isinstance(value, str):
-        return _resolve_process_group(value)
+        return _resolve_process_group(value)  # type: ignore[arg-type]
     return dist.ProcessGroup.unbox(value)
 
 

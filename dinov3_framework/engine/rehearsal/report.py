@@ -14,12 +14,13 @@ from dinov3_framework.engine.rehearsal.accelerators import (
 )
 from dinov3_framework.engine.rehearsal.estimate import Estimate, estimate, needed
 from dinov3_framework.engine.rehearsal.knobs import helpful
-from dinov3_framework.engine.rehearsal.memory import Kind, Moment
+from dinov3_framework.engine.rehearsal.memory import Moment
 from dinov3_framework.engine.rehearsal.step import Findings
 from dinov3_framework.engine.rehearsal.tally import Tally
 from dinov3_framework.engine.settings import PretrainConfig
 
 Rows = list[tuple[str, str]]
+_SHOWN = 2**20 / 20  # bytes, of a kind of memory
 
 
 def sections(
@@ -52,7 +53,7 @@ def _what(config: PretrainConfig, findings: Findings) -> Rows:
         ("images per step", f"{config.batch_size:,} = {split}"),
     ]
     if findings.hidden is not None:
-        masked = f"{findings.hidden.fullest:,} in the fullest pass of all processes, rehearsed here"
+        masked = f"{findings.hidden.fullest:,} in the fullest pass of all processes, as here"
         rows.append(("masked patches", f"{masked}; {findings.hidden.mean:,.0f} on average"))
     for loss, reason in findings.left_out.items():
         rows.append(("left out", f"losses.{loss}: {reason}; what it takes is not in the figures"))
@@ -67,9 +68,7 @@ def _parameters(findings: Findings) -> Rows:
 
 
 def _memory(peak: Moment, rest: Moment) -> Rows:
-    rows = [
-        (f"{kind.value}", f"{size(count)}") for kind, count in peak.bytes.items() if count > 2**10
-    ]
+    rows = [(kind.value, size(taken)) for kind, taken in peak.bytes.items() if taken > _SHOWN]
     rows.append(("peak", f"{size(peak.total)}, in {peak.when}"))
     rows.append(("between steps", size(rest.total)))
     return rows
@@ -114,7 +113,8 @@ def _estimated(
     config: PretrainConfig, findings: Findings, accelerator: Accelerator, spent: Estimate
 ) -> Rows:
     world = findings.layout.world_size
-    hours = config.iterations * spent.step / 3600
+    run = config.iterations * spent.step
+    hours = world * run / 3600
     flops = sum(findings.tally.flops().values())
     share = flops / spent.step / accelerator.products["bf16"]
     rows = [
@@ -130,8 +130,8 @@ def _estimated(
     rows += [
         ("step", f"{seconds(spent.step)}, {images:,.0f} images a second"),
         ("utilisation", f"{share:.0%} of the bf16 rate"),
-        ("run", f"{hours:,.1f} hours, {hours * world:,.0f} GPU hours"),
-        ("cost", f"{hours * world * accelerator.price:,.0f} US dollars"),
+        ("run", f"{config.iterations:,} steps in {duration(run)}, {hours:,.1f} GPU hours"),
+        ("cost", f"{hours * accelerator.price:,.2f} US dollars"),
     ]
     return rows
 
@@ -197,6 +197,13 @@ def count(number: float) -> str:
         if number >= divisor:
             return f"{number / divisor:,.1f} {unit}"
     return f"{number / 1e6:,.1f} M"
+
+
+def duration(time: float) -> str:
+    for unit, divisor in (("hours", 3600), ("minutes", 60)):
+        if time >= divisor:
+            return f"{time / divisor:,.1f} {unit}"
+    return f"{time:.1f} seconds"
 
 
 def seconds(time: float) -> str:

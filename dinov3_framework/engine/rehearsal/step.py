@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from attrs import evolve, frozen
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -97,6 +97,7 @@ def rehearse(
         networks = Networks(parts.blueprint, sharder, config.seed, restored=True)
         with tensors:
             cast = assemble(config, parts.losses, networks)
+            warm_up(cast)
             tell(watch.ledger, cast)
 
             def batch() -> Batch:
@@ -156,6 +157,21 @@ def tell(ledger: Ledger, cast: Cast) -> None:
 
 
 # --------------------------------------------------------------------------- the step
+def warm_up(cast: Cast) -> None:
+    """Let sharded tensors see each operation of the optimizer once, off the record.
+
+    They learn what an operation gives by trying it on whole tensors without memory, and remember
+    it. A watch cannot tell those from the step's own: it would find whole networks in a process.
+    """
+    optimizer = cast.optimizer
+    optimizer.set_values(optimizer.values(0, cast.config.iterations))
+    for parameter in cast.networks.student.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.clip(optimizer.gradient_norms())
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def take_step(cast: Cast, watch: Watch, batch: Callable[[], Batch]) -> Tally:
     """``Trainer._step`` without what asks for values; what it did.
 

@@ -54,7 +54,7 @@ class Watch(TorchDispatchMode):
     """
 
     def __init__(self, granularity: int = 1) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ledger = Ledger(granularity)
         self.tally = Tally()
         self.phase = ""
@@ -67,16 +67,16 @@ class Watch(TorchDispatchMode):
 
         def resize_(storage: torch.UntypedStorage, size: int) -> Any:
             result = original(storage, size)
-            ledger.resized(storage, f"{self.phase} (gathering)")
+            ledger.resized(storage, f"{self.phase}, gathering parameters")
             return result
 
         torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign,assignment]
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def counting(self, tally: Tally) -> Iterator[None]:
@@ -114,7 +114,7 @@ class Watch(TorchDispatchMode):
         kind = self._kind()
         if name == "aten::_to_copy" and ledger.kind_of(inputs[0]) is Kind.GRADIENTS:
             kind = Kind.GRADIENTS
-        when = f"{self.phase} ({name.partition('::')[2]})"
+        when = f"{self.phase}, at {name.partition('::')[2]}"
         for tensor in outputs:
             ledger.note(tensor, kind, when)
         if name == "fsdp::all_gather_copy_in":
