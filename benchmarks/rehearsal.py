@@ -5,9 +5,9 @@ several times. *Counted* is what the tensors of the real step take at most, by t
 the rehearsal keeps; *measured* is the most anonymous memory (RssAnon, sampled every 2 ms) above
 what the process had before its networks. All are of the process that takes most. Linux only.
 
-Both the C library's allocator and the kernels' threads are told to keep nothing for later (see
-benchmarks/large_models.py). What is left between counted and measured is scratch space: of gloo,
-which copies what it sends, and of matrix products in bf16.
+The C library's allocator is told to give freed memory back at once, and a step is taken before by
+other networks of the same sizes, so that what libraries keep for their next time is there already
+(see benchmarks/large_models.py). Counted is above predicted where gloo copies what it reduces.
 
     python benchmarks/rehearsal.py
 """

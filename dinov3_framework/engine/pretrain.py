@@ -121,8 +121,9 @@ class Pretrain(Task):
         from dinov3_framework.engine.rehearsal.step import rehearse
 
         machine = known(accelerator)
-        # Whatever the device, it is pretended, and this machine need not have it.
-        config = replace(self.config, parallel=replace(self.config.parallel, device="cpu"))
+        # This machine need not have the device, which is pretended, nor weights to start from.
+        parallel = replace(self.config.parallel, device="cpu")
+        config = replace(self.config, parallel=parallel, init_from=None)
         checked = Pretrain(config, registry=self.registry).check(world_size)
         findings = rehearse(config, self._parts(), world_size)
         return Report(told(config, findings, machine), checked.missing)

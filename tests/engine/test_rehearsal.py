@@ -249,11 +249,12 @@ def test_a_backbone_that_asks_for_values_cannot_be_rehearsed(
             raise ValueError
         return original(self, images, mask)
 
+    task = pretrain()
     monkeypatch.setattr(VisionTransformer, "_tokens", asking)
     with pytest.raises(
         UserError, match=r"cannot be rehearsed: outside the losses, .*_local_scalar"
     ):
-        rehearsed()
+        rehearse(task.config, task._parts(), 1)
     assert not dist.is_initialized()
 
 

@@ -53,9 +53,10 @@ def test_another_accelerator_and_the_launchers_processes(
     assert "5.50 US dollars an hour" in out
 
 
-def test_data_and_device_may_be_missing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_weights_and_device_may_be_missing(capsys: pytest.CaptureFixture[str]) -> None:
     missing = ("dataset={use='image_folder', root='nowhere'}", "images={}")
-    assert main([str(TINY), "--rehearse", "parallel.device=cuda", *missing]) == 0
+    absent = ("parallel.device=cuda", "init_from.weights=nowhere.pth")
+    assert main([str(TINY), "--rehearse", *absent, *missing]) == 0
     out = printed(capsys)
     assert "warning: the recipe is sound, but could not run here as it stands" in out
     assert "nowhere" in out
