@@ -243,7 +243,7 @@ def _guard(loss: Loss, leave_out: Callable[[str], None]) -> None:
 
 def _reason(error: Exception) -> str:
     func = getattr(error, "func", None)
-    return f"{func or error} gives a shape or a number that depends on values"
+    return f"{func or error} needs the values of tensors"
 
 
 # --------------------------------------------------------------------------- counting
