@@ -159,7 +159,7 @@ class Distill(TrainingTask):
 
     def _begin(self, trainer: Trainer, parts: Parts) -> None:
         heads = self._heads(parts)
-        if not heads.new:
+        if not self._anybody(bool(heads.new)):
             return
         whole = {name: heads.projectors[name] for name in heads.new}
         fitted = fit_projectors(trainer, whole, self._seed)
@@ -171,6 +171,10 @@ class Distill(TrainingTask):
                 name,
                 how,
             )
+
+    def _anybody(self, wants: bool) -> bool:
+        """Whether this run, or one beside it, wants something that all take part in."""
+        return wants
 
     def _own_state(self, parts: Parts) -> dict[str, Any]:
         return {"teacher": {"weights": self.config.teacher.weights, "sum": self._fingerprint}}

@@ -188,3 +188,21 @@ def test_one_that_diverges_ends_all_and_the_others_keep_their_state(
     lines = {name: metrics(tmp_path / "skipped" / name) for name in STUDENTS}
     assert lines["conv"][2]["p"] is None
     assert all(line["loss"] is not None for line in lines["wide"])
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_all_after_the_same_step(teacher: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    stop = (
+        *("observers.stop.use=signal_at", "observers.stop.iteration=2"),
+        *("observers.stop.signal=SIGTERM", "observers.stop.rank=3", "checkpoint.every=100"),
+    )
+    # The teacher's export has no projectors: each student has new ones made of the same tokens.
+    export = teacher / "exports" / "teacher_backbone.safetensors"
+    done = run(output, f"teacher.weights={export}", *stop, recipe=MULTI)
+    assert done.returncode == ExitCode.REQUEUE, done.stderr
+    steps = {CheckpointStore(output / n / "checkpoints").steps()[-1] for n in STUDENTS}
+    assert len(steps) == 1
+    assert steps < {2, 3, 4}
+    log = (output / "conv" / "run.log").read_text()
+    assert "no projector of loss 'dino': it gets a new one" in log
