@@ -6,7 +6,8 @@ be lost between the recipe and the code that uses it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar, dataclass_transform
 
 import attrs
@@ -240,6 +241,18 @@ WEB_IMAGES = ImagesConfig()
 SATELLITE_IMAGES = ImagesConfig(mean=(0.430, 0.411, 0.296), std=(0.213, 0.156, 0.143))
 
 
+@attrs.frozen
+class InnerRun:
+    """A run that is a part of another one, in a folder of its own inside the other's.
+
+    ``inherited`` names, by key path, the earlier ones that its values are paths into.
+    """
+
+    name: str
+    config: TaskConfig
+    inherited: Mapping[tuple[str, ...], str]
+
+
 @config
 class TaskConfig:
     """Base of every task's config, and so of every recipe: the keys that all recipes share."""
@@ -251,6 +264,10 @@ class TaskConfig:
     launcher: LauncherConfig | None = option(
         "where the processes come from; left out, this process alone", default=None
     )
+
+    def inner_runs(self, output_dir: Path) -> Sequence[InnerRun]:
+        """The runs that this one consists of, in their order, if it does."""
+        return ()
 
 
 @config

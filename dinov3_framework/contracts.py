@@ -358,6 +358,15 @@ class Task(abc.ABC):
     def run(self, output_dir: Path) -> None:
         """Do the work. Called in each process, after the process group is up."""
 
+    def stand_in(self, folder: Path) -> bool:
+        """Put into an empty folder what the run will leave for others, all but tensors' values.
+
+        Names, shapes and types are right, so that a recipe that reads the run's folder can be
+        checked before there is one. What the run will have removed again by its end is not there.
+        False, and nothing written, if that cannot be told beforehand.
+        """
+        return False
+
 
 class Run(Protocol):
     """A training run as an observer sees it: to read, not to change."""

@@ -18,8 +18,13 @@ _WORDS: dict[Any, str] = {int: "integer", float: "number", bool: "boolean", str:
 
 
 def kind_of(declared: Any) -> str | None:
-    """The kind whose base class this is: its tables choose a component by ``use``."""
+    """The kind whose base class this is: its tables choose a component by ``chooser``."""
     return next((kind for kind, base in KINDS.items() if base is declared), None)
+
+
+def chooser(kind: str) -> str:
+    """The key by which a table chooses a component of a kind: a whole recipe by its ``task``."""
+    return "task" if kind == "task" else "use"
 
 
 def without_none(declared: Any) -> Any:
@@ -52,7 +57,7 @@ def type_name(declared: Any) -> str:
     if declared is Schedule:
         return "number or schedule"
     if kind := kind_of(declared):
-        return f"{kind} (use = ...)"
+        return f"{'recipe' if kind == 'task' else kind} ({chooser(kind)} = ...)"
     if attrs.has(declared):
         return "table"
     origin, parts = typing.get_origin(declared), typing.get_args(declared)

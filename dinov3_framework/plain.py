@@ -10,6 +10,7 @@ import attrs
 
 from dinov3_framework.option_types import (
     NONE,
+    chooser,
     element_types,
     kind_of,
     resolved_fields,
@@ -27,7 +28,7 @@ def unstructure(registry: Registry, config: Any) -> dict[str, Any]:
     ``task``.
     """
     registered = registry.of_config(config)
-    key = "task" if registered.kind == "task" else "use"
+    key = chooser(registered.kind)
     return {key: registered.component.name, **_plain_fields(config, registry)}
 
 
@@ -55,9 +56,7 @@ def _plain(value: Any, declared: Any, registry: Registry | None) -> Any:
         return {"use": value.use, **_plain_fields(value, registry)}
     if attrs.has(type(value)):
         if registry is not None and kind_of(declared):
-            return {"use": registry.of_config(value).component.name} | _plain_fields(
-                value, registry
-            )
+            return unstructure(registry, value)
         return _plain_fields(value, registry)
     if isinstance(value, Mapping):
         inner = typing.get_args(declared)[1:] or (Any,)

@@ -1,6 +1,7 @@
 """Composes a recipe: a file, what it extends, what it drops, and the command line's overrides.
 
 The result is one plain dict in which each value's origin is known; ``structure`` gives it types.
+A table called ``recipe`` is a recipe inside a recipe and may say all that a file may.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from dinov3_framework.errors import Problem, RecipeError
 from dinov3_framework.recipe_files import RecipeProblem, Source, find_base, find_recipe
@@ -20,6 +21,7 @@ from dinov3_framework.toml_text import annotated_toml as annotated_toml
 from dinov3_framework.toml_text import to_toml as to_toml
 
 COMMAND_LINE = "command line"
+NESTED = "recipe"  # a table of this name holds a whole recipe
 
 
 @frozen
@@ -37,24 +39,17 @@ class Composed:
 
 @frozen
 class _Layer:
-    """A table and the origin of everything in it."""
+    """A table, the origin of everything in it, and what it builds on, by the path of the recipe."""
 
     data: dict[str, Any] = field(factory=dict)
     origins: dict[KeyPath, str] = field(factory=dict)
+    origin: str = ""  # of what has none of its own
+    bases: dict[KeyPath, list[_Layer]] = field(factory=dict)
+    drops: dict[KeyPath, list[str]] = field(factory=dict)
 
     @classmethod
     def of(cls, data: Mapping[str, Any], origin: str) -> _Layer:
-        return cls(dict(data), dict.fromkeys(_paths(data), origin))
-
-
-@frozen
-class _File:
-    """A recipe's file, read, with the files it extends."""
-
-    source: Source
-    layer: _Layer
-    drop: list[str]
-    bases: list[_File]
+        return cls(dict(data), dict.fromkeys(_paths(data), origin), origin)
 
 
 def compose(recipe: str | Path, overrides: Sequence[str] = ()) -> Composed:
@@ -73,43 +68,56 @@ def compose(recipe: str | Path, overrides: Sequence[str] = ()) -> Composed:
     incomplete = file is None or bool(problems)
     last = _command_line(overrides, problems)
     if file is None or incomplete:  # what is found from here on might only be a consequence
-        raise RecipeError(problems)
-    layer = _flatten(file, problems)
-    _drop(
-        layer,
-        _entries(last.data.pop("drop", []), "drop", COMMAND_LINE, problems),
-        COMMAND_LINE,
-        problems,
-    )
-    _merge(layer, last, problems)
+        raise RecipeError(list(dict.fromkeys(problems)))
+    layer = _Layer()
+    for each in (file, last):
+        _merge(layer, each, (), problems)
     if problems:
-        raise RecipeError(problems)
+        raise RecipeError(list(dict.fromkeys(problems)))  # a file may be extended twice
     return Composed(layer.data, layer.origins, source.path.stem, source.path, source.label)
 
 
 # --------------------------------------------------------------------------- files
-def _read(source: Source, chain: tuple[Source, ...], problems: list[Problem]) -> _File | None:
-    """A file and its bases; ``chain`` is what leads to it."""
+def _read(source: Source, chain: tuple[Source, ...], problems: list[Problem]) -> _Layer | None:
+    """A file and all that it builds on; ``chain`` is what leads to it."""
     chain = (*chain, source)
     if any(earlier.path.resolve() == source.path.resolve() for earlier in chain[:-1]):
-        path = " -> ".join(link.label for link in chain)
-        problems.append(Problem("extends", f"goes round in a circle: {path}", "", chain[-2].label))
-        return None
+        message = f"goes round in a circle: {' -> '.join(link.label for link in chain)}"
+        raise RecipeProblem(Problem("extends", message, "", chain[-2].label))
     try:
         data = source.load()
     except RecipeProblem as error:
         problems.append(error.problem)
         return None
-    bases = []
-    for name in _entries(data.pop("extends", []), "extends", source.label, problems):
-        try:
-            base = _read(find_base(name, source), chain, problems)
-        except RecipeProblem as error:
-            problems.append(error.problem)
-            continue
-        bases += [base] if base is not None else []
-    drop = _entries(data.pop("drop", []), "drop", source.label, problems)
-    return _File(source, _Layer.of(data, source.label), drop, bases)
+    extended: dict[KeyPath, list[str]] = {}
+    drops: dict[KeyPath, list[str]] = {}
+    for path, table in _recipes(data):
+        for key, found in (("extends", extended), ("drop", drops)):
+            where = dotted((*path, key))
+            found[path] = _entries(table.pop(key, []), where, source.label, problems)
+    bases: dict[KeyPath, list[_Layer]] = {}
+    for path, names in extended.items():
+        for name in names:
+            try:
+                base = _read(find_base(name, source), chain, problems)
+            except RecipeProblem as error:
+                problem = error.problem
+                if problem.where == "extends" and problem.source == source.label:
+                    problem = problem._replace(where=dotted((*path, "extends")))
+                problems.append(problem)
+                continue
+            if base is not None:
+                bases.setdefault(path, []).append(base)
+    return evolve(_Layer.of(data, source.label), bases=bases, drops=drops)
+
+
+def _recipes(table: dict[str, Any], path: KeyPath = ()) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
+    """The recipe itself and all tables in it that hold one."""
+    if not path or path[-1] == NESTED:
+        yield path, table
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _recipes(value, (*path, key))
 
 
 def _entries(value: object, key: str, origin: str, problems: list[Problem]) -> list[str]:
@@ -122,15 +130,6 @@ def _entries(value: object, key: str, origin: str, problems: list[Problem]) -> l
     return []
 
 
-def _flatten(file: _File, problems: list[Problem]) -> _Layer:
-    layer = _Layer()
-    for base in file.bases:
-        _merge(layer, _flatten(base, problems), problems)
-    _drop(layer, file.drop, file.source.label, problems)
-    _merge(layer, file.layer, problems)
-    return layer
-
-
 # --------------------------------------------------------------------------- layers
 def _paths(table: Mapping[str, Any], path: KeyPath = ()) -> Iterator[KeyPath]:
     """The path of every value and table."""
@@ -141,27 +140,52 @@ def _paths(table: Mapping[str, Any], path: KeyPath = ()) -> Iterator[KeyPath]:
 
 
 def _merge(
-    layer: _Layer, top: _Layer, problems: list[Problem], *, use_replaces: bool = True
+    layer: _Layer,
+    top: _Layer,
+    at: KeyPath,
+    problems: list[Problem],
+    *,
+    use_replaces: bool = True,
 ) -> None:
-    """Put ``top`` over ``layer``, in place."""
+    """Put ``top`` over the table ``at`` a path of ``layer``, in place.
+
+    What a recipe in ``top`` builds on goes there first, then its drops are removed, then comes what
+    it says itself.
+    """
 
     def go(below: dict[str, Any], above: Mapping[str, Any], path: KeyPath) -> None:
+        here = (*at, *path)
+        for base in top.bases.get(path, ()):
+            whole = _Layer()
+            _merge(whole, base, (), problems)
+            _merge(layer, whole, here, problems)
+        if drop := top.drops.get(path):
+            _drop(layer, here, drop, top.origin, problems)
         for key, value in above.items():
-            here, old = (*path, key), below.get(key)
-            if isinstance(value, Mapping) and isinstance(old, dict):
-                both = "use" in value and "use" in old
-                if not (use_replaces and both and value["use"] != old["use"]):
-                    go(old, value, here)
-                    continue
-            elif isinstance(value, Mapping) and key in below and "use" not in value:
-                problems.append(_into_scalar(here, old, layer.origins[here], value, top))
-                continue
-            _forget(layer.origins, here)
-            below[key] = copy.deepcopy(value)
-            for inner in (here, *(_paths(value, here) if isinstance(value, Mapping) else ())):
-                layer.origins[inner] = top.origins[inner]
+            put(below, key, value, (*path, key))
 
-    go(layer.data, top.data, ())
+    def put(below: dict[str, Any], key: str, value: Any, path: KeyPath) -> None:
+        here, old = (*at, *path), below.get(key)
+        if isinstance(value, Mapping):
+            both = isinstance(old, dict) and "use" in value and "use" in old
+            if isinstance(old, dict) and not (use_replaces and both and value["use"] != old["use"]):
+                go(old, value, path)
+                return
+            if key in below and not isinstance(old, dict) and "use" not in value:
+                problems.append(_into_scalar(here, old, layer.origins[here], value, top))
+                return
+        _forget(layer.origins, here)
+        layer.origins[here] = top.origins[path]
+        if isinstance(value, Mapping):
+            below[key] = {}
+            go(below[key], value, path)
+        else:
+            below[key] = copy.deepcopy(value)
+
+    table = layer.data
+    for key in at:
+        table = table[key]
+    go(table, top.data, ())
 
 
 def _into_scalar(
@@ -184,26 +208,30 @@ def _forget(origins: dict[KeyPath, str], path: KeyPath) -> None:
         del origins[known]
 
 
-def _drop(layer: _Layer, keys: Sequence[str], origin: str, problems: list[Problem]) -> None:
-    """Remove inherited keys, in place."""
-    inherited = [dotted(path) for path in layer.origins]
+def _drop(
+    layer: _Layer, at: KeyPath, keys: Sequence[str], origin: str, problems: list[Problem]
+) -> None:
+    """Remove keys that the recipe ``at`` a path has inherited, in place."""
+    inherited = [path[len(at) :] for path in layer.origins if path[: len(at)] == at and path != at]
     for text in keys:
         path, rest = split_key(text) or ((), text)
-        if rest or path not in layer.origins:
-            hint = near(text, inherited, "inherited keys") if inherited else "nothing is inherited"
-            problems.append(Problem("drop", f"no inherited key is {text!r}", hint, origin))
+        if rest or path not in inherited or (*at, *path) not in layer.origins:
+            names = [dotted(known) for known in inherited]
+            hint = near(text, names, "inherited keys") if names else "nothing is inherited"
+            message = f"no inherited key is {text!r}"
+            problems.append(Problem(dotted((*at, "drop")), message, hint, origin))
             continue
         table = layer.data
-        for key in path[:-1]:
+        for key in (*at, *path[:-1]):
             table = table[key]
         del table[path[-1]]
-        _forget(layer.origins, path)
+        _forget(layer.origins, (*at, *path))
 
 
 # --------------------------------------------------------------------------- command line
 def _command_line(overrides: Sequence[str], problems: list[Problem]) -> _Layer:
     """All overrides as one layer, so that their order does not matter (but the last of a key)."""
-    layer = _Layer()
+    layer = _Layer(origin=COMMAND_LINE)
     for text in overrides:
         try:
             path, value = _override(text)
@@ -212,7 +240,14 @@ def _command_line(overrides: Sequence[str], problems: list[Problem]) -> _Layer:
             continue
         for key in reversed(path):
             value = {key: value}
-        _merge(layer, _Layer.of(value, COMMAND_LINE), problems, use_replaces=False)
+        _merge(layer, _Layer.of(value, COMMAND_LINE), (), problems, use_replaces=False)
+    for path, table in _recipes(layer.data):
+        where = dotted((*path, "drop"))
+        layer.drops[path] = _entries(table.pop("drop", []), where, COMMAND_LINE, problems)
+        if table.pop("extends", None) is not None:
+            message, hint = "cannot be overridden", "write a recipe file that extends both"
+            where = dotted((*path, "extends"))
+            problems.append(Problem(where, message, hint, COMMAND_LINE))
     return layer
 
 
@@ -224,9 +259,6 @@ def _override(text: str) -> tuple[KeyPath, Any]:
         message = f"{text!r} is not an override"
         raise RecipeProblem(Problem("", message, "write key.path=value", COMMAND_LINE))
     path, value = split[0], split[1][1:].strip()
-    if path == ("extends",):
-        message, hint = "cannot be overridden", "write a recipe file that extends both"
-        raise RecipeProblem(Problem("extends", message, hint, COMMAND_LINE))
     if not value:
         message, hint = "no value after the equals sign", f"an empty string is {key}='\"\"'"
         raise RecipeProblem(Problem(dotted(path), message, hint, COMMAND_LINE))

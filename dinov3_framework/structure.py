@@ -18,6 +18,7 @@ from cattrs.gen import make_dict_structure_fn, mapping_structure_factory, overri
 from dinov3_framework.configs import TaskConfig
 from dinov3_framework.errors import Problem, RecipeError
 from dinov3_framework.option_types import (
+    chooser,
     element_types,
     found,
     kind_of,
@@ -206,7 +207,7 @@ def _schedule(value: Any, converter: Converter) -> Schedule:
         if type(value) not in (int, float):
             raise Fault.mismatch("number or schedule", value)
         return Constant(value=_number(value, float))
-    name, rest = _use(value, "a schedule", list(SCHEDULES))
+    name, rest = _chosen(value, "use", "a schedule", list(SCHEDULES))
     if name not in SCHEDULES:
         raise Fault(f"no schedule is named {name!r}", near(name, list(SCHEDULES)), at="use")
     schedule: Schedule = converter.structure(rest, SCHEDULES[name])
@@ -217,23 +218,29 @@ def _component(value: Any, base: Any, registry: Registry, converter: Converter) 
     if isinstance(value, base):
         return value
     kind = typing.cast(str, kind_of(base))
+    key = chooser(kind)
     if not isinstance(value, Mapping):
-        raise Fault.mismatch("table", value, f'write {{ use = "..." }}: it picks the {kind}')
-    name, rest = _use(value, f"the {kind}", registry.names(kind))
+        hint = f'write {{ {key} = "..." }}: it picks the {kind}'
+        if kind == "task":
+            hint = 'a recipe in a file is a table that says extends = "..."'
+        raise Fault.mismatch("table", value, hint)
+    name, rest = _chosen(value, key, f"the {kind}", registry.names(kind))
     if name not in registry.names(kind):
         hint = registry.suggest(kind, name) + _absent_plugins(registry)
-        raise Fault(f"no {kind} is named {name!r}", hint, at="use")
+        raise Fault(f"no {kind} is named {name!r}", hint, at=key)
     return converter.structure(rest, registry.get(kind, name).component.config)
 
 
-def _use(value: Mapping[str, Any], what: str, known: list[str]) -> tuple[str, dict[str, Any]]:
-    """The name under ``use``, and the table without it."""
+def _chosen(
+    value: Mapping[str, Any], key: str, what: str, known: list[str]
+) -> tuple[str, dict[str, Any]]:
+    """The name under ``key``, and the table without it."""
     rest = dict(value)
-    if "use" not in rest:
-        raise Fault("missing", f"it picks {what}; known: {', '.join(known) or 'none'}", at="use")
-    name = rest.pop("use")
+    if key not in rest:
+        raise Fault("missing", f"it picks {what}; known: {', '.join(known) or 'none'}", at=key)
+    name = rest.pop(key)
     if type(name) is not str:
-        raise Fault(f"expected string, found {found(name)}", at="use")
+        raise Fault(f"expected string, found {found(name)}", at=key)
     return name, rest
 
 

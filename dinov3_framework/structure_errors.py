@@ -45,8 +45,9 @@ def problems_of(
         for problem in fault:
             place = origins.get(known, source)
             # A key that is missing was left out by whoever chose the component.
-            if known != path and (*known, "use") in origins:
-                place = origins[*known, "use"]
+            if known and known != path:
+                chosen = (origins.get((*known, key)) for key in ("use", "task"))
+                place = next(filter(None, chosen), place)
             yield problem._replace(where=problem.where or dotted(path), source=place)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dinov3_framework.components import Component
 from dinov3_framework.engine.extraction.settings import FeaturesTaskConfig
+from dinov3_framework.engine.pipeline_settings import PipelineConfig
 from dinov3_framework.engine.settings import DistillConfig, MultiDistillConfig, PretrainConfig
 from dinov3_framework.hookspecs import hookimpl
 
@@ -20,5 +21,6 @@ def dinov3_tasks() -> list[Component]:
             MultiDistillConfig,
             "dinov3_framework.engine.multi_distill:MultiDistill",
         ),
+        Component("pipeline", PipelineConfig, "dinov3_framework.engine.pipeline:Pipeline"),
         Component("pretrain", PretrainConfig, "dinov3_framework.engine.pretrain:Pretrain"),
     ]

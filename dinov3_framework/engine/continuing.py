@@ -6,7 +6,7 @@ everything else is this run's own. Names and shapes are compared before anything
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from dinov3_framework.engine.settings import ContinueFromConfig, TrainingConfig
 from dinov3_framework.errors import CheckpointError, Problem
 from dinov3_framework.weights.layouts import Shape
 
-_ANCHORS = "anchors."
+_STUDENT, _LOSSES, _ANCHORS = "student.", "losses.", "anchors."
 
 
 @frozen
@@ -60,11 +60,21 @@ def problems(origin: ContinueFromConfig, parts: Parts, config: TrainingConfig) -
         saved = SafeReader(place.path, Manifest.read(place.path).files).tensors()
     except (CheckpointError, Damage) as error:
         return [Problem("continue_from.run", f"{place.path} cannot be used: {error}")]
-    theirs = {n: tuple(e.size) for n, e in saved.items() if not n.startswith(_ANCHORS)}
+    theirs = {
+        name.removeprefix(_STUDENT): tuple(entry.size)
+        for name, entry in saved.items()
+        if name.startswith((_STUDENT, _LOSSES))
+    }
     _, differences = match(
         _wanted(parts), theirs, new=origin.new, unused=origin.unused, table="continue_from"
     )
     return differences
+
+
+def iteration_of(origin: ContinueFromConfig) -> int:
+    """The iteration that a run goes on after; 0 if there is no such checkpoint."""
+    place = _located(origin)
+    return 0 if isinstance(place, Problem) else place.iteration
 
 
 def rows(origin: ContinueFromConfig) -> list[tuple[str, str]]:
@@ -87,11 +97,10 @@ def take_over(
         raise CheckpointError(f"{place.where}: {place.message}")
 
     def select(saved: Mapping[str, TensorStorageMetadata]) -> dict[str, Tensor]:
-        new = {n for n in tensors if n not in saved and _matches(n, origin.new)}
         return {
             name: tensor
             for name, tensor in tensors.items()
-            if not name.startswith(_ANCHORS) and name not in new
+            if not name.startswith(_ANCHORS) and not _is_new(name, saved, origin.new)
         }
 
     restored = CheckpointStore(place.folder).restore(tensors, step=place.iteration, select=select)
@@ -104,8 +113,12 @@ def take_over(
     }
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def _is_new(name: str, saved: Container[str], patterns: tuple[str, ...]) -> bool:
+    """Whether a tensor of the run's state keeps its value: its owner in the student is new."""
+    owner = name.removeprefix("optimizer.").removeprefix("teacher.").removeprefix(_STUDENT)
+    for moment in MOMENTS if name.startswith("optimizer.") else ():
+        owner = owner.removesuffix(f".{moment}")
+    return name not in saved and any(fnmatchcase(owner, pattern) for pattern in patterns)
 
 
 def _located(origin: ContinueFromConfig) -> _Place | Problem:
@@ -137,15 +150,10 @@ def _located(origin: ContinueFromConfig) -> _Place | Problem:
 
 
 def _wanted(parts: Parts) -> dict[str, Shape]:
-    """Names and shapes of what this run takes over."""
-    shapes: dict[str, Shape] = {}
-    student = parts.blueprint.student()
-    for role in ("student", "teacher"):
-        shapes |= {f"{role}.{n}": tuple(t.shape) for n, t in tensors_of(student)}
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad:
-            shape = tuple(parameter.shape)
-            shapes |= {f"optimizer.{name}.{m}": () if m == "step" else shape for m in MOMENTS}
+    """Names and shapes of what this run takes over; teacher and optimizer are like the student."""
+    shapes: dict[str, Shape] = {
+        name: tuple(tensor.shape) for name, tensor in tensors_of(parts.blueprint.student())
+    }
     for name, loss in parts.losses.items():
-        shapes |= {f"losses.{name}.{n}": tuple(b.shape) for n, b in loss.named_buffers()}
+        shapes |= {f"{_LOSSES}{name}.{n}": tuple(b.shape) for n, b in loss.named_buffers()}
     return shapes

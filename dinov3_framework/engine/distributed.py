@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from dinov3_framework import collectives
 from dinov3_framework.errors import Problem, RecipeError
 
 
@@ -65,6 +66,17 @@ def subgroups(ranks: Sequence[Sequence[int]], timeout: float) -> list[dist.Proce
     limit = timedelta(seconds=timeout)
     groups: list[Any] = [dist.new_group(list(each), timeout=limit) for each in ranks]
     return groups
+
+
+def wait_for_all(seconds: float) -> None:
+    """Wait for every process, longer than a collective may take otherwise.
+
+    A process that is gone ends the wait at once, as it does any collective.
+    """
+    if collectives.is_distributed():
+        options = dist.AllreduceOptions()
+        options.timeout = timedelta(seconds=seconds)
+        dist.distributed_c10d._get_default_group().allreduce([torch.zeros(1)], options).wait()
 
 
 def leave(code: int) -> NoReturn:

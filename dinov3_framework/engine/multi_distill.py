@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,10 +23,11 @@ from dinov3_framework.engine.distill import Distill
 from dinov3_framework.engine.distributed import subgroups
 from dinov3_framework.engine.loader import BatchMaker, Layout
 from dinov3_framework.engine.networks import Networks
-from dinov3_framework.engine.output import RECIPE, RESULTS, write_aside, write_results
+from dinov3_framework.engine.output import RECIPE, RESULTS, unwritable, write_aside, write_results
 from dinov3_framework.engine.parallel import Sharder
 from dinov3_framework.engine.peers import SideBySide
 from dinov3_framework.engine.preflight import Parts
+from dinov3_framework.engine.session import log_file
 from dinov3_framework.engine.settings import DistillConfig, MultiDistillConfig, of_student
 from dinov3_framework.engine.sharing import Exchange, SharedTeaching
 from dinov3_framework.engine.teaching import Teaching
@@ -265,24 +266,19 @@ def _placed(problem: Problem, name: str, config: MultiDistillConfig) -> Problem:
 @contextmanager
 def _own_folder(folder: Path, student: Distill, registry: Registry) -> Iterator[None]:
     """A student's folder, with its recipe and its log; by its main process."""
-    logger = logging.getLogger("dinov3_framework")
-    handler: logging.Handler = logging.NullHandler()
+    with ExitStack() as held:
 
-    def prepare() -> None:
-        nonlocal handler
-        if collectives.is_main():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_aside(folder / RECIPE, to_toml(unstructure(registry, student.config)))
-            handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
-            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        def prepare() -> None:
+            if collectives.is_main():
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise unwritable(error, folder) from error
+                write_aside(folder / RECIPE, to_toml(unstructure(registry, student.config)))
+                held.enter_context(log_file(folder))
 
-    try:
-        together(prepare)
-    except RankFailure as failure:
-        raise failure.for_process() from failure.own
-    logger.addHandler(handler)
-    try:
+        try:
+            together(prepare)
+        except RankFailure as failure:
+            raise failure.for_process() from failure.own
         yield
-    finally:
-        logger.removeHandler(handler)
-        handler.close()

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ import tomli
 
 from dinov3_framework.configs import TaskConfig
 from dinov3_framework.engine.durable import no_room
+from dinov3_framework.engine.stage_errors import naming_stage
 from dinov3_framework.errors import ExitCode, OutputError
 from dinov3_framework.recipe import to_toml
 from dinov3_framework.registry import Registry
 from dinov3_framework.structure import unstructure
+from dinov3_framework.toml_text import KeyPath
 
 RECIPE, RESULTS, LOCK = "recipe.toml", "results.json", ".lock"
 # Keys that may change between two starts of the same run: they do not touch what is learnt.
@@ -35,12 +37,14 @@ _FREE_KEYS = (
     "checkpoint",
     "observers",
     "parallel.timeout",
+    "teacher.weights",  # its fingerprint is compared
     # These change how fast and in how much memory, and figures by no more than rounding.
     "parallel.replicas",
     "parallel.checkpointing",
     "parallel.compile",
     "log_every",
     "max_nonfinite_steps",
+    "stages",  # each has a folder, and a recipe there
 )
 
 
@@ -73,16 +77,27 @@ def unwritable(error: OSError, path: Path) -> OutputError:
 
 
 @contextmanager
-def prepared(config: TaskConfig, registry: Registry, output_dir: Path) -> Iterator[None]:
+def prepared(
+    config: TaskConfig,
+    registry: Registry,
+    output_dir: Path,
+    inherited: Iterable[KeyPath] = (),
+) -> Iterator[None]:
     """Make the folder ready for this recipe and hold it, or say why not.
 
-    Raises :class:`RunComplete` if there is nothing left to do and :class:`OutputError` if the
-    folder is in use, belongs to another recipe, or cannot be written.
+    ``inherited`` are keys whose values are paths into folders beside this one, which may have moved
+    with it. Raises :class:`RunComplete` if there is nothing left to do and :class:`OutputError` if
+    the folder is in use, belongs to another recipe, or cannot be written.
     """
     with locked(output_dir):
         recipe = unstructure(registry, config)
-        _refuse_another_recipe(recipe, output_dir)
-        if (output_dir / RESULTS).exists():
+        _refuse_another_recipe(recipe, output_dir, inherited)
+        complete = (output_dir / RESULTS).exists()
+        if not _inner_runs_complete(config, registry, output_dir) and complete:
+            # There is more in it to do than there was.
+            complete = False
+            _remove(output_dir / RESULTS)
+        if complete:
             when = time.strftime(
                 "%Y-%m-%d %H:%M", time.localtime((output_dir / RESULTS).stat().st_mtime)
             )
@@ -126,7 +141,34 @@ def locked(output_dir: Path) -> Iterator[None]:
         yield
 
 
-def _refuse_another_recipe(recipe: Mapping[str, Any], output_dir: Path) -> None:
+def _inner_runs_complete(config: TaskConfig, registry: Registry, output_dir: Path) -> bool:
+    """Whether there is nothing left to do for the runs inside; refuses as for this one."""
+    runs = config.inner_runs(output_dir)
+    for run in runs:
+        with naming_stage(run.name):
+            recipe = unstructure(registry, run.config)
+            _refuse_another_recipe(recipe, output_dir / run.name, run.inherited)
+    complete = {run.name for run in runs if (output_dir / run.name / RESULTS).exists()}
+    for run in runs:
+        absent = sorted({name for name in run.inherited.values() if name not in complete})
+        if absent and (output_dir / run.name / RECIPE).exists():
+            raise OutputError(
+                f"stage {run.name} has begun with what stage {absent[0]} left, and that one is not "
+                f"complete any more; delete {output_dir / run.name} too, so that it starts anew"
+            )
+    return len(complete) == len(runs)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink()
+    except OSError as error:
+        raise unwritable(error, path) from error
+
+
+def _refuse_another_recipe(
+    recipe: Mapping[str, Any], output_dir: Path, inherited: Iterable[KeyPath] = ()
+) -> None:
     path = output_dir / RECIPE
     if not path.exists():
         return
@@ -134,7 +176,7 @@ def _refuse_another_recipe(recipe: Mapping[str, Any], output_dir: Path) -> None:
         before = tomli.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} is no recipe: {error}; choose another --output-dir") from error
-    old, new = flatten(before), flatten(recipe)
+    old, new = _settled(flatten(before), inherited), _settled(flatten(recipe), inherited)
     changed = sorted(
         key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not _is_free(key)
     )
@@ -147,6 +189,15 @@ def _refuse_another_recipe(recipe: Mapping[str, Any], output_dir: Path) -> None:
             f"{output_dir} holds a run of another recipe:\n{shown}{more}\n"
             "  choose another --output-dir, or delete that folder to start anew"
         )
+
+
+def _settled(flat: dict[str, Any], inherited: Iterable[KeyPath]) -> dict[str, Any]:
+    """The same with inherited paths as they are seen from the run's own folder."""
+    here = flat.get("output_dir")
+    for key in map(".".join, inherited):
+        if isinstance(flat.get(key), str) and here is not None:
+            flat[key] = os.path.relpath(flat[key], here)
+    return flat
 
 
 def _is_free(key: str) -> bool:

@@ -20,7 +20,8 @@ def parallel_problems(config: ParallelConfig, processes: int) -> Iterator[Proble
         near = [n for n in range(1, processes + 1) if processes % n == 0]
         yield Problem(
             "parallel.replicas",
-            f"{processes} processes cannot be split into {config.replicas} replicas",
+            f"{processes} process{'es' if processes > 1 else ''} cannot be split into "
+            f"{config.replicas} replicas",
             f"take {', '.join(map(str, near))}, or a multiple of {config.replicas} processes",
         )
     if config.fp8 == "on" and config.param_dtype != "bf16":

@@ -43,6 +43,10 @@ class Pretrain(TrainingTask):
             return {"continue_from": [("run", f"{origin.run}, {after}")]}
         return {"continue_from": continuing.rows(origin)}
 
+    def _begun(self) -> int:
+        origin = self.config.continue_from
+        return 0 if origin is None else continuing.iteration_of(origin)
+
     def _weights(self) -> dict[str, str]:
         origin = self.config.continue_from
         return super()._weights() | ({} if origin is None else {"continue_from.run": origin.run})

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch.distributed as dist
 
@@ -20,8 +21,9 @@ from dinov3_framework.engine.output import prepare_output, prepared, unwritable
 from dinov3_framework.engine.settings import ParallelConfig
 from dinov3_framework.errors import ExitCode, PeerError, UserError
 from dinov3_framework.registry import Registry
+from dinov3_framework.toml_text import KeyPath
 
-__all__ = ["prepare_output", "run_task"]
+__all__ = ["prepare_output", "run_here", "run_task"]
 
 log = logging.getLogger(__name__)
 
@@ -33,29 +35,40 @@ _GIVE_WAY = 3.0
 def run_task(task: Task, config: TaskConfig, registry: Registry, output_dir: Path) -> int:
     """Run a checked task in this process and return the exit code.
 
-    Every process of the run calls this. The main one prepares and holds the output folder; what it
-    has to complain about ends the others too, without a word.
+    Every process of the run calls this.
     """
     parallel = getattr(config, "parallel", ParallelConfig())
     device = pick_device(parallel.device)
-    with process_group(device, parallel.timeout), ExitStack() as held:
+    with process_group(device, parallel.timeout), _console(), _peers(parallel.timeout):
+        run_here(task, config, registry, output_dir)
+    return ExitCode.OK
+
+
+def run_here(
+    task: Task,
+    config: TaskConfig,
+    registry: Registry,
+    output_dir: Path,
+    inherited: Iterable[KeyPath] = (),
+) -> None:
+    """Run a checked task in the process group that is open, in a folder and with a log of its own.
+
+    Every process of the run calls this. The main one prepares and holds the output folder; what it
+    has to complain about ends the others too, without a word. ``inherited`` as for ``prepared``.
+    """
+    with ExitStack() as held:
         complaint = None
         if collectives.is_main():
             try:
-                held.enter_context(prepared(config, registry, output_dir))
-                held.enter_context(_logging(output_dir))
+                held.enter_context(prepared(config, registry, output_dir, inherited))
+                held.enter_context(log_file(output_dir))
             except UserError as error:
                 complaint = error
-        complaint = collectives.all_gather_object(complaint)[0]  # type: ignore[assignment]
-        if complaint is not None:
-            if collectives.is_main():
-                raise complaint
-            return complaint.exit_code
-        if not collectives.is_main():
-            held.enter_context(_logging(output_dir))
-        with _peers(parallel.timeout):
-            task.run(output_dir)
-    return ExitCode.OK
+        told = cast(UserError | None, collectives.all_gather_object(complaint)[0])
+        if told is not None:
+            told.shared = True
+            raise told
+        task.run(output_dir)
 
 
 @contextmanager
@@ -79,34 +92,48 @@ def _is_of_a_collective(error: RuntimeError) -> bool:
 
 
 @contextmanager
-def _logging(output_dir: Path) -> Iterator[None]:
-    """The main process logs to ``run.log`` and the console, the others their warnings."""
+def _console() -> Iterator[None]:
+    """The main process says what it does, the others their warnings."""
     root = logging.getLogger("dinov3_framework")
-    handlers: list[logging.Handler]
     if collectives.is_main():
-        try:
-            file = logging.FileHandler(output_dir / "run.log", encoding="utf-8")
-        except OSError as error:
-            raise unwritable(error, output_dir / "run.log") from error
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        handlers = [file, console_handler()]
+        handler = console_handler()
     else:
-        other = logging.StreamHandler(sys.stderr)
-        other.setFormatter(logging.Formatter(f"[rank {collectives.rank()}] %(message)s"))
-        other.setLevel(logging.WARNING)
-        handlers = [other]
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter(f"[rank {collectives.rank()}] %(message)s"))
+        handler.setLevel(logging.WARNING)
     root.setLevel(logging.INFO)
     # Libraries' warnings: into the main process's file, and not once per process on the console.
-    captured = logging.getLogger("py.warnings")
-    captured.addHandler(handlers[0] if collectives.is_main() else logging.NullHandler())
-    logging.captureWarnings(True)
-    for handler in handlers:
-        root.addHandler(handler)
+    with _handled(handler, root), _handled(logging.NullHandler(), _captured()):
+        logging.captureWarnings(True)
+        try:
+            yield
+        finally:
+            logging.captureWarnings(False)
+
+
+@contextmanager
+def log_file(output_dir: Path) -> Iterator[None]:
+    """Everything that the main process logs goes to ``run.log``, too."""
+    try:
+        file = logging.FileHandler(output_dir / "run.log", encoding="utf-8")
+    except OSError as error:
+        raise unwritable(error, output_dir / "run.log") from error
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    with _handled(file, logging.getLogger("dinov3_framework"), _captured()):
+        yield
+
+
+def _captured() -> logging.Logger:
+    return logging.getLogger("py.warnings")
+
+
+@contextmanager
+def _handled(handler: logging.Handler, *loggers: logging.Logger) -> Iterator[None]:
+    for logger in loggers:
+        logger.addHandler(handler)
     try:
         yield
     finally:
-        logging.captureWarnings(False)
-        captured.removeHandler(handlers[0])
-        for handler in handlers:
-            root.removeHandler(handler)
-            handler.close()
+        for logger in loggers:
+            logger.removeHandler(handler)
+        handler.close()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
-
-import attrs
+from typing import Literal
 
 from dinov3_framework.configs import (
     AugmentationConfig,
@@ -202,7 +200,8 @@ class InitFromConfig:
 class ContinueFromConfig:
     """Another run whose training goes on here: its networks, optimizer and count of iterations.
 
-    Anchors are not taken over: each begins as its loss says.
+    Names of tensors are those of a student, ``dino_head.mlp.0.weight``; its teacher and optimizer
+    follow it. Anchors are not taken over: each begins as its loss says.
     """
 
     run: str = option("the other run's folder, its checkpoints, or one of these")
@@ -334,21 +333,28 @@ class MultiDistillConfig(RunConfig):
 def of_student(config: MultiDistillConfig, name: str, output_dir: str | None) -> DistillConfig:
     """The distillation that one student of several is."""
     student = config.students[name]
-    base: Any = RunConfig
-    shared = {field.name: getattr(config, field.name) for field in attrs.fields(base)}
     return DistillConfig(
-        **shared
-        | {
-            "output_dir": output_dir,
-            "launcher": None,
-            "losses": config.losses if student.losses is None else student.losses,
-            "optimizer": config.optimizer if student.optimizer is None else student.optimizer,
-        },
+        output_dir=output_dir,
+        seed=config.seed,
+        iterations=config.iterations,
+        batch_size=config.batch_size,
+        accumulation_steps=config.accumulation_steps,
+        dataset=config.dataset,
+        images=config.images,
+        augmentation=config.augmentation,
         backbone=student.backbone,
         init_from=student.init_from,
+        losses=config.losses if student.losses is None else student.losses,
         teacher=config.teacher,
         average=config.average if student.average is None else student.average,
         mask_student=config.mask_student,
+        optimizer=config.optimizer if student.optimizer is None else student.optimizer,
+        loader=config.loader,
+        parallel=config.parallel,
+        checkpoint=config.checkpoint,
+        observers=config.observers,
+        log_every=config.log_every,
+        max_nonfinite_steps=config.max_nonfinite_steps,
     )
 
 

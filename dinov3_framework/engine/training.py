@@ -35,6 +35,7 @@ from dinov3_framework.engine.peers import Alone
 from dinov3_framework.engine.preflight import Parts, config_problems, parts_problems, sections
 from dinov3_framework.engine.run import TrainingRun
 from dinov3_framework.engine.settings import TrainingConfig, resolved_backbone
+from dinov3_framework.engine.stand_in import write_stand_in
 from dinov3_framework.engine.teaching import Teaching
 from dinov3_framework.engine.trainer import Trainer
 from dinov3_framework.errors import DataError, Problem, RecipeError, UserError
@@ -202,6 +203,15 @@ class TrainingTask(Task):
                 yield f"observers.{name}: {error}"
             except UserError as error:
                 raise RecipeError([Problem(f"observers.{name}", str(error))]) from error
+
+    def stand_in(self, folder: Path) -> bool:
+        parts = self._parts(self._absent_weights())
+        write_stand_in(folder, self.config, parts, self.registry, self._begun())
+        return True
+
+    def _begun(self) -> int:
+        """The iteration that a new run goes on after."""
+        return 0
 
     # ------------------------------------------------------------------ running
     def run(self, output_dir: Path) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from dinov3_framework import Projector
 from dinov3_losses.configs import ProjectorConfig
 
+_NO_SPREAD = 1e-10  # what rounding leaves of points of the unit sphere that are all one
+
 
 class PrototypeProjector(Projector):
     """Tokens [n, D] to logits over prototypes [n, K]: an MLP, a unit sphere, K prototypes.
@@ -54,7 +56,7 @@ class PrototypeProjector(Projector):
         offsets = self._embed(tokens.float())
         offsets -= offsets.mean(dim=0)
         spread = offsets.square().sum(dim=1).mean()
-        if spread == 0:
+        if spread < _NO_SPREAD:
             return False
         count = self.last_layer.weight.shape[0]
         first, second = torch.randint(len(tokens), (2, count))

@@ -176,6 +176,151 @@ def test_every_unreadable_file_is_told_at_once(write: Write) -> None:
     assert "odd.toml: drop: expected a string or an array of strings, found [1]" in text
 
 
+# --------------------------------------------------------------------------- recipes inside
+CHAIN = """
+    [stages.first.recipe]
+    extends = "base.toml"
+
+    [stages.plain.recipe]
+    iterations = 1
+
+    [stages.second.recipe]
+    extends = ["base.toml", "more.toml"]
+    drop = ["losses.koleo"]
+    iterations = 7
+    [stages.second.recipe.backbone]
+    depth = 3
+"""
+
+
+@pytest.fixture
+def chain(write: Write) -> None:
+    write("base.toml", BASE)
+    write("more.toml", "seed = 2\n[optimizer]\nbetas = [0.5]")
+    write("chain.toml", CHAIN)
+
+
+def test_a_recipe_inside_a_recipe_builds_on_others(chain: None) -> None:
+    composed = compose("chain.toml")
+    stages = composed.data["stages"]
+    assert list(stages) == ["first", "plain", "second"], "in the order of the file"
+    assert stages["first"]["recipe"] == compose("base.toml").data
+    second = stages["second"]["recipe"]
+    assert second["losses"] == {}
+    assert second["iterations"] == 7
+    assert second["backbone"] == {"use": "vit_small", "drop_path_rate": 0.3, "depth": 3}
+    assert second["optimizer"]["betas"] == [0.5]
+    where = ("stages", "second", "recipe")
+    assert composed.origins[*where, "iterations"] == "chain.toml"
+    assert composed.origins[*where, "seed"] == "more.toml"
+    assert composed.origins[*where, "task"] == "base.toml"
+    assert composed.origins[*where, "backbone", "use"] == "base.toml"
+    assert composed.origins[*where, "backbone", "depth"] == "chain.toml"
+    assert (*where, "losses", "koleo") not in composed.origins
+    assert all(path[-1] not in ("extends", "drop") for path in composed.origins)
+
+
+def test_what_extends_a_chain_changes_its_stages(chain: None, write: Write) -> None:
+    write(
+        "top.toml",
+        """
+        extends = "chain.toml"
+        drop = ["stages.plain"]
+        [stages.last.recipe]
+        extends = "more.toml"
+        [stages.second.recipe]
+        extends = "other.toml"
+        drop = ["optimizer"]
+        seed = 9
+        """,
+    )
+    write("other.toml", "iterations = 8\nseed = 8")
+    stages = compose("top.toml").data["stages"]
+    assert list(stages) == ["first", "second", "last"]
+    second = stages["second"]["recipe"]
+    # Over what the chain says comes what the table extends, then what it says itself.
+    assert (second["iterations"], second["seed"]) == (8, 9)
+    assert "optimizer" not in second
+    assert second["backbone"]["depth"] == 3
+    write(
+        "anew.toml",
+        """
+        extends = "chain.toml"
+        drop = ["stages.second.recipe"]
+        [stages.second.recipe]
+        extends = "more.toml"
+        """,
+    )
+    second = compose("anew.toml").data["stages"]["second"]["recipe"]
+    assert second == {"seed": 2, "optimizer": {"betas": [0.5]}}
+
+
+def test_recipes_inside_a_recipe_lie_beside_the_file_that_names_them(write: Write) -> None:
+    write("shared/base.toml", "x = 1")
+    write("shared/chain.toml", '[stages.a.recipe]\nextends = "base.toml"')
+    write("top.toml", '[stages.b.recipe]\nextends = "shared/chain.toml"')
+    composed = compose("top.toml")
+    path = ("stages", "b", "recipe", "stages", "a", "recipe")
+    assert composed.origins[*path, "x"] == "shared/base.toml"
+
+
+def test_overrides_reach_into_a_recipe_inside(chain: None) -> None:
+    second = "stages.second.recipe"
+    overrides = [f"{second}.iterations=9", f"{second}.drop=seed", f"{second}.backbone.use=x"]
+    composed = compose("chain.toml", overrides)
+    recipe = composed.data["stages"]["second"]["recipe"]
+    assert recipe["iterations"] == 9
+    assert "seed" not in recipe
+    assert recipe["backbone"] == {"use": "x"}
+    assert composed.origins["stages", "second", "recipe", "iterations"] == "command line"
+    text = mistakes("chain.toml", [f"{second}.extends=x.toml", f"{second}.drop=sed"])
+    assert f"command line: {second}.extends: cannot be overridden" in text
+
+
+def test_only_a_table_of_that_name_is_a_recipe(write: Write) -> None:
+    write("top.toml", '[backbone]\nuse = "tiny"\ndrop = 0.1\nextends = "x"')
+    assert compose("top.toml").data["backbone"] == {"use": "tiny", "drop": 0.1, "extends": "x"}
+
+
+def test_mistakes_in_a_recipe_inside_name_their_keys(chain: None, write: Write) -> None:
+    write(
+        "top.toml",
+        """
+        extends = "chain.toml"
+        [stages.first.recipe]
+        extends = "bas.toml"
+        [stages.second.recipe]
+        drop = [3]
+        """,
+    )
+    text = mistakes("top.toml")
+    assert "top.toml: stages.first.recipe.extends: no such recipe: bas.toml" in text
+    assert "top.toml: stages.second.recipe.drop: expected a string or an array" in text
+    write("late.toml", 'extends = "chain.toml"\n[stages.second.recipe]\ndrop = "losses.koleo"')
+    text = mistakes("late.toml")
+    assert "late.toml: stages.second.recipe.drop: no inherited key is 'losses.koleo'" in text
+    write("into.toml", 'extends = "chain.toml"\n[stages.second.recipe.iterations]\nx = 1')
+    text = mistakes("into.toml")
+    assert "stages.second.recipe.iterations.x: stages.second.recipe.iterations is 7" in text
+
+
+def test_a_circle_through_a_recipe_inside_is_shown(write: Write) -> None:
+    write("chain.toml", '[stages.a.recipe]\nextends = "part.toml"')
+    write("part.toml", 'extends = "chain.toml"')
+    assert mistakes("chain.toml") == (
+        "part.toml: extends: goes round in a circle: chain.toml -> part.toml -> chain.toml"
+    )
+    write("own.toml", '[stages.a.recipe]\nextends = "own.toml"')
+    text = mistakes("own.toml")
+    assert text == "own.toml: stages.a.recipe.extends: goes round in a circle: own.toml -> own.toml"
+
+
+def test_a_file_that_two_stages_extend_is_complained_of_once(write: Write) -> None:
+    write("bad.toml", "drop = 3")
+    write("top.toml", '[a.recipe]\nextends = "bad.toml"\n[b.recipe]\nextends = "bad.toml"')
+    assert mistakes("top.toml").count("bad.toml: drop: expected") == 1
+
+
 # --------------------------------------------------------------------------- finding recipes
 def test_packages_hold_recipes(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

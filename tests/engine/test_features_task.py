@@ -292,6 +292,15 @@ class Wrong(NamedTuple):
         Wrong({"outputs": ()}, "outputs"),
         Wrong({"outputs": ("class", "class")}, "outputs"),
         Wrong({"outputs": ("cls",)}, "outputs"),
+        Wrong({"parallel": {"compile": True}}, "parallel.compile: is for training runs"),
+        Wrong({"parallel": {"checkpointing": "full"}}, "parallel.checkpointing: is for training"),
+        Wrong({"parallel": {"fp8": "emulated"}}, "parallel.fp8: is for training runs"),
+        Wrong(
+            {"parallel": {"replicas": 2}}, "parallel.replicas: every process .*\n.*sharded = true"
+        ),
+        Wrong(
+            {"parallel": {"replicas": 2}, "sharded": True}, "parallel.replicas: 1 process cannot"
+        ),
     ],
     ids=lambda wrong: wrong.message.partition(":")[0],
 )

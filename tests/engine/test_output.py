@@ -55,6 +55,9 @@ def test_the_same_recipe_may_go_on(tmp_path: Path) -> None:
         "log_every=3",
         "max_nonfinite_steps=9",
         "parallel.timeout=11.0",
+        "parallel.replicas=2",
+        "parallel.checkpointing=full",
+        "parallel.compile=true",
         "observers.x.use=figures",
     ],
 )
@@ -75,6 +78,7 @@ def test_what_teaches_nothing_may_change(tmp_path: Path, override: str) -> None:
         ),
         (['drop=["losses.koleo"]'], ['losses.koleo.use: "koleo" there, nothing now']),
         (["parallel.param_dtype=bf16"], ['parallel.param_dtype: "fp32" there, "bf16" now']),
+        (["parallel.fp8=emulated"], ['parallel.fp8: "off" there, "emulated" now']),
         (["loader.workers=1", "seed=3"], ["seed: 0 there, 3 now"]),
     ],
 )

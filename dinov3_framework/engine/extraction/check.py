@@ -16,6 +16,7 @@ from dinov3_framework.engine.extraction.parts import Row
 from dinov3_framework.engine.extraction.reading import FittedImages, ReadImage
 from dinov3_framework.engine.extraction.settings import FeaturesTaskConfig
 from dinov3_framework.engine.extraction.tokens import TokenReader, layers_complaint
+from dinov3_framework.engine.parallel_check import parallel_problems
 from dinov3_framework.engine.subject import Subject
 from dinov3_framework.errors import DataError, OutputError, Problem, RecipeError, UserError
 
@@ -23,8 +24,11 @@ _LOOKED_AT = 16  # images that a check reads
 _MIB = 2**20
 
 
-def problems(config: FeaturesTaskConfig, subject: Subject, fit: ImageFit) -> Iterator[Problem]:
+def problems(
+    config: FeaturesTaskConfig, subject: Subject, fit: ImageFit, processes: int
+) -> Iterator[Problem]:
     """What is wrong whatever the images are."""
+    yield from _parallel_problems(config, processes)
     if config.format == "npy" and config.dtype == "bf16":
         yield Problem("dtype", "NumPy files know no bf16", 'take "fp16" or format = "safetensors"')
     if config.format == "npy" and not config.merge:
@@ -34,6 +38,19 @@ def problems(config: FeaturesTaskConfig, subject: Subject, fit: ImageFit) -> Ite
         yield Problem(*complaint)
     if complaint_of_layers := layers_complaint(config.layers, subject.backbone.n_layers):
         yield Problem("layers", complaint_of_layers)
+
+
+def _parallel_problems(config: FeaturesTaskConfig, processes: int) -> Iterator[Problem]:
+    parallel = config.parallel
+    for key, off in (("checkpointing", "none"), ("compile", False), ("fp8", "off")):
+        if getattr(parallel, key) != off:
+            yield Problem(f"parallel.{key}", "is for training runs", "leave it out")
+    if config.sharded:
+        yield from parallel_problems(parallel, processes)
+    elif parallel.replicas > 1:
+        yield Problem(
+            "parallel.replicas", "every process holds all of the backbone", "set sharded = true"
+        )
 
 
 @frozen

@@ -40,7 +40,7 @@ class FeaturesTask(Task):
         config = self.config
         subject = Subject.described(config, self.registry)
         fit = self._fit(subject)
-        found = list(problems(config, subject, fit))
+        found = list(problems(config, subject, fit, world_size))
         if found:
             raise RecipeError(found)
         pick_device(config.parallel.device)

@@ -1,0 +1,46 @@
+"""Teachers for tiny distillations, and the distillations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from run_support import HERE
+from trainer_support import registry
+
+from dinov3_framework.engine.distill import Distill
+from dinov3_framework.engine.distributed import process_group
+from dinov3_framework.engine.trainer import Trainer
+from dinov3_framework.recipe import compose
+from dinov3_framework.structure import structure_recipe
+
+DISTILL = HERE / "tiny_distill.toml"
+MULTI = HERE / "tiny_multi_distill.toml"
+# Another backbone than the tiny recipe's, with projectors of other widths.
+TEACHER = (
+    "backbone.embed_dim=48",
+    "backbone.num_heads=4",
+    "backbone.patch_size=14",
+    "losses.dino.head.hidden_dim=20",
+)
+HEAD = "losses.dino.teacher_head={n_prototypes=32, bottleneck_dim=8, hidden_dim=20}"
+
+
+def distill(teacher: Path, *overrides: str) -> Distill:
+    words = [f"teacher.weights={teacher}", *overrides]
+    return Distill(structure_recipe(registry(), compose(DISTILL, words)), registry=registry())
+
+
+@contextmanager
+def student(teacher: Path, output: Path, *overrides: str) -> Iterator[Trainer]:
+    """A trainer before its first step, in a process group of one."""
+    task, device = distill(teacher, *overrides), torch.device("cpu")
+    output.mkdir(exist_ok=True)
+    with process_group(device, timeout=60):
+        parts = task._parts()
+        ours = task._trainer(parts, task._dataset(), output, device)
+        if not task._resume(ours):
+            task._begin(ours, parts)
+        yield ours
