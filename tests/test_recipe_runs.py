@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,6 @@ HERE = {
     "log_every": 1,
     "parallel.device": "cpu",
     "parallel.compile": False,  # takes longer than all the rest
-    "launcher.use": "local",
 }
 
 # Chains of recipes: each but the first takes what one before it has left.
@@ -62,10 +61,9 @@ PROCESSES = {"vitl_im1k": 2, "im1k_distill": 2, "convnext_distill": 4, "lvd1689m
 
 
 def test_every_recipe_of_a_training_is_run_here_or_is_one_for_other_gpus() -> None:
-    trainings = set()
-    for path in (ROOT / "recipes").glob("*.toml"):
-        if compose(path).data["task"] in {"pretrain", "distill", "multi_distill"}:
-            trainings.add(path.stem)
+    names = [path.stem for path in (ROOT / "recipes").glob("*.toml")]
+    tasks = {"pretrain", "distill", "multi_distill"}
+    trainings = {name for name in names if _recipe(name)["task"] in tasks}
     run = {name for chain in CHAINS.values() for name in chain}
     assert run <= trainings
     others = {name for name in trainings - run if not name.endswith(("_1gpu", "_8gpu"))}
@@ -73,23 +71,35 @@ def test_every_recipe_of_a_training_is_run_here_or_is_one_for_other_gpus() -> No
 
 
 # --------------------------------------------------------------------------- overrides
-def tiny(name: str) -> Iterator[str]:
-    """The overrides that make a recipe small."""
-    recipe = compose(ROOT / "recipes" / f"{name}.toml").data
-    values: dict[str, Any] = dict(HERE) | {"launcher.processes": PROCESSES.get(name, 1)}
-    passes = recipe.get("accumulation_steps", 1)
-    values["batch_size"] = max(2 * passes, 4) * PROCESSES.get(name, 1)
-    values["checkpoint.every"] = 1 if "_pretrain" in name else STEPS
-    values["iterations"] = 2 * STEPS if "continue_from" in recipe else STEPS
-    values |= _schedules(recipe)
-    values |= _crops(recipe["augmentation"])
-    values |= _networks(recipe)
-    values |= _anchors(recipe)
+def tiny(name: str) -> list[str]:
+    """The overrides that make a recipe small and have it run here."""
+    recipe, processes = _recipe(name), PROCESSES.get(name, 1)
+    values: dict[str, Any] = {"launcher.use": "local", "launcher.processes": processes}
+    stages = recipe.get("stages", {})
+    tables = {f"stages.{stage}.recipe.": table["recipe"] for stage, table in stages.items()}
+    for prefix, table in (tables or {"": recipe}).items():
+        values |= {f"{prefix}{key}": value for key, value in _sizes(table, processes).items()}
+    return [f"{key}={inline(value)}" for key, value in values.items()]
+
+
+def _recipe(name: str) -> Mapping[str, Any]:
+    return compose(ROOT / "recipes" / f"{name}.toml").data
+
+
+def _sizes(recipe: Mapping[str, Any], processes: int) -> dict[str, Any]:
+    goes_on = "continue_from" in recipe
+    values = HERE | _schedules(recipe) | _crops(recipe["augmentation"])
+    values |= _networks(recipe) | _anchors(recipe)
+    values["batch_size"] = max(2 * recipe.get("accumulation_steps", 1), 4) * processes
+    values["iterations"] = 2 * STEPS if goes_on else STEPS
+    # A later stage wants the first iteration of a first one.
+    first = recipe["task"] == "pretrain" and not goes_on and "init_from" not in recipe
+    values["checkpoint.every"] = 1 if first else STEPS
     if "group_size" in recipe["losses"]["koleo"]:
         values["losses.koleo.group_size"] = values["batch_size"]
-    if "continue_from" in recipe:
+    if goes_on:
         values["continue_from.iteration"] = STEPS
-    return (f"{key}={inline(value)}" for key, value in values.items())
+    return values
 
 
 def _schedules(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -174,10 +184,21 @@ def test_stages_run_one_after_another(
             assert main(words) == 0, name
         else:
             _run_apart(words)
-        recipe = compose(ROOT / "recipes" / f"{name}.toml").data
-        output = tmp_path / "runs" / name
+        recipe = _recipe(name)
         for student in recipe.get("students", ["."]):
-            _look_at(output / student, recipe)
+            _look_at(tmp_path / "runs" / name / student, recipe)
+
+
+@pytest.mark.slow
+def test_all_stages_run_in_one_command(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stages = _recipe("vit7b")["stages"]
+    data = [f"stages.{stage}.recipe.dataset.root={photographs}" for stage in stages]
+    assert main([str(ROOT / "recipes" / "vit7b.toml"), *data, *tiny("vit7b")]) == 0
+    for stage, table in stages.items():
+        _look_at(tmp_path / "runs" / "vit7b" / stage, table["recipe"])
 
 
 def _run_apart(words: list[str]) -> None:
