@@ -88,6 +88,14 @@ def test_the_header_states_command_cost_and_expectation(path: Path) -> None:
     assert path.stem in {Path(command).stem for command in commands}
 
 
+def test_the_documentation_lists_every_recipe_of_a_training() -> None:
+    page = (ROOT / "docs" / "training.md").read_text()
+    listed = set(re.findall(r"`(\w+)`", page.partition("\n## Recipes\n")[2]))
+    tasks = {"pretrain", "distill", "multi_distill", "pipeline"}
+    trainings = {name for name in NAMES if compose(name).data["task"] in tasks}
+    assert {name.removesuffix("_8gpu").removesuffix("_1gpu") for name in trainings} <= listed
+
+
 # --------------------------------------------------------------------------- values
 # What the published files say, by recipe, where an inherited value could pass for it.
 PUBLISHED: dict[str, dict[str, Any]] = {
