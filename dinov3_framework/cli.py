@@ -67,6 +67,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("recipe", nargs="?", help="a file, an installed recipe's name, or package:recipe")
     add("overrides", nargs="*", metavar="key=value", help="replaces a value of the recipe")
     add("--check", action="store_true", help="say what would run, and write nothing")
+    add(
+        "--rehearse",
+        action="store_true",
+        help="say what a training step takes (memory, FLOPs, messages, time), on any number of "
+        "processes, and write nothing",
+    )
+    add("--world-size", type=int, metavar="N", help="processes to rehearse (else the launcher's)")
+    add("--accelerator", metavar="NAME", help="what to rehearse for: a100, h100, h200, b200")
     add("--print-recipe", action="store_true", help="print the complete recipe and who set what")
     add("--output-dir", metavar="DIR", help="folder of all that the run writes")
     add("--launcher", metavar="NAME", help="where the processes come from (launcher.use=NAME)")
@@ -84,6 +92,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_intermixed_args(argv)
     if options.recipe is None and options.list is None and options.describe is None:
         parser.error("a recipe is needed: a file, an installed recipe's name, or package:recipe")
+    if not options.rehearse and (options.world_size is not None or options.accelerator):
+        parser.error("--world-size and --accelerator go with --rehearse")
     return options
 
 
@@ -116,6 +126,8 @@ def _recipe(options: argparse.Namespace, registry: Registry) -> int:
     config = replace(config, output_dir=str(output_dir))
     task: Task = registry.build(config, registry=registry)
     launcher = _launcher(config, registry)
+    if options.rehearse:
+        return _show(_rehearsal(task, launcher, options))
     if not _is_launched(composed, output_dir):
         text = _check(task, launcher, may_miss=options.check)
         if _rank() in (None, 0):
@@ -170,6 +182,20 @@ def _check(task: Task, launcher: Launcher | None, may_miss: bool) -> str:
         raise DataError("\n".join(report.missing))
     text = report_text(report)
     return f"{text}\n\nlauncher\n  {launcher.describe()}" if launcher else text
+
+
+def _rehearsal(task: Task, launcher: Launcher | None, options: argparse.Namespace) -> str:
+    """What a step would take."""
+    from dinov3_framework.console import report_text
+
+    if _rank() is not None:
+        raise UserError("--rehearse pretends the processes: start it alone, without torchrun")
+    world = options.world_size
+    if world is None:
+        world = launcher.world_size() if launcher else 1
+    if world < 1:
+        raise UserError(f"--world-size {world}: there is at least one process")
+    return report_text(task.rehearse(world, options.accelerator or "h100"))
 
 
 def _run(

@@ -47,6 +47,12 @@ def rank(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_rank(group or current_group()) if is_distributed(group) else 0
 
 
+def place_of(rank: int) -> int:
+    """What a rank of this run is among all processes there are, for messages."""
+    group = current_group()
+    return rank if group is None else dist.get_global_rank(group, rank)
+
+
 def is_main() -> bool:
     """Whether this is the process that writes."""
     return rank() == 0

@@ -354,6 +354,16 @@ class Task(abc.ABC):
     def check(self, world_size: int) -> Report:
         """Build everything on the meta device, raise every mistake, write and allocate nothing."""
 
+    def rehearse(self, world_size: int, accelerator: str) -> Report:
+        """Say what a step on so many processes takes, without doing it; only training can.
+
+        ``accelerator`` names what times are estimated for. Mistakes are raised as by ``check``.
+        """
+        raise UserError(
+            f"a {type(self).__name__} cannot be rehearsed: only tasks that train can; --check says "
+            "what this recipe would do"
+        )
+
     @abc.abstractmethod
     def run(self, output_dir: Path) -> None:
         """Do the work. Called in each process, after the process group is up."""

@@ -30,8 +30,8 @@ TERMS = {
 }
 
 
-def recipe(case: dict[str, Any]) -> dict[str, Any]:
-    """The case as the values of a ``pretrain`` recipe."""
+def recipe(case: dict[str, Any], chunk: int | None = None) -> dict[str, Any]:
+    """The case as the values of a ``pretrain`` recipe; ``chunk`` is that of DINO and iBOT."""
 
     def head(name: str) -> dict[str, Any]:
         given = case["heads"][name]
@@ -49,6 +49,7 @@ def recipe(case: dict[str, Any]) -> dict[str, Any]:
             "weight": weights[name],
             "teacher_temp": temperature,
             "head": head(name),
+            "chunk": "none" if chunk is None else chunk,
         }
         for name in ("dino", "ibot")
     }
@@ -86,9 +87,9 @@ def recipe(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def build_trainer(case: dict[str, Any]) -> Trainer:
+def build_trainer(case: dict[str, Any], chunk: int | None = None) -> Trainer:
     registry = Registry.load()
-    config = structure_component(registry, "task", "pretrain", recipe(case))
+    config = structure_component(registry, "task", "pretrain", recipe(case, chunk))
     assert isinstance(config, PretrainConfig)
     losses = {name: registry.build(loss) for name, loss in config.losses.items()}
     blueprint = Blueprint.draw(registry, config.backbone, losses)
@@ -128,10 +129,10 @@ def batch_of(case: dict[str, Any], masks: torch.Tensor, step: int) -> Batch:
     return Batch(views, masks.unflatten(0, (2, size)), (), step, 0)
 
 
-def check_train_step(golden: Case) -> None:
+def check_train_step(golden: Case, chunk: int | None = None) -> None:
     case, tensors = golden.spec, golden.tensors()
     with process_group(torch.device("cpu"), timeout=60):
-        trainer = build_trainer(case)
+        trainer = build_trainer(case, chunk)
         optimizer_step = trainer.optimizer.step
         clipped: dict[str, float] = {}
 

@@ -277,5 +277,16 @@ def test_golden(case: Case) -> None:
     CHECKS[kind](case)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [case for case in cases() if case.spec["kind"] == "train_step"],
+    ids=lambda case: case.name,
+)
+def test_train_steps_in_chunks(case: Case) -> None:
+    if case.name in SKIPPED or "train_step" in SKIPPED:
+        pytest.skip(f"{case.name} is in GOLDEN_SKIP")
+    check_train_step(case, chunk=3)
+
+
 def test_there_are_cases() -> None:
     assert cases(), "no case.json found; is $GOLDEN_DIR right?"

@@ -81,7 +81,7 @@ def together(action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         own = error
     if not collectives.all_reduce_max(torch.tensor(int(own is not None))).item():
         return result
-    failure = None if own is None else Failure.of(collectives.rank(), own)
+    failure = None if own is None else Failure.of(collectives.place_of(collectives.rank()), own)
     outcomes = cast(list[Failure | None], collectives.all_gather_object(failure))
     failures = [outcome for outcome in outcomes if outcome is not None]
     raise RankFailure(failures, own) from own

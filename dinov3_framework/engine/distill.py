@@ -22,7 +22,7 @@ from dinov3_framework.engine.teacher_heads import TeacherHeads
 from dinov3_framework.engine.teaching import OwnTeaching, Teaching
 from dinov3_framework.engine.trainer import Trainer
 from dinov3_framework.engine.training import TrainingTask
-from dinov3_framework.errors import CheckpointError, Problem
+from dinov3_framework.errors import CheckpointError, Problem, UserError
 from dinov3_framework.randomness import keyed_seed
 from dinov3_framework.registry import Registry
 
@@ -111,11 +111,28 @@ class Distill(TrainingTask):
         networks.frozen = heads
         return OwnTeaching(nn.ModuleDict({"backbone": backbone, **heads}), self._frozen.images)
 
+    def _pretended_teaching(self, parts: Parts, networks: Networks, sharder: Sharder) -> Teaching:
+        weights = self.config.teacher.weights
+        if not self._exists(weights):
+            raise UserError(
+                f"a rehearsal wants to know what the teacher is, and there is no {weights}\n"
+                "    give teacher.weights a file of the same backbone; its values are not read"
+            )
+        heads = self._heads(parts).projectors
+        placed = {head_name(n): self._placed_frozen(sharder, head) for n, head in heads.items()}
+        networks.frozen = nn.ModuleDict(placed)
+        backbone = self._placed_frozen(sharder, self._frozen.backbone)
+        return OwnTeaching(nn.ModuleDict({"backbone": backbone, **placed}), self._frozen.images)
+
+    @staticmethod
+    def _placed_frozen(sharder: Sharder, blueprint: nn.Module) -> nn.Module:
+        placed = sharder.place(copy.deepcopy(blueprint), trains=False)
+        return placed.eval().requires_grad_(False)
+
     def _placed_teacher(self, sharder: Sharder) -> nn.Module:
         """The teacher's backbone, spread over the processes of ``sharder``."""
-        backbone = sharder.place(copy.deepcopy(self._frozen.backbone), trains=False)
+        backbone = self._placed_frozen(sharder, self._frozen.backbone)
         fill_frozen(self._frozen, backbone)
-        backbone.eval().requires_grad_(False)
         self._fingerprint = fingerprint(backbone)
         return backbone
 
@@ -125,7 +142,7 @@ class Distill(TrainingTask):
         sharder = Sharder(self.config.parallel, networks.device, collectives.current_group())
         placed = nn.ModuleDict(
             {
-                head_name(name): sharder.place(copy.deepcopy(projector), trains=False)
+                head_name(name): self._placed_frozen(sharder, projector)
                 for name, projector in heads.projectors.items()
             }
         )
@@ -135,14 +152,14 @@ class Distill(TrainingTask):
             for name in heads.new:
                 drawn = heads.projectors[name]
                 parallel.initialise(placed[head_name(name)], drawn, self._seed(name))
-        return placed.eval().requires_grad_(False)
+        return placed
 
     def _seed(self, loss: str) -> int:
         return keyed_seed(self.config.seed, f"init.teacher.{head_name(loss)}")
 
     def _begin(self, trainer: Trainer, parts: Parts) -> None:
         heads = self._heads(parts)
-        if not heads.new:
+        if not self._anybody(bool(heads.new)):
             return
         whole = {name: heads.projectors[name] for name in heads.new}
         fitted = fit_projectors(trainer, whole, self._seed)
@@ -154,6 +171,10 @@ class Distill(TrainingTask):
                 name,
                 how,
             )
+
+    def _anybody(self, wants: bool) -> bool:
+        """Whether this run, or one beside it, wants something that all take part in."""
+        return wants
 
     def _own_state(self, parts: Parts) -> dict[str, Any]:
         return {"teacher": {"weights": self.config.teacher.weights, "sum": self._fingerprint}}

@@ -68,7 +68,9 @@ def described(
     if remembered is not None:
         return _remembered(weights, network, remembered, registry)
     try:
-        with open_backbone(weights, registry, network=network, projectors=projectors) as found:
+        with open_backbone(
+            weights, registry, network=network, projectors=projectors, thorough=False
+        ) as found:
             backbone = built(found, registry)
             check_fit(found, backbone)
             component, values = registry.values_of(found.config)

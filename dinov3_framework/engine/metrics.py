@@ -101,5 +101,5 @@ def _by_rank(guarded: Sequence[str], flags: Sequence[float]) -> dict[str, list[i
     return {
         name: ranks
         for index, name in enumerate(guarded)
-        if (ranks := [r for r, own in enumerate(everyone) if own[index]])  # type: ignore[index]
+        if (ranks := [collectives.place_of(r) for r, own in enumerate(everyone) if own[index]])  # type: ignore[index]
     }

@@ -170,6 +170,9 @@ class SideStudent(Distill):
             wanted,
         )
 
+    def _anybody(self, wants: bool) -> bool:
+        return self._peers.share(wants)
+
     def _wanted(self, parts: Parts) -> dict[str, list[bool]]:
         """Which process, by rank, gets which output of the teacher."""
         mine = {

@@ -43,6 +43,7 @@ def open_backbone(
     network: str = "teacher",
     images: ImagesConfig | None = None,
     projectors: bool = False,
+    thorough: bool = True,
 ) -> Iterator[Recognised]:
     """The backbone in ``source``, recognised and ready to be read; nothing is built or filled.
 
@@ -50,11 +51,14 @@ def open_backbone(
     a published name such as ``dinov3_vits16`` or ``dinov3_vitl16@SAT493M``. Of training
     checkpoints ``network`` says which network is meant, ``teacher`` or ``student``. ``images``
     overrules what the weights say of their images. With ``projectors`` a run's folder means its
-    checkpoints, which have them, rather than its export. What a person should know is logged as a
-    warning. Raises ``CheckpointError`` for what is not there or not usable.
+    checkpoints, which have them, rather than its export. Shards of checkpoints are compared with
+    their hashes, which takes time, unless not ``thorough``: where no values are read.
+
+    What a person should know is logged as a warning. Raises ``CheckpointError`` for what is not
+    there or not usable.
     """
     path = _located(str(source), registry)
-    with _opened(path, network, projectors) as opened:
+    with _opened(path, network, projectors, thorough) as opened:
         info = None
         if isinstance(opened, sharded_weights.ShardedSource):
             info = _of_recipe(opened.path, registry)
@@ -87,17 +91,17 @@ def _located(text: str, registry: Registry) -> Path:
 
 
 @contextmanager
-def _opened(path: Path, network: str, projectors: bool) -> Iterator[Opened]:
+def _opened(path: Path, network: str, projectors: bool, thorough: bool) -> Iterator[Opened]:
     if path.is_dir():
         export = path / EXPORT
         kept = projectors and sharded_weights.checkpoint_in(path) is not None
         if network == "teacher" and export.is_file() and not kept:
             path = export
         elif sharded_weights.is_checkpoint(path):
-            yield sharded_weights.one(path)
+            yield sharded_weights.one(path, thorough)
             return
         elif (folder := sharded_weights.checkpoint_in(path)) is not None:
-            yield sharded_weights.newest(folder)
+            yield sharded_weights.newest(folder, thorough)
             return
     with open_source(path) as source:
         yield source

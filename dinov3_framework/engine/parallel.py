@@ -66,6 +66,10 @@ class Sharder:
             self._prepare(module, trains)
         if self.mesh is not None:
             self._shard(module, self.mesh)
+        return self.allocate(module)
+
+    def allocate(self, module: nn.Module) -> nn.Module:
+        """Move a network from the meta device, without values."""
         return module.to_empty(device=self.device)
 
     def _prepare(self, backbone: Backbone, trains: bool) -> None:

@@ -65,29 +65,32 @@ def is_checkpoint(path: Path) -> bool:
     return (path / INDEX).is_file()
 
 
-def newest(folder: Path) -> ShardedSource:
-    """The newest sound checkpoint in a folder of them; damaged ones are passed over, aloud."""
+def newest(folder: Path, thorough: bool = True) -> ShardedSource:
+    """The newest sound checkpoint in a folder of them; damaged ones are passed over, aloud.
+
+    Every file is compared with its hash, or, if not ``thorough``, those that no tensor lies in.
+    """
     troubles = []
     for path in CheckpointFolder(folder).newest_first():
         try:
-            return _own(path)
+            return _own(path, thorough)
         except CheckpointError as error:
             log.warning("passing over a checkpoint: %s", error)
             troubles.append(str(error))
     raise CheckpointError("\n  ".join([f"no checkpoint in {folder} can be used:", *troubles]))
 
 
-def one(path: Path) -> ShardedSource:
+def one(path: Path, thorough: bool = True) -> ShardedSource:
     """One sharded checkpoint: this framework's, verified, or another's, tensors alone."""
-    return _own(path) if (path / MARKER).is_file() else _foreign(path)
+    return _own(path, thorough) if (path / MARKER).is_file() else _foreign(path)
 
 
-def _own(path: Path) -> ShardedSource:
+def _own(path: Path, thorough: bool) -> ShardedSource:
     try:
         manifest = Manifest.read(path)
     except Damage as damage:
         raise CheckpointError(f"{path} is damaged: {damage}") from damage
-    damages = manifest.damages(path, manifest.files)
+    damages = manifest.damages(path, manifest.files if thorough else [INDEX, STATE])
     if damages:
         raise CheckpointError(f"{path} is damaged: {'; '.join(damages)}")
     kind = "a sharded checkpoint of dinov3_framework"

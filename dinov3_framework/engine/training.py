@@ -9,12 +9,14 @@ import logging
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dinov3_framework import collectives
+from dinov3_framework.configs import replace
 from dinov3_framework.contracts import Augmentation, Dataset, Report, Task
 from dinov3_framework.engine.agreement import RankFailure, from_main, together
 from dinov3_framework.engine.checkpoint import CheckpointStore
@@ -212,6 +214,35 @@ class TrainingTask(Task):
     def _begun(self) -> int:
         """The iteration that a new run goes on after."""
         return 0
+
+    # ------------------------------------------------------------------ rehearsing
+    def rehearse(self, world_size: int, accelerator: str) -> Report:
+        from dinov3_framework.engine.rehearsal.accelerators import accelerator as known
+        from dinov3_framework.engine.rehearsal.report import sections as told
+        from dinov3_framework.engine.rehearsal.step import rehearse
+
+        machine = known(accelerator)
+        # This machine need not have the device, which is pretended, nor what comes with it.
+        parallel = replace(self.config.parallel, device="cpu", compile=False, fp8="off")
+        pretended = type(self)(
+            replace(self.config, parallel=parallel, output_dir=None), registry=self.registry
+        )
+        checked = pretended.check(world_size)
+        parts = pretended._parts(pretended._absent_weights())
+        findings = rehearse(
+            pretended.config,
+            parts,
+            world_size,
+            teaching=partial(pretended._pretended_teaching, parts),
+            masking=self._masks_student,
+        )
+        return Report(told(self.config, findings, machine), checked.missing)
+
+    def _pretended_teaching(
+        self, parts: Parts, networks: Networks, sharder: Sharder
+    ) -> Teaching | None:
+        """As :meth:`_teaching`, without values."""
+        return None
 
     # ------------------------------------------------------------------ running
     def run(self, output_dir: Path) -> None:

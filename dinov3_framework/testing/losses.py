@@ -226,11 +226,11 @@ class _Trial:
         )
 
 
-def _projection(head: nn.Module | None) -> Callable[[Tensor], Tensor]:
-    def project(tokens: Tensor) -> Tensor:
+def _projection(head: nn.Module | None) -> Callable[..., Tensor]:
+    def project(tokens: Tensor, *others: Any) -> Tensor:
         if head is None:
             raise TypeError("it projects tokens, but build_projector() gave no projector")
-        projected: Tensor = head(tokens)
+        projected: Tensor = head(tokens, *others)
         return projected
 
     return project

@@ -11,7 +11,7 @@ from torch import Tensor
 from dinov3_framework.contracts import StepOutputs, ViewFeatures
 
 Reads = set[str]
-Project = Callable[[Tensor], Tensor]
+Project = Callable[..., Tensor]
 
 # Crops and grid of each view; all different, so that nothing fits by chance.
 VIEWS = {"global": (2, (4, 3)), "local": (3, (2, 2)), "anchor": (2, (5, 6))}

@@ -28,22 +28,9 @@ class ProjectorConfig:
     n_layers: int = option("linear layers of the MLP", default=3, check=positive)
 
 
-def _same_prototypes(head: ProjectorConfig, teacher: ProjectorConfig | None) -> None:
-    if teacher is not None and teacher.n_prototypes != head.n_prototypes:
-        raise InvalidOption(
-            "teacher_head",
-            f"has n_prototypes = {teacher.n_prototypes}, head has {head.n_prototypes}: both are "
-            "compared prototype by prototype",
-        )
-
-
 @config
-class DinoConfig(LossConfig):
-    """Cross-entropy of the student's class tokens against the teacher's, between crops.
-
-    Each crop of the student (global and local) predicts the prototypes that the teacher sees in
-    each global crop. The terms of global and local crops weigh as many pairs as they have.
-    """
+class PrototypeLossConfig(LossConfig):
+    """What DINO and iBOT have in common: a student that predicts its teacher's prototypes."""
 
     head: ProjectorConfig = option("the projection head", factory=ProjectorConfig)
     teacher_head: ProjectorConfig | None = option(
@@ -54,17 +41,36 @@ class DinoConfig(LossConfig):
         "temperature of the teacher's logits", factory=lambda: Constant(value=0.07)
     )
     student_temp: float = option("temperature of the student's logits", default=0.1, check=positive)
+    sinkhorn_iterations: int = option(
+        "Sinkhorn-Knopp iterations on the teacher's logits", default=3, check=positive
+    )
+    chunk: int | None = option(
+        "rows of logits held at a time; left out, all of them", default=None, check=positive
+    )
+
+    def __attrs_post_init__(self) -> None:
+        teacher = self.teacher_head
+        if teacher is not None and teacher.n_prototypes != self.head.n_prototypes:
+            raise InvalidOption(
+                "teacher_head",
+                f"has n_prototypes = {teacher.n_prototypes}, head has {self.head.n_prototypes}: "
+                "both are compared prototype by prototype",
+            )
+
+
+@config
+class DinoConfig(PrototypeLossConfig):
+    """Cross-entropy of the student's class tokens against the teacher's, between crops.
+
+    Each crop of the student (global and local) predicts the prototypes that the teacher sees in
+    each global crop. The terms of global and local crops weigh as many pairs as they have.
+    """
+
     local_weight: Schedule = option(
         "factor of the local crops' term; the number 0 means that local crops are not used at all",
         factory=lambda: Constant(value=1.0),
     )
     ignore_diagonal: bool = option("leave out pairs of a global crop with itself", default=True)
-    sinkhorn_iterations: int = option(
-        "Sinkhorn-Knopp iterations on the teacher's logits", default=3, check=positive
-    )
-
-    def __attrs_post_init__(self) -> None:
-        _same_prototypes(self.head, self.teacher_head)
 
     @property
     def uses_local_crops(self) -> bool:
@@ -72,27 +78,11 @@ class DinoConfig(LossConfig):
 
 
 @config
-class IbotConfig(LossConfig):
+class IbotConfig(PrototypeLossConfig):
     """Cross-entropy of the student's masked patches against the same patches of the teacher.
 
     Each global crop counts alike, however many of its patches are masked.
     """
-
-    head: ProjectorConfig = option("the projection head", factory=ProjectorConfig)
-    teacher_head: ProjectorConfig | None = option(
-        "of a frozen teacher, the projection head, where it differs from the student's",
-        default=None,
-    )
-    teacher_temp: Schedule = option(
-        "temperature of the teacher's logits", factory=lambda: Constant(value=0.07)
-    )
-    student_temp: float = option("temperature of the student's logits", default=0.1, check=positive)
-    sinkhorn_iterations: int = option(
-        "Sinkhorn-Knopp iterations on the teacher's logits", default=3, check=positive
-    )
-
-    def __attrs_post_init__(self) -> None:
-        _same_prototypes(self.head, self.teacher_head)
 
 
 @config

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dinov3_framework import Loss, LossResult, Projector, StepOutputs, UserError
+from dinov3_losses.chunked import ChunkedCrossEntropy
 from dinov3_losses.configs import DinoConfig
 from dinov3_losses.precision import full_precision
 from dinov3_losses.projector import PrototypeProjector
 from dinov3_losses.sinkhorn import sinkhorn_knopp
+
+Combine = Callable[[Tensor], LossResult]
 
 
 class DinoLoss(Loss):
@@ -38,20 +44,35 @@ class DinoLoss(Loss):
         seen = [step.student["global"].cls]
         if config.uses_local_crops and "local" in step.student:
             seen.append(step.student["local"].cls)
-        n_samples = seen[0].shape[1]
         crops = torch.cat(seen)  # [global + local crops, B, D]
-        logits = step.project(crops.flatten(0, 1)).view(*crops.shape[:2], -1)
-
         teacher = step.teacher["global"].cls  # [T, B, D]
+        combine = partial(
+            self._combine, n_global=len(seen[0]), local_weight=step.value(config.local_weight)
+        )
+        if config.chunk is not None:
+            return self._chunked(step, crops, teacher, combine, config.chunk)
+        logits = step.project(crops.flatten(0, 1)).view(*crops.shape[:2], -1)
         targets = sinkhorn_knopp(
             step.project_teacher(teacher.flatten(0, 1)),
             step.value(config.teacher_temp),
             config.sinkhorn_iterations,
         ).view(*teacher.shape[:2], -1)
-
         with full_precision(logits):
-            pairs = cross_entropies(logits, targets, config.student_temp) / n_samples
-        return self._combine(pairs, len(seen[0]), step.value(config.local_weight))
+            return combine(cross_entropies(logits, targets, config.student_temp) / crops.shape[1])
+
+    def _chunked(
+        self, step: StepOutputs, crops: Tensor, teacher: Tensor, combine: Combine, chunk: int
+    ) -> LossResult:
+        """The same with ``chunk`` rows of logits at a time."""
+        # The loss is linear in its pairs, so that its gradient anywhere is how much each weighs.
+        with torch.enable_grad():
+            pairs = torch.zeros(len(crops), len(teacher), device=crops.device, requires_grad=True)
+            (weights,) = torch.autograd.grad(combine(pairs).loss, pairs)
+        n_samples = crops.shape[1]
+        each = torch.full((n_samples,), 1 / n_samples, device=crops.device)
+        entropy = ChunkedCrossEntropy(self.config, chunk, weights, each)
+        loss, pairs = entropy(step, crops, teacher)
+        return LossResult(loss, combine(pairs).metrics)
 
     def _combine(self, pairs: Tensor, n_global: int, local_weight: float) -> LossResult:
         """The loss from the mean cross-entropies of (student crop, teacher crop) pairs."""

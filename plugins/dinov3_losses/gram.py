@@ -40,16 +40,17 @@ class GramLoss(Loss):
             anchor = fit_anchor(held_to, student, config.resize_antialias).flatten(0, 1)
             chosen: tuple[Tensor, Tensor] = (patches, anchor)
             if masks is not None and config.tokens != "all":
-                kept = masks.flatten(0, 1) == (config.tokens == "masked")
-                chosen = (patches[kept], anchor[kept])
+                rows = _rows(step, masks, config.tokens == "masked")
+                chosen = (_select(patches, rows), _select(anchor, rows))
             elif not config.image_level:
                 chosen = (patches.flatten(0, 1), anchor.flatten(0, 1))
             loss = self._loss(*chosen)
             metrics = {}
             if masks is not None and config.compute_stats:
-                masked, patches = masks.flatten(0, 1), patches.detach()
-                metrics["masked"] = self._loss(patches[masked], anchor[masked])
-                metrics["unmasked"] = self._loss(patches[~masked], anchor[~masked])
+                patches = patches.detach()
+                for name in ("masked", "unmasked"):
+                    rows = _rows(step, masks, name == "masked")
+                    metrics[name] = self._loss(_select(patches, rows), _select(anchor, rows))
         return LossResult(loss, metrics)
 
     def _loss(self, student: Tensor, anchor: Tensor) -> Tensor:
@@ -60,6 +61,20 @@ class GramLoss(Loss):
             remove_negative=self.config.remove_negative,
             remove_only_teacher_negative=self.config.remove_only_teacher_negative,
         )
+
+
+def _rows(step: StepOutputs, masks: Tensor, masked: bool) -> Tensor:
+    """The masked patches among all of the global crops, or the others: int64, ascending."""
+    rows = step.masked_patches()
+    if masked:
+        return rows
+    # A stable sort puts those that are not masked first, and asks the device for no number.
+    return masks.flatten().argsort(stable=True)[: masks.numel() - len(rows)]
+
+
+def _select(patches: Tensor, rows: Tensor) -> Tensor:
+    """Some of the patches [G * B, P, D]: [M, D]."""
+    return patches.flatten(0, 1).index_select(0, rows)
 
 
 def gram_loss(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dinov3_framework import Loss, LossResult, Projector, StepOutputs, UserError
+from dinov3_losses.chunked import ChunkedCrossEntropy
 from dinov3_losses.configs import IbotConfig
 from dinov3_losses.precision import full_precision
 from dinov3_losses.projector import PrototypeProjector
@@ -38,15 +40,23 @@ class IbotLoss(Loss):
         if masks is None:
             raise UserError("the ibot loss needs masks, and the augmentation made none")
         rows = step.masked_patches()
-        logits = step.project(_select(step.student["global"].patches, rows))
+        student = _select(step.student["global"].patches, rows)
+        teacher = _select(step.teacher["global"].patches, rows)
+        weights = patch_weights(masks, rows)
+        if config.chunk is not None:
+            # The patches are samples of which each network has one crop, so that there is one pair.
+            alone = torch.ones(1, 1, device=weights.device)
+            entropy = ChunkedCrossEntropy(config, config.chunk, alone, weights)
+            return LossResult(entropy(step, student[None], teacher[None])[0])
+        logits = step.project(student)
         targets = sinkhorn_knopp(
-            step.project_teacher(_select(step.teacher["global"].patches, rows)),
+            step.project_teacher(teacher),
             step.value(config.teacher_temp),
             config.sinkhorn_iterations,
         )
         with full_precision(logits):
             losses = -(targets * F.log_softmax(logits.float() / config.student_temp, dim=-1)).sum(1)
-            return LossResult((losses * patch_weights(masks, rows)).sum())
+            return LossResult((losses * weights).sum())
 
 
 def _select(patches: Tensor, rows: Tensor) -> Tensor:

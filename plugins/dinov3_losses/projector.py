@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -74,5 +75,16 @@ class PrototypeProjector(Projector):
         # In float32: the smallest length that is told from 0 would itself be 0 in float16.
         return F.normalize(embedding.float(), dim=-1).to(embedding.dtype)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.last_layer(self._embed(tokens))  # type: ignore[no-any-return]
+    def forward(
+        self, tokens: Tensor, reduce: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Logits [n, K] of tokens [n, D].
+
+        Or else, so that nobody needs to hold as many logits, what ``reduce`` makes of the unit
+        embeddings [n, d] and the prototypes [K, d], of one dtype: it is called in here, because
+        sharded prototypes are whole only as long as this module runs.
+        """
+        unit = self._embed(tokens)
+        if reduce is not None:
+            return reduce(unit, self.last_layer.weight.to(unit.dtype))
+        return self.last_layer(unit)  # type: ignore[no-any-return]

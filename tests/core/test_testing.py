@@ -68,7 +68,9 @@ def test_vision_transformers_pass(installed: Registry, extra: dict[str, Any]) ->
     [
         ("dino", {"head": HEAD}),
         ("dino", {"head": HEAD, "local_weight": 0.0}),
+        ("dino", {"head": HEAD, "chunk": 3}),
         ("ibot", {"head": HEAD}),
+        ("ibot", {"head": HEAD, "chunk": 3}),
         ("koleo", {}),
         ("koleo", {"distributed": True, "topk": 2}),
         ("gram", {}),

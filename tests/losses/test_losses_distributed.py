@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from dinov3_losses.configs import DinoConfig, IbotConfig, KoLeoConfig, ProjectorConfig
 from dinov3_losses.dino import DinoLoss
 from dinov3_losses.ibot import IbotLoss
 from dinov3_losses.koleo import KoLeoLoss
 from dinov3_losses.sinkhorn import sinkhorn_knopp
-from loss_support import features, randn, step
-from torch import Tensor, multiprocessing
+from loss_support import Results, features, randn, results_of, step
+from torch import Tensor
 
 from dinov3_framework import LossResult, UserError
 
@@ -75,13 +73,10 @@ def projected(kind: str, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
     return result.loss.detach(), {n: p.grad for n, p in heads[0].named_parameters()}
 
 
-def work(rank: int, folder: str) -> None:
+def work(rank: int, _: Path) -> Results:
     """All that two processes are needed for, in one go: starting them is what takes time."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
     own = slice(rank * BATCH, (rank + 1) * BATCH)
-    results: dict[str, Any] = {
+    results: Results = {
         name: sinkhorn_knopp(logits().split(sizes)[rank], 0.1) for name, sizes in SPLITS.items()
     }
     results |= {name: koleo(config, own) for name, config in KOLEO.items()}
@@ -90,28 +85,25 @@ def work(rank: int, folder: str) -> None:
         koleo(KoLeoConfig(distributed=True, group_size=6), own)
     except UserError as error:
         results["error"] = str(error)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder: Path = tmp_path_factory.mktemp("processes")
-    multiprocessing.spawn(work, args=(str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    return results_of(work, tmp_path_factory.mktemp("processes"), WORLD)
 
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("name", SPLITS)
-def test_sinkhorn(results: list[dict[str, Any]], name: str) -> None:
+def test_sinkhorn(results: list[Results], name: str) -> None:
     expected = sinkhorn_knopp(logits(), 0.1)
     parts = torch.cat([result[name] for result in results])
     torch.testing.assert_close(parts, expected, rtol=1e-5, atol=1e-7)
 
 
-def gathered(results: list[dict[str, Any]], name: str) -> tuple[Tensor, Tensor]:
+def gathered(results: list[Results], name: str) -> tuple[Tensor, Tensor]:
     """Mean loss, and the gradient that averaging over processes leads to."""
     loss = torch.stack([result[name][0] for result in results]).mean()
     gradient = torch.cat([result[name][1] for result in results], dim=1) / WORLD
@@ -119,7 +111,7 @@ def gathered(results: list[dict[str, Any]], name: str) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["global", "global top 2", "groups of 8"])
-def test_koleo_over_all_processes(results: list[dict[str, Any]], name: str) -> None:
+def test_koleo_over_all_processes(results: list[Results], name: str) -> None:
     config = KoLeoConfig(topk=KOLEO[name].topk)
     expected = koleo(config, slice(None))
     for actual, wanted in zip(gathered(results, name), expected, strict=True):
@@ -127,7 +119,7 @@ def test_koleo_over_all_processes(results: list[dict[str, Any]], name: str) -> N
 
 
 @pytest.mark.parametrize("name", ["local", "groups of 4"])
-def test_koleo_within_groups_of_one_process(results: list[dict[str, Any]], name: str) -> None:
+def test_koleo_within_groups_of_one_process(results: list[Results], name: str) -> None:
     parts = [koleo(KoLeoConfig(), slice(i * BATCH, (i + 1) * BATCH)) for i in range(WORLD)]
     loss, gradient = gathered(results, name)
     torch.testing.assert_close(loss, torch.stack([part[0] for part in parts]).mean())
@@ -136,15 +128,13 @@ def test_koleo_within_groups_of_one_process(results: list[dict[str, Any]], name:
     assert not torch.isclose(loss, everyone), "the data does not tell the two apart"
 
 
-def test_koleo_groups_that_do_not_fit(results: list[dict[str, Any]]) -> None:
+def test_koleo_groups_that_do_not_fit(results: list[Results]) -> None:
     for result in results:
         assert "multiple of the 4 samples of a process and divide the 8 of all 2" in result["error"]
 
 
 @pytest.mark.parametrize("kind", ["dino", "ibot"])
-def test_averaged_gradients_are_those_of_one_process(
-    results: list[dict[str, Any]], kind: str
-) -> None:
+def test_averaged_gradients_are_those_of_one_process(results: list[Results], kind: str) -> None:
     loss, gradients = projected(kind, slice(None))
     parts = [result[kind] for result in results]
     torch.testing.assert_close(sum(part[0] for part in parts) / WORLD, loss)

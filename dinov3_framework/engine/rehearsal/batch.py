@@ -1,0 +1,57 @@
+"""Batches as large as real ones, without images."""
+
+from __future__ import annotations
+
+from attrs import frozen
+from torch import Tensor, empty, int64, uint8
+from torch import bool as torch_bool
+
+from dinov3_framework.contracts import Augmentation
+from dinov3_framework.engine.loader import Batch, Layout
+
+
+@frozen
+class Hidden:
+    """How many patches the masks of a pass hide."""
+
+    mean: float
+    fullest: int  # of the process and pass that has most to do
+
+
+def largest(augmentation: Augmentation) -> Augmentation:
+    """The variant whose crops have most pixels."""
+
+    def pixels(variant: Augmentation) -> int:
+        return sum(view.crops * view.size**2 for view in variant.views.values())
+
+    return max(augmentation.variants(), key=pixels)
+
+
+def hidden_patches(augmentation: Augmentation, layout: Layout, seed: int) -> Hidden | None:
+    """Of the processes and passes of the first step; None without masks."""
+    if not augmentation.makes_masks:
+        return None
+    crops, size = augmentation.views["global"].crops, layout.batch_size
+    total = crops * size
+    masks = augmentation.masks(rows=range(total), total=total, seed=seed, step=0)
+    by_pass = masks.sum(1).view(crops, size // layout.per_pass, layout.per_pass).sum((0, 2))
+    return Hidden(by_pass.double().mean().item(), int(by_pass.max()))
+
+
+def pretended_batch(
+    augmentation: Augmentation, layout: Layout, channels: int, patch_size: int, hidden: int | None
+) -> Batch:
+    """One process's batch of one pass; to be called where tensors have no values."""
+    images = layout.per_pass
+    crops = {
+        name: empty(view.crops, images, channels, view.size, view.size, dtype=uint8)
+        for name, view in augmentation.views.items()
+    }
+    masks: Tensor | None = None
+    masked: Tensor | None = None
+    if hidden is not None:
+        view = augmentation.views["global"]
+        patches = (view.size // patch_size) ** 2
+        masks = empty(view.crops, images, patches, dtype=torch_bool)
+        masked = empty(hidden, dtype=int64)
+    return Batch(crops, masks, (), 0, 0, masked)

@@ -1,0 +1,126 @@
+"""Training steps of two processes with sharded projectors, in chunks and in one piece."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dinov3_losses.sinkhorn import balance, sinkhorn_knopp
+from loss_support import Results, randn, results_of
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dinov3_framework import StepOutputs
+
+WORLD = 2
+ENGINE = Path(__file__).parents[1] / "engine"
+# Some passes of one image a process, so that a process often has no masked patch.
+RECIPE = ("iterations=4", "batch_size=4", "accumulation_steps=2", "losses.dino.weight=0.7")
+RECIPE += ("augmentation.masking.probability=0.25", 'drop=["losses.koleo"]')
+# At first all tokens say nearly the same: gradients would be differences of rounding.
+RECIPE += ("backbone.layerscale_init=0.5",)
+SPREAD = 20
+CHUNKS = ("losses.dino.chunk=3", "losses.ibot.chunk=2")
+RUNS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "chunked": CHUNKS,
+    "plain bf16": ("parallel.param_dtype=bf16",),
+    "chunked bf16": ("parallel.param_dtype=bf16", *CHUNKS),
+}
+STEPS = 2
+# Rows of each process, and how many of them a slice has: the number of slices differs.
+SLICES = {"even": ((5, 5), 2), "uneven": ((3, 7), 2), "nothing on one": ((0, 10), 4)}
+
+
+def logits() -> Tensor:
+    """Far apart, so that no process can do with its own largest."""
+    values = randn(10, 12) / 0.1
+    values[:4] += 400
+    return values
+
+
+def train(folder: Path, *overrides: str) -> Results:
+    """Figures of some steps of the real trainer, and this process's gradients in the first."""
+    from trainer_support import pretrain, steps
+
+    task = pretrain(*RECIPE, *overrides)
+    trainer = task._trainer(task._parts(), task._dataset(), folder, torch.device("cpu"))
+    for network in (trainer.networks.student, trainer.networks.teacher):
+        for name, parameter in network.named_parameters():
+            if name.endswith("weight") and "_head." in name:
+                parameter.data.mul_(SPREAD)
+    gradients: list[dict[str, Tensor]] = []
+    masked: list[int] = []
+    optimizer_step = trainer.optimizer.step
+
+    def record_and_step() -> None:
+        found = {n: p.grad for n, p in trainer.networks.student.named_parameters()}
+        assert all(isinstance(gradient, DTensor) for gradient in found.values())
+        gradients.append({n: gradient.to_local().clone() for n, gradient in found.items()})
+        optimizer_step()
+
+    def count(_: Any, inputs: tuple[StepOutputs]) -> None:
+        masked.append(len(inputs[0].masked_patches()))
+
+    trainer.optimizer.step = record_and_step  # type: ignore[method-assign]
+    trainer.objective.losses["ibot"].register_forward_pre_hook(count)
+    return {"figures": steps(trainer, STEPS), "gradients": gradients[0], "masked": masked}
+
+
+def work(rank: int, folder: Path) -> Results:
+    sys.path.insert(0, str(ENGINE))
+    found: Results = {name: train(folder, *overrides) for name, overrides in RUNS.items()}
+    for name, (sizes, rows) in SLICES.items():
+        own = logits().split(sizes)[rank]
+        slices = [part for part in own.split(rows) if len(part)]
+        balanced = balance(lambda: (part.clone() for part in slices), 12, own.device)  # noqa: B023
+        found[name] = balanced.assign(own.clone())
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    return results_of(work, tmp_path_factory.mktemp("training"), WORLD)
+
+
+pytestmark = pytest.mark.slow
+
+
+def test_some_process_had_no_masked_patch(results: list[Results]) -> None:
+    counts = [result["chunked"]["masked"] for result in results]
+    assert any((a == 0) != (b == 0) for a, b in zip(*counts, strict=True)), counts
+
+
+def test_chunks_change_nothing(results: list[Results]) -> None:
+    for result in results:
+        plain, chunked = result["plain"], result["chunked"]
+        for expected, found in zip(plain["figures"], chunked["figures"], strict=True):
+            assert {"loss", "dino", "ibot", "dino/global", "dino/local"} < expected.keys()
+            assert found == pytest.approx(expected, rel=1e-5)
+        assert plain["gradients"].keys() == chunked["gradients"].keys()
+        for name, wanted in plain["gradients"].items():
+            distance = (chunked["gradients"][name] - wanted).norm()
+            # Further from the losses, sums over patches nearly cancel.
+            limit = 1e-5 if "_head." in name else 1e-4
+            assert distance <= limit * wanted.norm(), name
+
+
+def test_chunks_change_little_in_bfloat16(results: list[Results]) -> None:
+    for result in results:
+        plain, chunked = result["plain bf16"], result["chunked bf16"]
+        for expected, found in zip(plain["figures"], chunked["figures"], strict=True):
+            assert found == pytest.approx(expected, rel=0.01)
+        assert plain["figures"][0]["loss"] != result["plain"]["figures"][0]["loss"]
+        for name, wanted in plain["gradients"].items():
+            assert chunked["gradients"][name].dtype == wanted.dtype == torch.float32
+            distance = (chunked["gradients"][name] - wanted).norm()
+            assert distance <= 0.03 * wanted.norm(), name
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_sinkhorn(results: list[Results], name: str) -> None:
+    parts = torch.cat([result[name] for result in results])
+    torch.testing.assert_close(parts, sinkhorn_knopp(logits(), 1.0), rtol=1e-4, atol=1e-7)
