@@ -131,7 +131,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 7, 1000])
+@pytest.mark.parametrize("chunk", [5, 64, 500, 1000])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_chunks_change_nothing(variant: str, chunk: int) -> None:
     trial = VARIANTS[variant]
