@@ -112,16 +112,19 @@ def test_chunks_change_nothing(results: list[Results]) -> None:
             assert distance <= limit * wanted.norm(), name
 
 
-def test_chunks_change_little_in_bfloat16(results: list[Results]) -> None:
+def test_bfloat16_is_rounded_little_more(results: list[Results]) -> None:
     for result in results:
-        plain, chunked = result["plain bf16"], result["chunked bf16"]
+        exact, plain, chunked = (result[name] for name in ("plain", "plain bf16", "chunked bf16"))
+        assert plain["figures"][0]["loss"] != exact["figures"][0]["loss"]
         for expected, found in zip(plain["figures"], chunked["figures"], strict=True):
-            assert found == pytest.approx(expected, rel=0.01)
-        assert plain["figures"][0]["loss"] != result["plain"]["figures"][0]["loss"]
-        for name, wanted in plain["gradients"].items():
-            assert chunked["gradients"][name].dtype == wanted.dtype == torch.float32
-            distance = (chunked["gradients"][name] - wanted).norm()
-            assert distance <= 0.03 * wanted.norm(), name
+            for name in ("loss", "dino", "ibot", "dino/global", "dino/local"):
+                assert found[name] == pytest.approx(expected[name], rel=0.001), name
+        for name, right in exact["gradients"].items():
+            wanted, found = plain["gradients"][name], chunked["gradients"][name]
+            assert found.dtype == wanted.dtype == torch.float32
+            # Both are some way off, where sums nearly cancel each in its own direction.
+            limit = 1.5 * (wanted - right).norm() + 0.01 * right.norm()
+            assert (found - right).norm() <= limit, name
 
 
 @pytest.mark.parametrize("name", ROWS)
