@@ -72,8 +72,10 @@ class Gradients:
         if self.embeddings is not None:
             self.embeddings.mul_(factor)
         if self.prototypes is not None:
-            for some in self.slices:  # what a type of few bits needs in float32 is no larger
-                self.prototypes[some].mul_(factor.view(1, 1))  # without dimensions, it is rounded
+            # In float32, of which there may be a copy. A factor without dimensions would count as
+            # one of the prototypes' type, and be rounded to it.
+            for some in self.slices:
+                self.prototypes[some].mul_(factor.view(1, 1))
 
 
 @frozen
