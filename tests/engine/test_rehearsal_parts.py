@@ -29,6 +29,7 @@ from dinov3_framework.engine.rehearsal.tally import Message, Product, Tally
 from dinov3_framework.engine.rehearsal.watch import Watch
 
 GIB = 2**30
+BF16 = "parallel.param_dtype=bf16"
 
 
 def floats(count: int) -> torch.Tensor:
@@ -201,6 +202,8 @@ def test_what_does_not_fit_gets_advice(found: Findings) -> None:
     assert "fits, " in verdicts["H200 SXM 141 GB"]
     advice = dict(report["what would help"])
     assert advice == {
+        'parallel.checkpointing = "full"': "about 80.0 GiB less",
+        'parallel.checkpointing = "selective"': "about 40.0 GiB less",
         "twice the accumulation_steps": "about 48.0 GiB less",
         'parallel.param_dtype = "bf16"': "about 50.0 GiB less",
         "twice the processes, for the same batch_size": "about 51.0 GiB less",
@@ -209,12 +212,14 @@ def test_what_does_not_fit_gets_advice(found: Findings) -> None:
 
 
 def test_only_what_can_be_had_is_advised(found: Findings) -> None:
-    config = pretrain("parallel.param_dtype=bf16").config
+    config = pretrain(BF16, "parallel.checkpointing=full").config
     single = evolve(found.layout, batch_size=1)
     crowded = evolve(large(found, MOMENTS=100, ACTIVATIONS=1), layout=single)
     assert [what for what, _ in helpful(config, crowded)] == [
         "twice the processes, for the same batch_size"
     ]
+    several = pretrain(BF16, "parallel.checkpointing=full", "parallel.replicas=2").config
+    assert dict(helpful(several, crowded))["half of parallel.replicas"] == 50 * GIB
 
 
 def test_accelerators_are_found_by_name() -> None:
