@@ -18,8 +18,10 @@ from trainer_support import pretrain, steps, trainer
 
 from dinov3_framework import LossResult, StepOutputs, UserError
 from dinov3_framework.engine.rehearsal.batch import hidden_patches
+from dinov3_framework.engine.rehearsal.findings import Findings
 from dinov3_framework.engine.rehearsal.memory import Kind
-from dinov3_framework.engine.rehearsal.step import Findings, rehearse
+from dinov3_framework.engine.rehearsal.stage import Seat
+from dinov3_framework.engine.rehearsal.step import rehearse
 
 NO_MASKS = ('drop=["losses.ibot"]', "augmentation.masking.probability=0.0")
 GRAM = ("losses.gram.use=gram", "augmentation.anchor_size=28")
@@ -29,7 +31,7 @@ BF16 = "parallel.param_dtype=bf16"
 @cache
 def rehearsed(*overrides: str, world: int = 1) -> Findings:
     task = pretrain(*overrides)
-    return rehearse(task.config, task._parts(), world, granularity=1)
+    return rehearse(task.config, task._parts(), Seat(world), granularity=1)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +111,10 @@ def test_what_there_is_between_steps(alone: Findings) -> None:
     count = sum(parameter.numel() for parameter in student.parameters())
     buffers = sum(b.numel() * b.element_size() for b in student.buffers())
     tensors = len(list(student.parameters()))
-    assert alone.parameters == {"student": (count, count), "teacher": (count, count)}
+    assert alone.parameters == {
+        Kind.STUDENT: (count, count),
+        Kind.TEACHER: (count, count),
+    }
     rest = alone.rest.bytes
     assert rest[Kind.STUDENT] == rest[Kind.TEACHER] == 4 * count + buffers
     assert rest[Kind.MOMENTS] == 8 * count + 4 * tensors  # and a step counter each
@@ -119,8 +124,8 @@ def test_what_there_is_between_steps(alone: Findings) -> None:
 
 
 def test_shards(alone: Findings, of_two: Findings) -> None:
-    whole, held = of_two.parameters["student"]
-    assert whole == alone.parameters["student"][0]
+    whole, held = of_two.parameters[Kind.STUDENT]
+    assert whole == alone.parameters[Kind.STUDENT][0]
     assert whole / 2 <= held < 0.52 * whole
     for kind in (Kind.STUDENT, Kind.TEACHER, Kind.MOMENTS):
         assert of_two.rest.bytes[kind] < 0.6 * alone.rest.bytes[kind]
@@ -130,7 +135,7 @@ def test_gradients_of_a_unit_are_whole_before_they_are_reduced() -> None:
     # A head so wide that it decides where the peak is.
     wide = ("losses.dino.head.hidden_dim=2000", 'drop=["losses.ibot", "losses.koleo"]')
     found = rehearsed(BF16, *wide, world=8)
-    whole, held = found.parameters["student"]
+    whole, held = found.parameters[Kind.STUDENT]
     assert found.peak.when.startswith("backward")
     # In bf16 as they come and in float32 as they are reduced.
     assert found.peak.bytes[Kind.TEMPORARY] == pytest.approx((2 + 4) * whole, rel=0.03)
@@ -139,7 +144,7 @@ def test_gradients_of_a_unit_are_whole_before_they_are_reduced() -> None:
 
 def test_an_allocators_blocks() -> None:
     task = pretrain()
-    rough = rehearse(task.config, task._parts(), 1, granularity=512)
+    rough = rehearse(task.config, task._parts(), Seat(1), granularity=512)
     exact = rehearsed()
     assert exact.rest.total < rough.rest.total
     assert all(size % 512 == 0 for size in rough.peak.bytes.values())
@@ -148,7 +153,7 @@ def test_an_allocators_blocks() -> None:
 def test_anchors_have_memory_of_their_own() -> None:
     found = rehearsed(*GRAM)
     backbone = parameters_of("backbone")
-    assert found.parameters["anchors"] == (backbone, backbone)
+    assert found.parameters[Kind.ANCHORS] == (backbone, backbone)
     assert found.rest.bytes[Kind.ANCHORS] > 4 * backbone
     assert found.tokens.anchors == 2 * (16 + 2)
 
@@ -180,7 +185,7 @@ def test_messages(of_two: Findings) -> None:
         for message, count in of_two.tally.messages.items()
         if message.name == "reduce_scatter"
     )
-    whole, _ = of_two.parameters["student"]
+    whole, _ = of_two.parameters[Kind.STUDENT]
     assert 4 * whole <= reduced < 4.1 * whole  # float32, and padding of what is odd
 
 
@@ -233,7 +238,7 @@ def test_a_loss_that_asks_for_values_is_left_out() -> None:
         return LossResult(cls[cls > 0].sum())
 
     parts.losses["koleo"].forward = forward  # type: ignore[method-assign]
-    found = rehearse(task.config, parts, 1)
+    found = rehearse(task.config, parts, Seat(1))
     assert found.left_out.keys() == {"koleo"}
     assert "nonzero" in found.left_out["koleo"]
     assert 0 < sum(found.tally.flops().values()) <= sum(plain.tally.flops().values())
@@ -254,7 +259,7 @@ def test_a_backbone_that_asks_for_values_cannot_be_rehearsed(
     with pytest.raises(
         UserError, match=r"cannot be rehearsed: outside the losses, .*_local_scalar"
     ):
-        rehearse(task.config, task._parts(), 1)
+        rehearse(task.config, task._parts(), Seat(1))
     assert not dist.is_initialized()
 
 
@@ -263,7 +268,7 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     """A real run in the same process goes as if there had been no rehearsal."""
     resize = torch.UntypedStorage.resize_
     task = pretrain(BF16)
-    rehearse(task.config, task._parts(), 1)
+    rehearse(task.config, task._parts(), Seat(1))
     assert not dist.is_initialized()
     assert torch.UntypedStorage.resize_ is resize
     with trainer(tmp_path / "after", BF16) as ours:

@@ -21,10 +21,12 @@ from dinov3_framework.engine.rehearsal.estimate import (
     message_time,
     needed,
 )
+from dinov3_framework.engine.rehearsal.findings import Findings
 from dinov3_framework.engine.rehearsal.knobs import helpful
 from dinov3_framework.engine.rehearsal.memory import Kind, Ledger, Moment
 from dinov3_framework.engine.rehearsal.report import sections
-from dinov3_framework.engine.rehearsal.step import Findings, rehearse
+from dinov3_framework.engine.rehearsal.stage import Seat
+from dinov3_framework.engine.rehearsal.step import rehearse
 from dinov3_framework.engine.rehearsal.tally import Message, Product, Tally
 from dinov3_framework.engine.rehearsal.watch import Watch
 
@@ -185,17 +187,18 @@ def test_which_messages_can_hide() -> None:
 @pytest.fixture(scope="module")
 def found() -> Findings:
     task = pretrain()
-    return rehearse(task.config, task._parts(), 1)
+    return rehearse(task.config, task._parts(), Seat(1))
 
 
 def large(found: Findings, **gib: float) -> Findings:
     bytes_ = dict.fromkeys(Kind, 0) | {Kind[kind]: int(size * GIB) for kind, size in gib.items()}
-    return evolve(found, peak=Moment(bytes_, "forward"))
+    (one,) = found.resolutions
+    return evolve(found, resolutions=[evolve(one, peak=Moment(bytes_, "forward"))])
 
 
 def test_what_does_not_fit_gets_advice(found: Findings) -> None:
     config = pretrain().config
-    report = sections(config, large(found, ACTIVATIONS=100, STUDENT=2), ACCELERATORS["h100"])
+    report = sections(config, large(found, ACTIVATIONS=100, STUDENT=2), ACCELERATORS["h100"], [])
     verdicts = dict(report["memory needed"])
     wanted = needed(102 * GIB)
     assert f"{wanted:.1f} of 79.1 GiB: does NOT fit" in verdicts["H100 SXM 80 GB"]
@@ -208,7 +211,7 @@ def test_what_does_not_fit_gets_advice(found: Findings) -> None:
         'parallel.param_dtype = "bf16"': "about 50.0 GiB less",
         "twice the processes, for the same batch_size": "about 51.0 GiB less",
     }
-    assert sections(config, found, ACCELERATORS["h100"])["what would help"] == []
+    assert sections(config, found, ACCELERATORS["h100"], [])["what would help"] == []
 
 
 def test_only_what_can_be_had_is_advised(found: Findings) -> None:
