@@ -12,14 +12,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from attrs import evolve
 from dinov3_vit.transformer import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from trainer_support import pretrain, steps, trainer
 
-from dinov3_framework import LossResult, StepOutputs, UserError
+from dinov3_framework import LossResult, RecipeError, StepOutputs, UserError
+from dinov3_framework.engine.rehearsal.accelerators import ACCELERATORS
 from dinov3_framework.engine.rehearsal.batch import hidden_patches
+from dinov3_framework.engine.rehearsal.estimate import estimate
 from dinov3_framework.engine.rehearsal.findings import Findings
 from dinov3_framework.engine.rehearsal.memory import Kind
+from dinov3_framework.engine.rehearsal.report import sections
 from dinov3_framework.engine.rehearsal.stage import Seat
 from dinov3_framework.engine.rehearsal.step import rehearse
 
@@ -226,6 +230,70 @@ def test_without_masks() -> None:
     assert found.hidden is None
     parts = pretrain(*NO_MASKS)._parts()
     assert hidden_patches(parts.augmentation, found.layout, 0) is None
+
+
+# --------------------------------------------------------------------------- resolutions
+SMALL = "{ratio=0.75, global_size=28, local_size=14}"
+LARGE = "{ratio=0.25, global_size=56, local_size=14}"
+
+
+def test_each_resolution_is_rehearsed() -> None:
+    sizes = 'drop=["augmentation.global_size"]'
+    both = rehearsed(sizes, f"augmentation.resolutions=[{SMALL}, {LARGE}]")
+    alone = {size: rehearsed(f"augmentation.global_size={size}") for size in (28, 56)}
+    assert [one.share for one in both.resolutions] == [0.75, 0.25]
+    for one, size in zip(both.resolutions, (28, 56), strict=True):
+        assert one.views["global"].size == size
+        assert one.tokens == alone[size].tokens
+        assert one.tally == alone[size].tally
+        # The tables of RoPE of a resolution are still there in the next one.
+        assert one.peak.total == pytest.approx(alone[size].peak.total, rel=0.01)
+    assert both.peak == both.resolutions[1].peak
+    flops = [sum(alone[size].tally.flops().values()) for size in (28, 56)]
+    assert both.flops == 0.75 * flops[0] + 0.25 * flops[1]
+
+
+def test_times_are_means_by_share() -> None:
+    config = pretrain().config
+    both = rehearsed(
+        'drop=["augmentation.global_size"]', f"augmentation.resolutions=[{SMALL}, {LARGE}]"
+    )
+    h100 = ACCELERATORS["h100"]
+    slow = evolve(h100, products=dict.fromkeys(h100.products, 1e9))
+    steps = [estimate(one.tally, slow).step for one in both.resolutions]
+    mean = 0.75 * steps[0] + 0.25 * steps[1]
+    assert steps[0] != steps[1]
+    told = sections(config, both, slow, [])
+    assert dict(told["estimated on H100 SXM 80 GB"])["step"].startswith(f"{mean * 1e3:.1f} ms")
+    assert [label for label, _ in told["resolutions"]] == [
+        "global 28, local 14",
+        "global 56, local 14",
+        "of these",
+    ]
+
+
+def test_an_anchor_that_begins_later_is_there() -> None:
+    assert rehearsed(*GRAM, "losses.gram.anchor.start=3").tally == rehearsed(*GRAM).tally
+
+
+# --------------------------------------------------------------------------- float8
+def test_products_in_float8() -> None:
+    """Forward, and the gradients of tokens; those of weights stay in bfloat16."""
+    whole = "backbone.drop_path_rate=0.0"  # all images pass all blocks
+    fp8, plain = rehearsed(BF16, whole, "parallel.fp8=on"), rehearsed(BF16, whole)
+    assert sum(fp8.tally.flops().values()) == sum(plain.tally.flops().values())
+    layers = sum(
+        parameter.numel()
+        for name, parameter in pretrain()._parts().blueprint.backbone.named_parameters()
+        if name.startswith("blocks.") and parameter.ndim == 2
+    )
+    tokens = 12 * (2 * plain.tokens.student + plain.tokens.teacher)
+    assert fp8.tally.flops()["fp8"] == 2 * layers * tokens
+
+
+def test_widths_that_float8_cannot_multiply() -> None:
+    with pytest.raises(RecipeError, match="no multiples of 16"):
+        pretrain(BF16, "parallel.fp8=on", "backbone.embed_dim=24").rehearse(1, "h100")
 
 
 # --------------------------------------------------------------------------- what cannot be

@@ -50,7 +50,7 @@ def sections(
         "rehearsal": [
             ("processes", processes(world)),
             ("images per step", f"{config.batch_size:,} = {split(findings.layout)}"),
-            *what(findings),
+            *what(config, findings),
         ],
         **({"teacher": teacher} if teacher else {}),
         **counted(config, findings, spent),
@@ -73,11 +73,18 @@ def split(layout: Layout) -> str:
     return f"{layout.world_size:,} x {layout.accumulation_steps} passes x {layout.per_pass}"
 
 
-def what(findings: Findings) -> Iterator[tuple[str, str]]:
+def what(config: TrainingConfig, findings: Findings) -> Iterator[tuple[str, str]]:
     """What is special about the process and the step."""
     if findings.hidden is not None:
         masked = f"{findings.hidden.fullest:,} in the fullest pass of all processes, as here"
         yield "masked patches", f"{masked}; {findings.hidden.mean:,.0f} on average"
+    if config.parallel.compile:
+        yield (
+            "compile",
+            "not rehearsed: operations are counted one by one, as if nothing were fused",
+        )
+    elif config.parallel.fp8 != "off":
+        yield "fp8", "rounding is counted as operations of its own, which compile = true would fuse"
     for loss, reason in findings.left_out.items():
         yield "left out", f"losses.{loss}: {reason}; what it takes is not in the figures"
 

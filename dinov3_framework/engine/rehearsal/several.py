@@ -92,7 +92,7 @@ def _sections(
     }
     for name, findings in found.items():
         own = {
-            "step": list(report.what(findings)),
+            "step": list(report.what(configs[name], findings)),
             **report.counted(configs[name], findings, spent[name]),
             f"estimated on {accelerator.title}": [
                 *report.times(findings, spent[name]),

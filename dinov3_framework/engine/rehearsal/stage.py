@@ -11,6 +11,7 @@ import torch.distributed as dist
 from attrs import frozen
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import debug
 
 # Registers the "fake" backend: collectives of any number of processes that do nothing.
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -74,6 +75,7 @@ def pretended(seat: Seat) -> Iterator[FakeTensorMode]:
     Tensors made under the mode that it yields have shapes and no values. What was made before,
     such as a loss's buffers, may be used under it and is not changed.
     """
+    _forget_meshes()
     dist.init_process_group("fake", store=FakeStore(), rank=seat.rank, world_size=seat.world_size)
     try:
         groups = subgroups([list(span) for span in seat.spans], timeout=60)
@@ -82,4 +84,13 @@ def pretended(seat: Seat) -> Iterator[FakeTensorMode]:
             yield FakeTensorMode(allow_non_fake_inputs=True)
     finally:
         dist.destroy_process_group()
+        _forget_meshes()
         gc.collect()  # networks refer to themselves in circles
+
+
+def _forget_meshes() -> None:
+    """What sharded operations give is remembered with its mesh, whose groups may be gone.
+
+    Meshes of the same ranks count as equal, so that another process group would be led to those.
+    """
+    debug._clear_sharding_prop_cache()
