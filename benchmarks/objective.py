@@ -1,4 +1,4 @@
-"""Memory and time of DINO and iBOT over many prototypes: in chunks of rows, beside in one piece.
+"""Memory and time of DINO and iBOT over many prototypes: some at a time, beside in one piece.
 
 A row of the table is one forward and backward pass of a loss with the projectors of student and
 teacher, each way in fresh processes of one thread that take turns. ``rows`` are the student's:
@@ -173,13 +173,13 @@ def lines(row: Row, chunks: Sequence[int], rounds: int, passes: int) -> Iterator
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure DINO and iBOT in chunks of rows.")
+    parser = argparse.ArgumentParser(description="Measure DINO and iBOT in chunks.")
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--rows", nargs="+", type=int, default=[320], help="multiples of 10")
     parser.add_argument("--prototypes", nargs="+", type=int, default=[65_536, 262_144])
     parser.add_argument("--bottlenecks", nargs="+", type=int, default=[256])
-    parser.add_argument("--chunks", nargs="+", type=int, default=[32, 128])
+    parser.add_argument("--chunks", nargs="+", type=int, default=[1024, 4096])
     parser.add_argument("--rounds", type=int, default=1, help="processes of each way")
     parser.add_argument("--passes", type=int, default=2, help="timed passes of a process")
     options = parser.parse_args()

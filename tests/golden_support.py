@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinov3_framework import Constant, Cosine, Registry, Schedule, WarmupCosine
+from dinov3_framework import Registry, Schedule
 from dinov3_framework.engine.optimizer import lr_factor
+from dinov3_framework.engine.settings import momentum, of_student
 from dinov3_framework.recipe import compose
 from dinov3_framework.structure import structure_recipe
 
@@ -130,79 +131,49 @@ class Schedules:
     momentum: Schedule
     teacher_temp: Schedule
     freeze: int
+    iterations: int
 
-    def at(self, iteration: int, total: int) -> dict[str, float]:
+    def at(self, iteration: int) -> dict[str, float]:
         names = ("lr", "wd", "momentum", "teacher_temp")
-        values = {name: getattr(self, name).at(iteration, total) for name in names}
+        values = {name: getattr(self, name).at(iteration, self.iterations) for name in names}
         values["last_layer_lr"] = 0.0 if iteration < self.freeze else values["lr"]
         return values
 
 
-def of_recipe(name: str) -> Schedules:
-    """The schedules that a recipe of this project gives the engine."""
+def of_recipe(name: str, *, batch_size: int, student: str | None = None) -> Schedules:
+    """The schedules that a recipe of this project gives the engine, for a batch of any size.
+
+    ``student`` says which, where there are several.
+    """
     config: Any = structure_recipe(Registry.load(), compose(RECIPES / f"{name}.toml"))
+    if student is not None:
+        config = of_student(config, student, None)
     optimizer, losses = config.optimizer, config.losses
     assert losses["ibot"].teacher_temp == losses["dino"].teacher_temp
     return Schedules(
-        lr=optimizer.lr.scaled(lr_factor(optimizer, config.batch_size)),
+        lr=optimizer.lr.scaled(lr_factor(optimizer, batch_size)),
         wd=optimizer.weight_decay,
-        momentum=config.teacher.momentum,
+        momentum=momentum(config),
         teacher_temp=losses["dino"].teacher_temp,
         freeze=optimizer.freeze_last_layer,
+        iterations=config.iterations,
     )
 
 
-def constant(value: float) -> Constant:
-    return Constant(value=value)
-
-
-def scale_of(batch: int) -> float:
-    """The square-root rule that the published learning rates are given for."""
-    return 4 * math.sqrt(batch / 1024)
-
-
-def _dinov2_style(*, batch: int) -> Schedules:
-    """100 epochs of 1250 iterations in the style of DINOv2's recipes."""
-    warm = 30 * 1250
-    return Schedules(
-        lr=WarmupCosine(start=0.0, peak=1e-3, end=1e-6, warmup=12_500).scaled(scale_of(batch)),
-        wd=WarmupCosine(peak=0.04, end=0.4),
-        momentum=WarmupCosine(peak=0.992, end=1.0),
-        teacher_temp=WarmupCosine(start=0.04, peak=0.07, end=0.07, warmup=warm, span=warm),
-        freeze=1250,
-    )
-
+# Most golden figures are for so many processes, each with the batch that its published file says
+# or else 64, whatever the batch of the recipe is.
+WORLD = 256
 
 PUBLISHED: Mapping[str, Schedules] = {
-    "dinov3_vit7b16_pretrain": of_recipe("vit7b_pretrain"),
-    "dinov3_vit7b16_gram_anchor": Schedules(
-        lr=Cosine(start=0.0, peak=3e-5, end=3e-5, warmup=100_000).scaled(scale_of(16 * 256)),
-        wd=constant(0.04),
-        momentum=constant(0.999),
-        teacher_temp=Cosine(start=0.04, peak=0.07, end=0.07, warmup=100_000),
-        freeze=5_000,
+    "dinov3_vit7b16_pretrain": of_recipe("vit7b_pretrain", batch_size=16 * WORLD),
+    "dinov3_vit7b16_gram_anchor": of_recipe("vit7b_gram_anchor", batch_size=16 * WORLD),
+    "dinov3_vit7b16_high_res_adapt": of_recipe("vit7b_high_res_adapt", batch_size=8 * WORLD),
+    "vitl_im1k_lin834": of_recipe("vitl_im1k", batch_size=64 * 32),
+    "dinov3_vitl16_lvd1689m_distilled": of_recipe(
+        "lvd1689m_distill", batch_size=3 * WORLD, student="vitl"
     ),
-    "dinov3_vit7b16_high_res_adapt": Schedules(
-        lr=Cosine(start=0.0, peak=0.0, end=1.25e-5, cosine=10_000).scaled(scale_of(8 * 256)),
-        wd=constant(0.04),
-        momentum=constant(0.999),
-        teacher_temp=constant(0.07),
-        freeze=0,
+    "distillation_convnext__convnext_tiny_p16": of_recipe(
+        "convnext_distill", batch_size=64 * WORLD, student="tiny"
     ),
-    "vitl_im1k_lin834": of_recipe("vitl_im1k"),
-    "dinov3_vitl16_lvd1689m_distilled": Schedules(
-        lr=Cosine(start=0.0, peak=0.0, end=5e-5, cosine=12_500).scaled(scale_of(3 * 256)),
-        wd=constant(0.04),
-        momentum=Cosine(start=0.994, peak=0.994, end=1.0),
-        teacher_temp=constant(0.07),
-        freeze=0,
-    ),
-    "distillation_convnext__convnext_tiny_p16": Schedules(
-        lr=Cosine(start=1e-6, peak=2e-4, end=1e-6, warmup=100_000).scaled(scale_of(64 * 256)),
-        wd=Cosine(start=0.04, peak=0.2, end=0.2, warmup=625_000),
-        momentum=Cosine(start=0.994, peak=1.0, end=1.0, warmup=625_000),
-        teacher_temp=Cosine(start=0.04, peak=0.07, end=0.07, warmup=150_000),
-        freeze=1250,
-    ),
-    "multidist_tests__vits_p16": _dinov2_style(batch=64 * 256),
+    "multidist_tests__vits_p16": of_recipe("im1k_distill", batch_size=64 * WORLD, student="vits"),
 }

@@ -138,9 +138,6 @@ class SideStudent(Distill):
         self._name, self._spans = name, spans
         self._peers = SideBySide(name)
 
-    def _say_goodbye(self, results: Mapping[str, Any], output_dir: Path, export: Path) -> None:
-        """Nothing: it is said once, for all."""
-
     def _load_dataset(self) -> Dataset:
         with collectives.within(None):
             return super()._load_dataset()

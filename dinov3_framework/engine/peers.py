@@ -22,6 +22,8 @@ T = TypeVar("T")
 class Alone:
     """A run without others beside it."""
 
+    is_alone = True
+
     def next(self, items: Iterator[T]) -> T:
         """This process's next item; if anybody gets none, all end here and nobody waits."""
         try:
@@ -49,6 +51,8 @@ class Alone:
 @frozen
 class SideBySide(Alone):
     """One of several runs; all of them take every step together."""
+
+    is_alone = False
 
     name: str  # of this run
 

@@ -21,12 +21,12 @@ from dinov3_framework.contracts import Augmentation, Dataset, Report, Task
 from dinov3_framework.engine.agreement import RankFailure, from_main, together
 from dinov3_framework.engine.checkpoint import CheckpointStore
 from dinov3_framework.engine.clock import StepClock
-from dinov3_framework.engine.console import print_table
 from dinov3_framework.engine.distributed import pick_device
+from dinov3_framework.engine.finishing import export_average, say_goodbye
 from dinov3_framework.engine.frozen import FrozenTeacher, memory_of, published_as
-from dinov3_framework.engine.gathered_export import export_gathered
 from dinov3_framework.engine.init_from import open_weights
 from dinov3_framework.engine.loader import BatchMaker, Layout
+from dinov3_framework.engine.needed_weights import no_such_weights, weights_of
 from dinov3_framework.engine.networks import Blueprint, Networks
 from dinov3_framework.engine.objective import Objective
 from dinov3_framework.engine.opening import exists
@@ -42,7 +42,6 @@ from dinov3_framework.engine.teaching import Teaching
 from dinov3_framework.engine.trainer import Trainer
 from dinov3_framework.errors import DataError, Problem, RecipeError, UserError
 from dinov3_framework.registry import Registry
-from dinov3_framework.weights.info import BackboneInfo
 
 if TYPE_CHECKING:
     from dinov3_framework.engine.rehearsal.findings import Findings
@@ -110,7 +109,7 @@ class TrainingTask(Task):
             missing.append(str(error))
             dataset = None
         missing += [
-            self._no_such(key, path)
+            no_such_weights(key, path, self.registry)
             for key, path in self._weights_read().items()
             if not exists(path, self.registry)
         ]
@@ -160,13 +159,7 @@ class TrainingTask(Task):
 
     def _weights(self) -> dict[str, str]:
         """Everything that a new run reads before its first step, by key of the recipe."""
-        config = self.config
-        found = {} if config.init_from is None else {"init_from.weights": config.init_from.weights}
-        for name, loss in config.losses.items():
-            anchor = self.registry.build(loss).anchor()
-            if anchor is not None and anchor.config.weights is not None:
-                found[f"losses.{name}.anchor.weights"] = anchor.config.weights
-        return found
+        return weights_of(self.config, self.registry)
 
     def _weights_read(self) -> dict[str, str]:
         """Those of :meth:`_weights` that this run reads; a run that is on needs none again."""
@@ -175,12 +168,6 @@ class TrainingTask(Task):
     def _unseen_weights(self) -> dict[str, str]:
         """Those of which nothing can be told here."""
         return {key: path for key, path in self._weights_read().items() if not self._exists(path)}
-
-    def _no_such(self, key: str, path: str) -> str:
-        published = ", ".join(sorted(self.registry.published))
-        return f"{key}: there is no {path}" + (
-            f"\n    published names: {published}" if published else ""
-        )
 
     def _exists(self, source: str) -> bool:
         """Whether it can be told what weights are."""
@@ -402,11 +389,8 @@ class TrainingTask(Task):
         augmentation: Augmentation,
         provenance: Mapping[str, str],
     ) -> None:
-        """Write the teacher's backbone as a file of its own."""
-        component, values = self.registry.values_of(resolved_backbone(self.config))
-        size = augmentation.views["global"].size
-        info = BackboneInfo(component, values, self.config.images, size, provenance)
-        export_gathered(path, networks.teacher["backbone"], info)
+        """Write the moving average's backbone as a file of its own."""
+        export_average(path, self.config, self.registry, networks, augmentation, provenance)
 
     def _finish(self, trainer: Trainer, started: float) -> None:
         """Export the teacher, let the observers conclude, and complete the run."""
@@ -430,19 +414,5 @@ class TrainingTask(Task):
             results |= observer.on_end(run) or {}
         if run.is_main:
             write_results(run.output_dir, results)
-            self._say_goodbye(results, run.output_dir, export)
-
-    def _say_goodbye(self, results: Mapping[str, Any], output_dir: Path, export: Path) -> None:
-        for name, value in results.items():
-            if isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
-                print_table(name, value)
-        print(f"\nDone. Everything is in {output_dir}:")
-        for entry in sorted(output_dir.iterdir()):
-            if not entry.name.startswith("."):
-                print(f"  {entry.name}{'/' if entry.is_dir() else ''}")
-        print(
-            "\nUse the backbone from Python:\n\n"
-            "  from dinov3_framework import load_backbone\n"
-            f'  backbone = load_backbone("{export}")\n'
-            '  features = backbone.features("an image.png")  # [1, D] class token\n'
-        )
+            if self._peers.is_alone:
+                say_goodbye(results, run.output_dir, export)

@@ -19,7 +19,12 @@ _KNOWN = {
     "weight_decay": ("Weight decay", ""),
     "momentum": ("Teacher momentum", ""),
     "images_per_second": ("Throughput", "images/s"),
-    "data_wait": ("Wait for data", "s per iteration"),
+    "data_wait": ("Time of an iteration", "s"),
+    "time/teacher": ("Time of an iteration", "s"),
+    "time/student": ("Time of an iteration", "s"),
+    "time/loss": ("Time of an iteration", "s"),
+    "time/backward": ("Time of an iteration", "s"),
+    "time/optimizer": ("Time of an iteration", "s"),
 }
 _EXACT = ("Learning rate", "Weight decay", "Teacher momentum", "Loss weights")
 _SIMILAR = 20.0  # figures of a loss this many times larger or smaller get a panel of their own

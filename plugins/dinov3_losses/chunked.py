@@ -1,14 +1,15 @@
 """Cross-entropies over many prototypes, without ever holding all logits.
 
-A row of logits has a column per prototype, and a step has thousands of rows. Here they are
-calculated from their embeddings a slice at a time, as often as they are needed. The gradients are
+A step has thousands of rows of logits, with a column per prototype. Here they are calculated from
+their embeddings, some prototypes at a time, as often as they are needed. The gradients are
 calculated together with the loss: in the backward pass there are neither logits nor, where it is
-sharded, a teacher that could give them again.
+sharded, a teacher that could give them again. What the prototypes of a slice get is final when it
+is done, so that no sum of [K, d] in float32 is kept beside them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -20,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from dinov3_framework import StepOutputs
 from dinov3_losses.configs import PrototypeLossConfig
 from dinov3_losses.precision import full_precision
+from dinov3_losses.running import RunningLogSumExp
 from dinov3_losses.sinkhorn import balance, check_temperature
 
 
@@ -27,61 +29,61 @@ from dinov3_losses.sinkhorn import balance, check_temperature
 class Side:
     """What one network says: unit embeddings of B samples and the prototypes they meet."""
 
-    embeddings: Tensor  # [B, crops, d]
+    embeddings: Tensor  # [B * crops, d], sample by sample
     prototypes: Tensor  # [K, d]
     temperature: float
 
-    @classmethod
-    def of(cls, tokens: Tensor, embeddings: Tensor, prototypes: Tensor, temperature: float) -> Self:
-        """Of what a projector made of tokens [crops, B, D]."""
-        by_sample = embeddings.unflatten(0, tokens.shape[:2]).transpose(0, 1)
-        return cls(by_sample, prototypes, temperature)
-
-    def scaled_logits(self, embeddings: Tensor) -> Tensor:
-        """Logits over temperature of some embeddings [n, d], float32 [n, K]."""
-        return F.linear(embeddings, self.prototypes).float().div_(self.temperature)
-
-    def slices(self, rows: int) -> Iterator[Tensor]:
-        """The same of all embeddings, so many rows at a time."""
-        for some in self.embeddings.flatten(0, 1).split(rows):
-            if len(some):
-                yield self.scaled_logits(some)
+    def scaled_logits(self, some: slice) -> Tensor:
+        """Logits over temperature with some prototypes, float32 [B * crops, k]."""
+        return F.linear(self.embeddings, self.prototypes[some]).float().div_(self.temperature)
 
 
 @frozen
 class Gradients:
     """Of the loss with respect to the student's side, those that somebody wants."""
 
-    embeddings: Tensor | None  # [B, crops, d], in their dtype: each row is calculated once
-    prototypes: Tensor | None  # [K, d], in float32: all slices add up in it
+    slices: Sequence[slice]  # of the prototypes
+    embeddings: Tensor | None  # [B * crops, d], in float32: all slices add up in it
+    prototypes: Tensor | None  # [K, d], in their dtype: each is calculated once
 
     @classmethod
-    def zeros(cls, side: Side, wanted: tuple[bool, bool]) -> Gradients:
+    def of(cls, side: Side, slices: Sequence[slice], wanted: tuple[bool, bool]) -> Self:
+        """To be added to, slice by slice."""
         return cls(
-            torch.zeros_like(side.embeddings) if wanted[0] else None,
-            torch.zeros_like(side.prototypes, dtype=torch.float32) if wanted[1] else None,
+            slices,
+            torch.zeros_like(side.embeddings, dtype=torch.float32) if wanted[0] else None,
+            torch.empty_like(side.prototypes) if wanted[1] else None,
         )
 
     @property
     def wanted(self) -> bool:
         return self.embeddings is not None or self.prototypes is not None
 
-    def add(self, side: Side, where: tuple[slice, slice], of_logits: Tensor) -> None:
-        """What some rows bring, given the gradient of their logits, float32 [n, K]."""
-        embeddings = side.embeddings[where]
+    def add(self, side: Side, some: slice, of_logits: Tensor) -> None:
+        """What some prototypes bring, given the gradient of their logits, float32 [n, k]."""
+        of_logits = of_logits.to(side.embeddings.dtype)
         if self.embeddings is not None:
-            gradient = of_logits.to(embeddings.dtype) @ side.prototypes
-            self.embeddings[where] = gradient.view(embeddings.shape)
+            self.embeddings.add_(of_logits @ side.prototypes[some])
         if self.prototypes is not None:
-            self.prototypes.addmm_(of_logits.T, embeddings.flatten(0, 1).float())
+            torch.mm(of_logits.T, side.embeddings, out=self.prototypes[some])
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply by a number [], in place: a copy would be as large as the prototypes."""
+        if self.embeddings is not None:
+            self.embeddings.mul_(factor)
+        if self.prototypes is not None:
+            # In float32, of which there may be a copy. A factor without dimensions would count as
+            # one of the prototypes' type, and be rounded to it.
+            for some in self.slices:
+                self.prototypes[some].mul_(factor.view(1, 1))
 
 
 @frozen
 class ChunkedCrossEntropy:
     """sum_st pair_weights[s, t] sum_b sample_weights[b] H(teacher's crop t of b, student's s of b).
 
-    H is the cross-entropy against Sinkhorn-Knopp targets. Whatever has a column per prototype is
-    at most ``chunk`` rows high (or as many as the teacher has crops, if that is more).
+    H is the cross-entropy against Sinkhorn-Knopp targets. Whatever has a row per token is at most
+    ``chunk`` columns wide (or as wide as the embeddings).
     """
 
     config: PrototypeLossConfig
@@ -104,11 +106,11 @@ class ChunkedCrossEntropy:
         def calculate(
             embeddings: Tensor, prototypes: Tensor, wanted: tuple[bool, bool]
         ) -> tuple[Tensor, Gradients]:
-            ours = Side.of(student, embeddings, prototypes, student_temp)
-            gradients = Gradients.zeros(ours, wanted)
+            ours = Side(embeddings, prototypes, student_temp)
+            gradients = Gradients.of(ours, self._slices(len(prototypes)), wanted)
 
             def against(embeddings: Tensor, prototypes: Tensor) -> Tensor:
-                theirs = Side.of(teacher, embeddings, prototypes, teacher_temp)
+                theirs = Side(by_sample(embeddings, teacher), prototypes, teacher_temp)
                 with full_precision(embeddings):
                     return self._compare(ours, theirs, gradients)
 
@@ -118,7 +120,8 @@ class ChunkedCrossEntropy:
 
         def reduce(embeddings: Tensor, prototypes: Tensor) -> Tensor:
             learns = torch.is_grad_enabled()  # what needs_input_grad does not look at
-            loss: Tensor = _WithGradients.apply(embeddings, prototypes, calculate, learns)
+            rows = by_sample(embeddings, student)
+            loss: Tensor = _WithGradients.apply(rows, prototypes, calculate, learns)
             return loss
 
         loss = step.project(student.flatten(0, 1), reduce)
@@ -126,43 +129,47 @@ class ChunkedCrossEntropy:
 
     def _compare(self, ours: Side, theirs: Side, gradients: Gradients) -> Tensor:
         """The cross-entropies by pair [S, T], weighted by sample; ``gradients`` are added to."""
+        n_samples = len(self.sample_weights)
+        crops, teacher_crops = self.pair_weights.shape
+        slices, device = gradients.slices, ours.prototypes.device
         targets_of = balance(
-            lambda: theirs.slices(self.chunk),
-            len(theirs.prototypes),
-            theirs.prototypes.device,
+            theirs.scaled_logits,
+            slices,
+            n_samples * teacher_crops,
+            device,
             self.config.sinkhorn_iterations,
         ).assign
-        pairs = torch.zeros_like(self.pair_weights)
-        for samples, groups in self._slices():
-            weights = self.sample_weights[samples, None, None]
-            seen = theirs.embeddings[samples]
-            targets = targets_of(theirs.scaled_logits(seen.flatten(0, 1)))
-            targets = targets.view(*seen.shape[:2], -1)  # [b, T, K]
-            for crops in groups:
-                embeddings = ours.embeddings[samples, crops]
-                logits = ours.scaled_logits(embeddings.flatten(0, 1))
-                values = F.log_softmax(logits, dim=-1).view(*embeddings.shape[:2], -1)  # [b, s, K]
-                del logits
-                pairs[crops] -= (weights * (values @ targets.mT)).sum(dim=0)
-                if gradients.wanted:
-                    # Of the logits: probabilities less targets, as much as each pair counts.
-                    counts = weights * self.pair_weights[crops]  # [b, s, T]
-                    values.exp_().mul_(counts.sum(dim=-1, keepdim=True))
-                    values.baddbmm_(counts, targets, alpha=-1).div_(ours.temperature)
-                    gradients.add(ours, (samples, crops), values.flatten(0, 1))
-                del values  # before the next are made
-            del targets
-        return pairs
+        normalizers = RunningLogSumExp.of_nothing(n_samples * crops, device)
+        for some in slices:
+            normalizers.add(ours.scaled_logits(some))
+        # Of the logits: probabilities less targets, as much as each pair counts.
+        counts = self.sample_weights[:, None, None] * self.pair_weights / ours.temperature
+        total = counts.sum(dim=-1, keepdim=True)  # [B, S, 1]
+        entropies = torch.zeros_like(counts)  # [B, S, T]
+        for some in slices:
+            width = some.stop - some.start
+            targets = targets_of(theirs.scaled_logits(some), some)
+            targets = targets.view(n_samples, teacher_crops, width)
+            values = normalizers.log_softmax(ours.scaled_logits(some))
+            values = values.view(n_samples, crops, width)
+            entropies -= values @ targets.mT
+            if gradients.wanted:
+                values.exp_().mul_(total).baddbmm_(counts, targets, alpha=-1)
+                gradients.add(ours, some, values.flatten(0, 1))
+            del targets, values  # before the next are made
+        return (self.sample_weights[:, None, None] * entropies).sum(dim=0)
 
-    def _slices(self) -> Iterator[tuple[slice, list[slice]]]:
-        """Samples whose targets are held together, and the student's crops that are, by turns."""
-        crops, teacher_crops = self.pair_weights.shape
-        n_samples = len(self.sample_weights)
-        samples = max(1, min(self.chunk // teacher_crops, n_samples))
-        group = max(1, self.chunk // samples)
-        groups = [slice(first, first + group) for first in range(0, crops, group)]
-        for first in range(0, n_samples, samples):
-            yield slice(first, first + samples), groups
+    def _slices(self, n_prototypes: int) -> list[slice]:
+        return [
+            slice(first, min(first + self.chunk, n_prototypes))
+            for first in range(0, n_prototypes, self.chunk)
+        ]
+
+
+def by_sample(embeddings: Tensor, tokens: Tensor) -> Tensor:
+    """What a projector made of tokens [crops, B, D], sample by sample: [B * crops, d]."""
+    together = embeddings.view(*tokens.shape[:2], embeddings.shape[-1])
+    return together.transpose(0, 1).flatten(0, 1)
 
 
 Calculate = Callable[[Tensor, Tensor, tuple[bool, bool]], tuple[Tensor, Gradients]]
@@ -177,7 +184,7 @@ class _WithGradients(torch.autograd.Function):
     ) -> Tensor:
         wanted = ctx.needs_input_grad[:2] if learns else (False, False)
         loss, ctx.gradients = calculate(embeddings, prototypes, wanted)
-        ctx.shape, ctx.dtype = embeddings.shape, prototypes.dtype
+        ctx.dtype = embeddings.dtype
         return loss
 
     @staticmethod
@@ -186,11 +193,9 @@ class _WithGradients(torch.autograd.Function):
         gradients: Gradients | None = ctx.gradients
         if gradients is None:
             raise RuntimeError("a chunked loss can be sent back once, even with retain_graph")
-        # In place, and not kept: a copy would be as large as the prototypes.
         ctx.gradients = None
-        embeddings, prototypes = gradients.embeddings, gradients.prototypes
-        if embeddings is not None:
-            embeddings = embeddings.mul_(upstream).transpose(0, 1).reshape(ctx.shape)
-        if prototypes is not None:
-            prototypes = prototypes.mul_(upstream).to(ctx.dtype)
-        return embeddings, prototypes, None, None
+        gradients.scale(upstream)
+        of_embeddings = gradients.embeddings
+        if of_embeddings is not None:
+            of_embeddings = of_embeddings.to(ctx.dtype)
+        return of_embeddings, gradients.prototypes, None, None

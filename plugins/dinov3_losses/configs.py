@@ -45,7 +45,9 @@ class PrototypeLossConfig(LossConfig):
         "Sinkhorn-Knopp iterations on the teacher's logits", default=3, check=positive
     )
     chunk: int | None = option(
-        "rows of logits held at a time; left out, all of them", default=None, check=positive
+        "prototypes whose logits are held at a time; left out, all of them",
+        default=None,
+        check=positive,
     )
 
     def __attrs_post_init__(self) -> None:

@@ -63,7 +63,7 @@ class DinoLoss(Loss):
     def _chunked(
         self, step: StepOutputs, crops: Tensor, teacher: Tensor, combine: Combine, chunk: int
     ) -> LossResult:
-        """The same with ``chunk`` rows of logits at a time."""
+        """The same with the logits of ``chunk`` prototypes at a time."""
         # The loss is linear in its pairs, so that its gradient anywhere is how much each weighs.
         with torch.enable_grad():
             pairs = torch.zeros(len(crops), len(teacher), device=crops.device, requires_grad=True)

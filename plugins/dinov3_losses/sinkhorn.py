@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,6 +10,7 @@ from attrs import frozen
 from torch import Tensor
 
 from dinov3_framework import UserError, collectives
+from dinov3_losses.running import RunningLogSumExp
 
 
 @torch.no_grad()
@@ -41,48 +42,59 @@ def sinkhorn_knopp(
 
 @frozen
 class Balance:
-    """The result of Sinkhorn-Knopp without the probabilities: one number per prototype, [K].
+    """The result of Sinkhorn-Knopp without the probabilities: a number per prototype and sample.
 
-    In two summands: the first takes logits of any size down to where the second matters, which
+    Each in two summands: the first takes logits of any size down to where the second matters, which
     would be lost in the rounding of their sum.
     """
 
-    first: Tensor
-    later: Tensor
+    prototypes: tuple[Tensor, Tensor]  # [K]
+    samples: tuple[Tensor, Tensor]  # [n]
 
-    def assign(self, scaled: Tensor) -> Tensor:
-        """Probabilities [n, K] of some rows of logits over temperature, which are written to."""
-        return torch.softmax(scaled.sub_(self.first).sub_(self.later), dim=1)
+    def assign(self, scaled: Tensor, some: slice) -> Tensor:
+        """Probabilities [n, k] of some prototypes, from logits over temperature; in place."""
+        for of_prototypes, of_samples in zip(self.prototypes, self.samples, strict=True):
+            scaled.sub_(of_prototypes[some]).sub_(of_samples[:, None])
+        return scaled.exp_()
 
 
 @torch.no_grad()
 def balance(
-    slices: Callable[[], Iterable[Tensor]],
-    n_prototypes: int,
+    logits_of: Callable[[slice], Tensor],
+    slices: Sequence[slice],
+    n_samples: int,
     device: torch.device,
     iterations: int = 3,
     group: dist.ProcessGroup | None = None,
 ) -> Balance:
-    """Sinkhorn-Knopp as in ``sinkhorn_knopp``, on a slice of the logits at a time.
+    """Sinkhorn-Knopp as in ``sinkhorn_knopp``, with the logits of some prototypes at a time.
 
-    ``slices`` gives the rows of this process one slice after the other, float32 logits over
-    temperature that may be written to; it is called once per iteration. The number of slices may
-    differ between processes and may be 0.
+    ``slices`` are of all prototypes, in order, and the same on all processes: they meet in each.
+    ``logits_of`` gives the logits over temperature of this process's samples with those of a slice,
+    float32 [n_samples, k], which may be written to; it is called once per slice and iteration. What
+    a prototype is scaled by, its own column says, so that only sums over rows wait for all slices.
     """
-    largest = torch.full((n_prototypes,), -torch.inf, device=device)
-    total = torch.zeros_like(largest)
-    for scaled in slices():
-        now = torch.maximum(largest, scaled.amax(dim=0))
-        total *= (largest - now).exp()
-        total += scaled.sub_(now).exp_().sum(dim=0)
-        largest = now
-    first = _log_sum_exp_over_processes(total.log() + largest, group)
-    found = Balance(first, torch.zeros_like(first))
+    n_prototypes = slices[-1].stop
+    first = torch.empty(n_prototypes, device=device)
+    rows = RunningLogSumExp.of_nothing(n_samples, device)
+    for some in slices:
+        scaled = logits_of(some)
+        first[some] = _log_sum_exp_over_processes(torch.logsumexp(scaled, dim=0), group)
+        rows.add(scaled.sub_(first[some]))
+        del scaled  # before the next are made
+    found = Balance((first, torch.zeros_like(first)), (rows.largest, rows.total.log()))
     for _ in range(iterations - 1):
-        mass = torch.zeros_like(first)
-        for scaled in slices():
-            mass += found.assign(scaled).sum(dim=0)
-        found = Balance(first, found.later + collectives.all_reduce_sum(mass, group).log())
+        masses = torch.empty_like(first)
+        shares = torch.zeros_like(rows.total)
+        for some in slices:
+            probabilities = found.assign(logits_of(some), some)
+            masses[some] = collectives.all_reduce_sum(probabilities.sum(dim=0), group)
+            shares += probabilities @ masses[some].reciprocal()
+            del probabilities
+        found = Balance(
+            (first, found.prototypes[1] + masses.log()),
+            (rows.largest, found.samples[1] + shares.log()),
+        )
     return found
 
 

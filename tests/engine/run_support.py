@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 TINY = HERE / "tiny.toml"
@@ -81,23 +82,23 @@ def processes_with(text: str) -> list[int]:
     return found
 
 
-def metrics(output: Path) -> list[dict[str, float | None]]:
+def metrics(output: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def is_timing(name: str) -> bool:
+    """Whether a figure of metrics.jsonl says how long something took, and not what was learnt."""
+    return name in ("images_per_second", "data_wait") or name.startswith("time/")
 
 
 def losses(output: Path) -> list[tuple[int, str]]:
     """(iteration, every learnt figure in hex) of each line of metrics.jsonl."""
     lines = []
-    for text in (output / "metrics.jsonl").read_text().splitlines():
-        line = json.loads(text)
-        timing = {"iteration", "images_per_second", "data_wait"}
-        figures = {
-            k: float(v).hex()
-            for k, v in sorted(line.items())
-            if k not in timing and not k.startswith("time/")
-        }
-        lines.append((line["iteration"], json.dumps(figures)))
+    for line in metrics(output):
+        iteration = line.pop("iteration")
+        figures = {k: float(v).hex() for k, v in sorted(line.items()) if not is_timing(k)}
+        lines.append((iteration, json.dumps(figures)))
     return lines
 
 

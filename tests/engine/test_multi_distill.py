@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from distill_support import MULTI
-from run_support import losses, metrics, processes_with, run
+from run_support import is_timing, losses, metrics, processes_with, run
 from trainer_support import registry
 
 from dinov3_framework import ExitCode, RecipeError, load_backbone
@@ -20,7 +20,6 @@ from dinov3_framework.recipe import compose
 from dinov3_framework.structure import structure_recipe
 
 STUDENTS = ("wide", "narrow", "conv")
-TIMING = {"images_per_second", "data_wait"}
 CROPS = ("augmentation.global_size=64", "augmentation.local_size=32")
 CONV_LOSS = "students.conv.losses.p"
 
@@ -127,9 +126,9 @@ def test_the_same_numbers_as_alone(
     done = run(tmp_path / "alone", *count, recipe=recipe)
     assert done.returncode == 0, done.stderr
     for ours, alone in zip(metrics(whole / name), metrics(tmp_path / "alone"), strict=True):
-        shared = {key for key in ours if not key.startswith("time/")} - TIMING
-        assert shared == {key for key in alone if not key.startswith("time/")} - TIMING
-        for key in shared:
+        learnt = {key for key in ours if not is_timing(key)}
+        assert learnt == {key for key in alone if not is_timing(key)}
+        for key in learnt:
             assert ours[key] == pytest.approx(alone[key], rel=1e-5), (ours["iteration"], key)
     both = [CheckpointStore(f / "checkpoints") for f in (whole / name, tmp_path / "alone")]
     (one, _), (other, _) = (store.read("teacher.backbone.") for store in both)

@@ -1,4 +1,4 @@
-"""DINO and iBOT in chunks of rows are what they are in one piece, and hold less."""
+"""DINO and iBOT, some prototypes at a time, are what they are in one piece, and hold less."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 7, 1000])
+@pytest.mark.parametrize("chunk", [7, 64, 508, 1000])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_chunks_change_nothing(variant: str, chunk: int) -> None:
     trial = VARIANTS[variant]
@@ -178,7 +178,7 @@ def by_hand(trial: Trial) -> tuple[Tensor, dict[str, Tensor]]:
 @KINDS
 def test_by_definition(kind: str) -> None:
     loss, gradients = by_hand(Trial(kind))
-    figures, ours = Trial(kind).run(3)
+    figures, ours = Trial(kind).run(30)
     assert figures["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
     assert ours.keys() == gradients.keys()
     for name, wanted in gradients.items():
@@ -187,7 +187,7 @@ def test_by_definition(kind: str) -> None:
 
 
 # ------------------------------------------------------------------------- what may be missing
-@pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.parametrize("chunk", [40, 1000])
 def test_without_masked_patches(chunk: int) -> None:
     figures, gradients = Trial("ibot", masked=0.0).run(chunk)
     assert figures == {"loss": torch.zeros(())}
@@ -219,7 +219,7 @@ def test_impossible_chunks(kind: str) -> None:
 def test_frozen_prototypes(kind: str) -> None:
     trial, tokens, networks = Trial(kind), Trial(kind).tokens(), heads()
     networks[0].last_layer.weight.requires_grad_(False)
-    trial.loss(tokens, networks, 4).loss.backward()
+    trial.loss(tokens, networks, 40).loss.backward()
     _, expected = trial.run(None)
     for name, parameter in networks[0].mlp.named_parameters():
         wanted = expected[f"mlp.{name}"]
@@ -229,7 +229,7 @@ def test_frozen_prototypes(kind: str) -> None:
 
 @KINDS
 def test_one_backward_pass(kind: str) -> None:
-    loss = Trial(kind).loss(Trial(kind).tokens(), heads(), 4).loss
+    loss = Trial(kind).loss(Trial(kind).tokens(), heads(), 40).loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="a chunked loss can be sent back once"):
         loss.backward()
@@ -237,8 +237,8 @@ def test_one_backward_pass(kind: str) -> None:
 
 # ------------------------------------------------------------------------- precision
 @KINDS
-def test_bfloat16_is_rounded_no_worse(kind: str) -> None:
-    plain, chunked = (Trial(kind, dtype=torch.bfloat16).run(chunk) for chunk in (None, 1))
+def test_bfloat16_is_rounded_little_more(kind: str) -> None:
+    plain, chunked = (Trial(kind, dtype=torch.bfloat16).run(chunk) for chunk in (None, 64))
     exact = Trial(kind, rounded=torch.bfloat16).run(None)[1]
     torch.testing.assert_close(chunked[0]["loss"], plain[0]["loss"], rtol=1e-5, atol=0)
     assert chunked[0]["loss"].dtype == torch.float32
@@ -249,14 +249,17 @@ def test_bfloat16_is_rounded_no_worse(kind: str) -> None:
     for name, wanted in plain[1].items():
         ours = chunked[1][name]
         assert ours.dtype == torch.bfloat16
-        assert error(ours, name) < 1.05 * error(wanted, name) < 0.05, name
+        # Those of the prototypes are the same; the others' are sums of rounded ones.
+        worse = 1.01 if name == "last_layer.weight" else 1.5
+        assert error(ours, name) < worse * error(wanted, name), name
+        assert error(wanted, name) < 0.05, name
 
 
 @KINDS
 def test_autocast(kind: str) -> None:
     """Autocast reaches the networks, not the loss; the prototypes are cast like everything."""
     figures = []
-    for chunk in (None, 3):
+    for chunk in (None, 30):
         trial, networks = Trial(kind), heads()
         with torch.autocast("cpu", torch.bfloat16):
             loss = trial.loss(trial.tokens(), networks, chunk).loss
@@ -274,8 +277,9 @@ def test_sinkhorn_in_slices(scale: float, iterations: int) -> None:
     scaled = randn(6, 16) * scale / 0.04
     scaled[0] -= scale * 10  # a sample far below, and a prototype that nobody is near
     scaled[:, 3] -= scale * 20
-    found = balance(lambda: scaled.clone().split(4), 16, scaled.device, iterations)
-    ours = found.assign(scaled.clone())
+    slices = [slice(0, 5), slice(5, 10), slice(10, 15), slice(15, 16)]
+    found = balance(lambda some: scaled[:, some].clone(), slices, 6, scaled.device, iterations)
+    ours = torch.cat([found.assign(scaled[:, some].clone(), some) for some in slices], dim=1)
     assert ours.isfinite().all()
     expected = sinkhorn_knopp(scaled, 1.0, iterations)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
@@ -306,7 +310,7 @@ class Allocations(TorchDispatchMode):
 
 
 def allocations(trial: Trial, chunk: int | None, way: str = "learning") -> Allocations:
-    tokens, networks = trial.tokens(), heads()
+    tokens, networks = trial.tokens(), heads(trial.dtype)
     known = [*tokens.values(), *networks[0].parameters(), *networks[1].parameters()]
     if way == "frozen":
         networks[0].requires_grad_(False)
@@ -317,22 +321,31 @@ def allocations(trial: Trial, chunk: int | None, way: str = "learning") -> Alloc
     return noted
 
 
+def rows_of(trial: Trial) -> int:
+    """Of the student, who has at least as many as the teacher."""
+    return int(trial.masks.sum()) if trial.kind == "ibot" else 5 * SAMPLES
+
+
 @KINDS
-@pytest.mark.parametrize("chunk", [2, 3])
-def test_no_tensor_has_more_rows_than_a_chunk(kind: str, chunk: int) -> None:
-    trial = Trial(kind)
-    rows = int(trial.masks.sum()) if kind == "ibot" else 5 * SAMPLES
-    assert allocations(trial, None).elements()[0] == (rows * K, (rows, K)), "sees what is large"
-    large = [found for found in allocations(trial, chunk).elements() if found[0] > chunk * K]
-    # The gradient of the prototypes alone, once: it is handed over without a copy.
-    assert large == [(K * WIDTH, (K, WIDTH))]
+@pytest.mark.parametrize("chunk", [30, 60])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_no_tensor_is_wider_than_a_chunk(kind: str, chunk: int, dtype: torch.dtype) -> None:
+    trial = Trial(kind, dtype=dtype)
+    rows = rows_of(trial)
+    assert allocations(trial, None).elements()[0][0] == rows * K, "sees what is large"
+    found = allocations(trial, chunk).elements()
+    # The gradient of the prototypes, once: it is handed over without a copy, and no sum of it.
+    gradients = [size for size, shape in found if shape == (K, WIDTH)]
+    assert gradients == [K * WIDTH * dtype.itemsize // 4]
+    assert max(size for size, shape in found if shape != (K, WIDTH)) <= rows * chunk
 
 
 @KINDS
 @pytest.mark.parametrize("way", ["no_grad", "frozen"])
 def test_no_gradients_where_nobody_learns(kind: str, way: str) -> None:
-    largest, _ = allocations(Trial(kind), 2, way).elements()[0]
-    assert largest == 2 * K
+    noted = allocations(Trial(kind), 90, way)
+    assert noted.elements()[0][0] == rows_of(Trial(kind)) * 90
+    assert not [shape for _, shape in noted.elements() if shape == (K, WIDTH)]
 
 
 # ------------------------------------------------------------------------- the projector

@@ -23,7 +23,7 @@ RECIPE += ("augmentation.masking.probability=0.25", 'drop=["losses.koleo"]')
 # At first all tokens say nearly the same: gradients would be differences of rounding.
 RECIPE += ("backbone.layerscale_init=0.5",)
 SPREAD = 20
-CHUNKS = ("losses.dino.chunk=3", "losses.ibot.chunk=2")
+CHUNKS = ("losses.dino.chunk=3", "losses.ibot.chunk=5")
 RUNS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "chunked": CHUNKS,
@@ -31,8 +31,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "chunked bf16": ("parallel.param_dtype=bf16", *CHUNKS),
 }
 STEPS = 2
-# Rows of each process, and how many of them a slice has: the number of slices differs.
-SLICES = {"even": ((5, 5), 2), "uneven": ((3, 7), 2), "nothing on one": ((0, 10), 4)}
+ROWS = {"even": (5, 5), "uneven": (3, 7), "nothing on one": (0, 10)}  # of each process
 
 
 def logits() -> Tensor:
@@ -73,11 +72,16 @@ def train(folder: Path, *overrides: str) -> Results:
 def work(rank: int, folder: Path) -> Results:
     sys.path.insert(0, str(ENGINE))
     found: Results = {name: train(folder, *overrides) for name, overrides in RUNS.items()}
-    for name, (sizes, rows) in SLICES.items():
+    slices = [slice(0, 5), slice(5, 10), slice(10, 12)]
+    for name, sizes in ROWS.items():
         own = logits().split(sizes)[rank]
-        slices = [part for part in own.split(rows) if len(part)]
-        balanced = balance(lambda: (part.clone() for part in slices), 12, own.device)  # noqa: B023
-        found[name] = balanced.assign(own.clone())
+        parts = {some.start: own[:, some] for some in slices}
+
+        def logits_of(some: slice, parts: dict[int, Tensor] = parts) -> Tensor:
+            return parts[some.start].clone()
+
+        balanced = balance(logits_of, slices, len(own), own.device)
+        found[name] = torch.cat([balanced.assign(logits_of(s), s) for s in slices], dim=1)
     return found
 
 
@@ -108,19 +112,22 @@ def test_chunks_change_nothing(results: list[Results]) -> None:
             assert distance <= limit * wanted.norm(), name
 
 
-def test_chunks_change_little_in_bfloat16(results: list[Results]) -> None:
+def test_bfloat16_is_rounded_little_more(results: list[Results]) -> None:
     for result in results:
-        plain, chunked = result["plain bf16"], result["chunked bf16"]
+        exact, plain, chunked = (result[name] for name in ("plain", "plain bf16", "chunked bf16"))
+        assert plain["figures"][0]["loss"] != exact["figures"][0]["loss"]
         for expected, found in zip(plain["figures"], chunked["figures"], strict=True):
-            assert found == pytest.approx(expected, rel=0.01)
-        assert plain["figures"][0]["loss"] != result["plain"]["figures"][0]["loss"]
-        for name, wanted in plain["gradients"].items():
-            assert chunked["gradients"][name].dtype == wanted.dtype == torch.float32
-            distance = (chunked["gradients"][name] - wanted).norm()
-            assert distance <= 0.03 * wanted.norm(), name
+            for name in ("loss", "dino", "ibot", "dino/global", "dino/local"):
+                assert found[name] == pytest.approx(expected[name], rel=0.001), name
+        for name, right in exact["gradients"].items():
+            wanted, found = plain["gradients"][name], chunked["gradients"][name]
+            assert found.dtype == wanted.dtype == torch.float32
+            # Both are some way off, where sums nearly cancel each in its own direction.
+            limit = 1.5 * (wanted - right).norm() + 0.01 * right.norm()
+            assert (found - right).norm() <= limit, name
 
 
-@pytest.mark.parametrize("name", SLICES)
+@pytest.mark.parametrize("name", ROWS)
 def test_sinkhorn(results: list[Results], name: str) -> None:
     parts = torch.cat([result[name] for result in results])
     torch.testing.assert_close(parts, sinkhorn_knopp(logits(), 1.0), rtol=1e-4, atol=1e-7)
