@@ -32,6 +32,7 @@ from large_models import ALLOCATOR, MIB, Peak, anonymous
 from dinov3_framework import Registry
 from dinov3_framework.engine.loader import Batch
 from dinov3_framework.engine.pretrain import Pretrain
+from dinov3_framework.engine.rehearsal.stage import Seat
 from dinov3_framework.engine.rehearsal.step import Cast, rehearse, tell
 from dinov3_framework.engine.rehearsal.watch import Watch
 from dinov3_framework.engine.settings import PretrainConfig
@@ -85,7 +86,7 @@ def compare(cases: Sequence[Sequence[str]], processes: int) -> list[Compared]:
     for overrides in cases:
         config = recipe(overrides, registry)
         parts = Pretrain(config, registry=registry)._parts()
-        predicted.append(rehearse(config, parts, processes, granularity=1).peak.total)
+        predicted.append(rehearse(config, parts, Seat(processes), granularity=1).peak.total)
     with tempfile.TemporaryDirectory() as scratch:
         before = dict(os.environ)
         os.environ.update(ALLOCATOR)

@@ -6,14 +6,20 @@ import copy
 import logging
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from dinov3_framework import collectives
 from dinov3_framework.engine import parallel
 from dinov3_framework.engine.fitting import fit_projectors
-from dinov3_framework.engine.frozen import FrozenWeights, described, fill_frozen, fingerprint
+from dinov3_framework.engine.frozen import (
+    FrozenTeacher,
+    FrozenWeights,
+    described,
+    fill_frozen,
+    fingerprint,
+)
 from dinov3_framework.engine.networks import Networks, head_name
 from dinov3_framework.engine.parallel import Sharder
 from dinov3_framework.engine.preflight import Parts
@@ -25,6 +31,9 @@ from dinov3_framework.engine.training import TrainingTask
 from dinov3_framework.errors import CheckpointError, Problem, UserError
 from dinov3_framework.randomness import keyed_seed
 from dinov3_framework.registry import Registry
+
+if TYPE_CHECKING:
+    from dinov3_framework.engine.rehearsal.stage import PretendingSharder
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +64,7 @@ class Distill(TrainingTask):
             "teacher.weights",
             self.registry,
             projectors=teacher.projectors != "new",
+            remembered=self._known(teacher.weights),
         )
 
     def _heads(self, parts: Parts) -> TeacherHeads:
@@ -63,11 +73,9 @@ class Distill(TrainingTask):
     def _weights(self) -> dict[str, str]:
         return super()._weights() | {"teacher.weights": self.config.teacher.weights}
 
-    def _absent_weights(self) -> dict[str, str]:
+    def _weights_read(self) -> dict[str, str]:
         # The teacher is wanted at every start.
-        weights = self.config.teacher.weights
-        absent = {} if self._exists(weights) else {"teacher.weights": weights}
-        return super()._absent_weights() | absent
+        return super()._weights_read() | {"teacher.weights": self.config.teacher.weights}
 
     def _problems(self, parts: Parts) -> list[Problem]:
         if not self._exists(self.config.teacher.weights):
@@ -97,8 +105,11 @@ class Distill(TrainingTask):
         if not self._exists(self.config.teacher.weights):
             return {}
         view = parts.augmentation.views.get("teacher", parts.augmentation.views["global"])
-        rows = [*self._frozen.rows(), ("sees", f"{view.crops} crops of {view.size} px")]
-        return {"teacher": [*rows, *self._heads(parts).rows()]}
+        sees = ("sees", f"{view.crops} crops of {view.size} px")
+        return {"teacher": [*self.teacher_rows(), sees, *self._heads(parts).rows()]}
+
+    def teacher_rows(self) -> list[tuple[str, str]]:
+        return self._frozen.rows()
 
     @property
     def _masks_student(self) -> bool:
@@ -106,23 +117,33 @@ class Distill(TrainingTask):
 
     # ------------------------------------------------------------------ running
     def _teaching(self, networks: Networks, parts: Parts, restored: bool) -> Teaching:
-        backbone = self._placed_teacher(Sharder(self.config.parallel, networks.device))
-        heads = self._placed_heads(networks, parts, restored)
-        networks.frozen = heads
+        with collectives.within(None):
+            # Over all processes; of several students' runs, the rest is over each one's own.
+            backbone = self._placed_teacher(Sharder(self.config.parallel, networks.device))
+        networks.frozen = self._placed_heads(networks, parts, restored)
+        return self._taught_by(backbone, networks.frozen, parts)
+
+    def _taught_by(self, backbone: nn.Module, heads: nn.ModuleDict, parts: Parts) -> Teaching:
         return OwnTeaching(nn.ModuleDict({"backbone": backbone, **heads}), self._frozen.images)
 
-    def _pretended_teaching(self, parts: Parts, networks: Networks, sharder: Sharder) -> Teaching:
+    def _pretended_teacher(
+        self, parts: Parts, networks: Networks, sharder: PretendingSharder
+    ) -> FrozenTeacher:
         weights = self.config.teacher.weights
         if not self._exists(weights):
             raise UserError(
-                f"a rehearsal wants to know what the teacher is, and there is no {weights}\n"
-                "    give teacher.weights a file of the same backbone; its values are not read"
+                f"a rehearsal wants to know what the teacher is, and there is no {weights} here\n"
+                "    give teacher.weights a published name, which nobody fetches, or a file of the "
+                "same backbone; its values are not read"
             )
         heads = self._heads(parts).projectors
-        placed = {head_name(n): self._placed_frozen(sharder, head) for n, head in heads.items()}
-        networks.frozen = nn.ModuleDict(placed)
-        backbone = self._placed_frozen(sharder, self._frozen.backbone)
-        return OwnTeaching(nn.ModuleDict({"backbone": backbone, **placed}), self._frozen.images)
+        networks.frozen = nn.ModuleDict(
+            {head_name(n): self._placed_frozen(sharder, head) for n, head in heads.items()}
+        )
+        backbone = self._placed_frozen(sharder.over_all(), self._frozen.backbone)
+        teaching = self._taught_by(backbone, networks.frozen, parts)
+        placed = nn.ModuleDict({"backbone": backbone, **networks.frozen})
+        return FrozenTeacher(teaching, placed, self._frozen)
 
     @staticmethod
     def _placed_frozen(sharder: Sharder, blueprint: nn.Module) -> nn.Module:

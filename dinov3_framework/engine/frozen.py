@@ -18,9 +18,11 @@ from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts import Backbone
 from dinov3_framework.engine.agreement import RankFailure, together
 from dinov3_framework.engine.opening import open_backbone
+from dinov3_framework.engine.teaching import Teaching
 from dinov3_framework.errors import CheckpointError, Problem, RecipeError
 from dinov3_framework.registry import Registry
 from dinov3_framework.weights.filling import check_fit, fill_placed, put
+from dinov3_framework.weights.hub import published_file
 from dinov3_framework.weights.info import BackboneInfo
 from dinov3_framework.weights.layouts import Shape
 from dinov3_framework.weights.recognition import built
@@ -50,6 +52,15 @@ class FrozenWeights:
         return told
 
 
+@frozen
+class FrozenTeacher:
+    """A placed teacher that does not learn: what it teaches, with which networks."""
+
+    teaching: Teaching
+    networks: nn.ModuleDict  # its backbone and projectors
+    weights: FrozenWeights
+
+
 def described(
     weights: str,
     network: str,
@@ -63,7 +74,7 @@ def described(
 
     Raises ``RecipeError`` at key ``where`` if they are of no use.
     ``remembered`` is what :func:`memory_of` gave to a checkpoint: a run that goes on from one has
-    the values already, and the weights may be gone.
+    the values already, and the weights may be gone; or what :func:`published_as` tells.
     """
     if remembered is not None:
         return _remembered(weights, network, remembered, registry)
@@ -79,6 +90,19 @@ def described(
     except CheckpointError as error:
         raise RecipeError([Problem(where, str(error))]) from error
     return FrozenWeights(weights, network, backbone, info, shapes, registry)
+
+
+def published_as(weights: str, registry: Registry) -> Mapping[str, str] | None:
+    """What is known of published weights by their name, or by that of their file, without them.
+
+    As of :func:`memory_of`; None for others.
+    """
+    file = published_file(registry, weights)
+    if file is None:
+        return None
+    component, values = registry.values_of(file.config)
+    provenance = {"known as": f"the published {file.file}"}
+    return BackboneInfo(component, values, file.images, file.size, provenance).to_metadata()
 
 
 def memory_of(weights: FrozenWeights) -> dict[str, str]:

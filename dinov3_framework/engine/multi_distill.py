@@ -8,28 +8,28 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch.distributed as dist
+from torch import nn
 
 from dinov3_framework import collectives
+from dinov3_framework.configs import replace
 from dinov3_framework.contracts import Dataset, Report, Task
 from dinov3_framework.engine.agreement import RankFailure, together
 from dinov3_framework.engine.checkpoint import CheckpointStore
 from dinov3_framework.engine.distill import Distill
 from dinov3_framework.engine.distributed import subgroups
 from dinov3_framework.engine.loader import BatchMaker, Layout
-from dinov3_framework.engine.networks import Networks
 from dinov3_framework.engine.output import RECIPE, RESULTS, unwritable, write_aside, write_results
-from dinov3_framework.engine.parallel import Sharder
 from dinov3_framework.engine.peers import SideBySide
 from dinov3_framework.engine.preflight import Parts
 from dinov3_framework.engine.session import log_file
 from dinov3_framework.engine.settings import DistillConfig, MultiDistillConfig, of_student
-from dinov3_framework.engine.sharing import Exchange, SharedTeaching
+from dinov3_framework.engine.sharing import Exchange, SharedTeaching, by_output, outputs_of
 from dinov3_framework.engine.teaching import Teaching
 from dinov3_framework.engine.trainer import Trainer
 from dinov3_framework.errors import CheckpointError, Problem, RecipeError
@@ -46,6 +46,8 @@ _SHARED = ("data", "teacher", "parallel")  # sections of the report
 
 class MultiDistill(Task):
     """Distils a frozen teacher into several students at once."""
+
+    rehearses = False  # as of a ``TrainingTask``
 
     def __init__(self, config: MultiDistillConfig, *, registry: Registry) -> None:
         self.config, self.registry = config, registry
@@ -84,15 +86,26 @@ class MultiDistill(Task):
         folder = None
         if self.config.output_dir is not None:
             folder = str(Path(self.config.output_dir) / name)
-        return Distill(of_student(self.config, name, folder), registry=self.registry)
+        student = Distill(of_student(self.config, name, folder), registry=self.registry)
+        student.rehearses = self.rehearses
+        return student
+
+    # ------------------------------------------------------------------ rehearsing
+    def rehearse(self, world_size: int, accelerator: str) -> Report:
+        from dinov3_framework.engine.rehearsal.accelerators import accelerator as known
+        from dinov3_framework.engine.rehearsal.several import rehearse_students
+
+        machine, spans = known(accelerator), spans_of(self.config, world_size)
+        task = MultiDistill(replace(self.config, output_dir=None), registry=self.registry)
+        task.rehearses = True
+        checked = task.check(world_size)
+        told = rehearse_students(task.config, self.registry, spans, machine)
+        return Report(told, checked.missing)
 
     # ------------------------------------------------------------------ running
     def run(self, output_dir: Path) -> None:
         world, rank = dist.get_world_size(), dist.get_rank()
-        shares = processes_of(self.config, world)
-        if shares is None:
-            raise RecipeError([Problem("students", f"cannot share {world} processes")])
-        spans = _spans(shares)
+        spans = spans_of(self.config, world)
         groups = subgroups([list(span) for span in spans.values()], self.config.parallel.timeout)
         place = next(i for i, span in enumerate(spans.values()) if rank in span)
         name = list(spans)[place]
@@ -152,37 +165,21 @@ class SideStudent(Distill):
             masks_of=want[rank],
         )
 
-    def _teaching(self, networks: Networks, parts: Parts, restored: bool) -> Teaching:
-        with collectives.within(None):
-            # Over all processes; the rest of a student is over its own.
-            backbone = self._placed_teacher(Sharder(self.config.parallel, networks.device))
-            wanted = self._wanted(parts)
-        networks.frozen = self._placed_heads(networks, parts, restored)
+    def _taught_by(self, backbone: nn.Module, heads: nn.ModuleDict, parts: Parts) -> Teaching:
         have, want = ([layout.places(0, 0) for layout in each] for each in self._layouts())
+        exchange = Exchange.between(dist.get_rank(), have, want)
         return SharedTeaching(
-            backbone,
-            self._frozen.images,
-            networks.frozen,
-            Exchange.between(dist.get_rank(), have, want),
-            wanted,
+            backbone, self._frozen.images, heads, exchange, by_output(self._needs(parts))
         )
 
     def _anybody(self, wants: bool) -> bool:
         return self._peers.share(wants)
 
-    def _wanted(self, parts: Parts) -> dict[str, list[bool]]:
-        """Which process, by rank, gets which output of the teacher."""
-        mine = {
-            need.rpartition(".")[2]
-            for loss in parts.losses.values()
-            for need in loss.needs
-            if need.startswith("teacher.global.")
-        }
-        everyone = cast("list[set[str]]", collectives.all_gather_object(mine))
-        return {
-            output: [output in needs for needs in everyone]
-            for output in sorted(set().union(*everyone))
-        }
+    def _needs(self, parts: Parts) -> Sequence[Collection[str]]:
+        """Which of the teacher's outputs each process wants, by rank."""
+        with collectives.within(None):
+            everyone = collectives.all_gather_object(outputs_of(parts.losses.values()))
+        return cast("list[set[str]]", everyone)
 
     def _restorable(self, store: CheckpointStore) -> list[int]:
         """Iterations of which every student has a checkpoint, the newest first."""
@@ -222,7 +219,21 @@ def processes_of(config: MultiDistillConfig, world_size: int) -> dict[str, int] 
     return {name: share // total for name, share in shares.items()}
 
 
-def _spans(shares: Mapping[str, int]) -> dict[str, range]:
+def spans_of(config: MultiDistillConfig, world_size: int) -> dict[str, range]:
+    """The ranks of each student; raises ``RecipeError`` if they cannot share the processes."""
+    shares = processes_of(config, world_size)
+    if shares is None:
+        asked = [student.processes for student in config.students.values()]
+        raise RecipeError(
+            [
+                Problem(
+                    "students",
+                    f"cannot share {world_size} processes",
+                    f"they take {sum(asked)} ({' + '.join(map(str, asked))}), or another number "
+                    "in this proportion",
+                )
+            ]
+        )
     spans, start = {}, 0
     for name, count in shares.items():
         spans[name] = range(start, start + count)

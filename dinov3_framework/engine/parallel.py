@@ -4,7 +4,7 @@ asks, and their first values."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from dinov3_framework.engine.meshes import broadcast_from_first, is_first, mesh_
 from dinov3_framework.engine.parallel_check import machine_problems, parallel_problems
 from dinov3_framework.engine.recompute import recompute
 from dinov3_framework.engine.settings import ParallelConfig
-from dinov3_framework.errors import RecipeError
+from dinov3_framework.errors import Problem, RecipeError
 from dinov3_framework.weights.filling import put
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -49,13 +49,16 @@ class Sharder:
     ) -> None:
         self.config, self.device = config, device
         processes = dist.get_world_size(group)
-        problems = [*parallel_problems(config, processes), *machine_problems(config, device)]
+        problems = [*parallel_problems(config, processes), *self._machine_problems()]
         if problems:
             raise RecipeError(problems)
         self.mesh: DeviceMesh | None = None
         # One process in full precision has nothing to shard and nothing to cast.
         if processes > 1 or config.param_dtype != "fp32":
             self.mesh = mesh_over(group, device, config.replicas, config.timeout)
+
+    def _machine_problems(self) -> Iterable[Problem]:
+        return machine_problems(self.config, self.device)
 
     def place(self, module: nn.Module, *, trains: bool = True) -> nn.Module:
         """Shard a network that is on the meta device and allocate it, without values.

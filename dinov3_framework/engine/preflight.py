@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -42,11 +42,19 @@ class Parts:
     blueprint: Blueprint
 
 
-def config_problems(config: TrainingConfig, world_size: int) -> list[Problem]:
-    """What can be told without building anything; raises as ``pick_device`` does."""
+def config_problems(
+    config: TrainingConfig, world_size: int, *, elsewhere: bool = False
+) -> list[Problem]:
+    """What can be told without building anything; raises as ``pick_device`` does.
+
+    If the run is to be ``elsewhere``, it does not matter what this machine can do.
+    """
+    machine: Iterable[Problem] = ()
+    if not elsewhere:
+        machine = machine_problems(config.parallel, pick_device(config.parallel.device))
     return [
         *parallel_problems(config.parallel, world_size),
-        *machine_problems(config.parallel, pick_device(config.parallel.device)),
+        *machine,
         *_batch_problems(config, world_size),
         *_schedule_problems(config),
         *_channel_problems(config),

@@ -7,7 +7,7 @@ teacher's features of the samples that are its part of that from whoever has the
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from attrs import evolve, frozen
 from torch import Tensor, nn
 
 from dinov3_framework.configs import ImagesConfig
-from dinov3_framework.contracts import ViewFeatures
+from dinov3_framework.contracts import Loss, ViewFeatures
 from dinov3_framework.engine.loader import Batch
 from dinov3_framework.engine.objective import OUTPUTS
 from dinov3_framework.engine.teaching import look
@@ -58,6 +58,17 @@ class Exchange:
 def _common(one: range, other: range) -> range:
     start, stop = max(one.start, other.start), min(one.stop, other.stop)
     return range(start, max(start, stop)) if start < stop else range(one.start, one.start)
+
+
+def outputs_of(losses: Iterable[Loss]) -> set[str]:
+    """Of the teacher, those that losses read."""
+    needs = (need for loss in losses for need in loss.needs)
+    return {need.rpartition(".")[2] for need in needs if need.startswith("teacher.global.")}
+
+
+def by_output(needs: Sequence[Collection[str]]) -> dict[str, list[bool]]:
+    """Which process, by rank, gets which output of the teacher; ``needs`` are theirs, by rank."""
+    return {output: [output in each for each in needs] for output in sorted(set().union(*needs))}
 
 
 @frozen

@@ -236,14 +236,15 @@ class Trainer:
             )
 
     def _out_of_memory(self, error: Exception) -> OutOfMemory:
-        per_pass = self.maker.layout.per_pass
+        layout = self.maker.layout
         views = ", ".join(
             f"{v.crops} x {v.size} px" for v in self.maker.augmentation.views.values()
         )
         return OutOfMemory(
-            f"out of memory with {per_pass} images per process and pass ({views} each): {error}\n"
-            "    What helps: a larger accumulation_steps, more processes, "
-            'parallel.param_dtype = "bf16", smaller crops, fewer prototypes.'
+            f"out of memory with {layout.per_pass} images per process and pass ({views} each): "
+            f"{error}\n    What helps: {', '.join(_savings(self.config))}.\n"
+            f"    dinov3-run RECIPE --rehearse --world-size {layout.world_size} estimates what a "
+            "step takes."
         )
 
     # ------------------------------------------------------------------ observers
@@ -261,3 +262,19 @@ class Trainer:
             if self.done % every == 0 or self.done == self.config.iterations:
                 added |= observer.on_step(self.run, record) or {}
         return added
+
+
+def _savings(config: TrainingConfig) -> Iterator[str]:
+    """Changes to a recipe after which a step takes less memory."""
+    parallel = config.parallel
+    if parallel.checkpointing != "full":
+        yield 'parallel.checkpointing = "full"'
+    if parallel.param_dtype != "bf16":
+        yield 'parallel.param_dtype = "bf16"'
+    if parallel.replicas > 1:
+        yield "fewer parallel.replicas"
+    for name, loss in config.losses.items():
+        if getattr(loss, "chunk", 0) is None:
+            yield f"losses.{name}.chunk"
+    yield from ("a larger accumulation_steps", "more processes", "smaller crops")
+    yield "fewer prototypes"

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,7 +23,7 @@ from dinov3_framework.engine.checkpoint import CheckpointStore
 from dinov3_framework.engine.clock import StepClock
 from dinov3_framework.engine.distributed import pick_device
 from dinov3_framework.engine.finishing import export_average, say_goodbye
-from dinov3_framework.engine.frozen import memory_of
+from dinov3_framework.engine.frozen import FrozenTeacher, memory_of, published_as
 from dinov3_framework.engine.init_from import open_weights
 from dinov3_framework.engine.loader import BatchMaker, Layout
 from dinov3_framework.engine.needed_weights import no_such_weights, weights_of
@@ -43,6 +43,10 @@ from dinov3_framework.engine.trainer import Trainer
 from dinov3_framework.errors import DataError, Problem, RecipeError, UserError
 from dinov3_framework.registry import Registry
 
+if TYPE_CHECKING:
+    from dinov3_framework.engine.rehearsal.findings import Findings
+    from dinov3_framework.engine.rehearsal.stage import PretendingSharder, Seat
+
 log = logging.getLogger(__name__)
 
 EXPORT = "exports/teacher_backbone.safetensors"
@@ -54,6 +58,7 @@ class TrainingTask(Task):
     """Trains a student with any losses; its moving average is what is exported."""
 
     name: str  # of the task
+    rehearses = False  # whether it is only pretended: nothing is fetched, nor need the device exist
 
     def __init__(self, config: TrainingConfig, *, registry: Registry) -> None:
         self.config, self.registry = config, registry
@@ -94,7 +99,7 @@ class TrainingTask(Task):
     # ------------------------------------------------------------------ checking
     def check(self, world_size: int) -> Report:
         config = self.config
-        problems = config_problems(config, world_size)
+        problems = config_problems(config, world_size, elsewhere=self.rehearses)
         if problems:
             raise RecipeError(problems)
         missing: list[str] = []
@@ -103,9 +108,13 @@ class TrainingTask(Task):
         except DataError as error:
             missing.append(str(error))
             dataset = None
-        absent = self._absent_weights()
-        missing += [no_such_weights(key, path, self.registry) for key, path in absent.items()]
-        parts = self._parts(absent)
+        missing += [
+            no_such_weights(key, path, self.registry)
+            for key, path in self._weights_read().items()
+            if not exists(path, self.registry)
+        ]
+        unseen = self._unseen_weights()
+        parts = self._parts(unseen)
         missing += self._absent_data()
         problems = [
             *parts_problems(config, parts, self._masks_student),
@@ -113,7 +122,7 @@ class TrainingTask(Task):
         ]
         start: list[tuple[str, str]] = []
         try:
-            start = [] if "init_from.weights" in absent else self._start(parts)
+            start = [] if "init_from.weights" in unseen else self._start(parts)
         except RecipeError as error:
             problems += error.problems
         if problems:
@@ -129,6 +138,8 @@ class TrainingTask(Task):
         if done := self._done():
             after = f"not read: the run goes on after iteration {done:,}"
             return [("weights", f"{config.init_from.weights}, {after}")]
+        if self.rehearses and not Path(config.init_from.weights).exists():
+            return [("weights", f"{config.init_from.weights}, not looked at")]
         with open_weights(config, parts.blueprint, self.registry) as weights:
             return weights.rows(parts.blueprint)
 
@@ -147,28 +158,38 @@ class TrainingTask(Task):
         return dataset
 
     def _weights(self) -> dict[str, str]:
-        """Everything that this run reads before its first step, by key of the recipe."""
+        """Everything that a new run reads before its first step, by key of the recipe."""
         return weights_of(self.config, self.registry)
 
-    def _absent_weights(self) -> dict[str, str]:
-        """Those of :meth:`_weights` that are neither here nor anywhere; none once a run is on."""
-        if self._done():
-            return {}
-        return {key: path for key, path in self._weights().items() if not self._exists(path)}
+    def _weights_read(self) -> dict[str, str]:
+        """Those of :meth:`_weights` that this run reads; a run that is on needs none again."""
+        return {} if self._done() else self._weights()
+
+    def _unseen_weights(self) -> dict[str, str]:
+        """Those of which nothing can be told here."""
+        return {key: path for key, path in self._weights_read().items() if not self._exists(path)}
 
     def _exists(self, source: str) -> bool:
+        """Whether it can be told what weights are."""
+        if self.rehearses:
+            return Path(source).exists() or self._known(source) is not None
         return exists(source, self.registry)
 
-    def _parts(self, absent: Collection[str] = ()) -> Parts:
-        """``absent`` are keys of weights that are not to be looked at."""
+    def _known(self, source: str) -> Mapping[str, str] | None:
+        """What a rehearsal is to know of weights that are not on this machine."""
+        here = not self.rehearses or Path(source).exists()
+        return None if here else published_as(source, self.registry)
+
+    def _parts(self, unseen: Collection[str] = ()) -> Parts:
+        """``unseen`` are keys of weights that are not to be looked at."""
         config = self.config
         losses = {name: self.registry.build(loss) for name, loss in config.losses.items()}
         blueprint = Blueprint.draw(
             self.registry,
             resolved_backbone(config),
             losses,
-            self._memory().get("anchors", {}),
-            [name for name in losses if f"losses.{name}.anchor.weights" in absent],
+            self._known_anchors() | self._memory().get("anchors", {}),
+            [name for name in losses if f"losses.{name}.anchor.weights" in unseen],
         )
         augmentation = self.registry.build(
             config.augmentation,
@@ -176,6 +197,13 @@ class TrainingTask(Task):
             patch_size=blueprint.backbone.patch_size,
         )
         return Parts(augmentation, losses, blueprint)
+
+    def _known_anchors(self) -> dict[str, Mapping[str, str]]:
+        """By loss."""
+        weights = {name: f"losses.{name}.anchor.weights" for name in self.config.losses}
+        read = self._weights()
+        known = {name: self._known(read[key]) for name, key in weights.items() if key in read}
+        return {name: memory for name, memory in known.items() if memory is not None}
 
     def _memory(self) -> dict[str, Any]:
         """What this run's newest checkpoint remembers besides tensors; empty if there is none."""
@@ -194,7 +222,7 @@ class TrainingTask(Task):
                 raise RecipeError([Problem(f"observers.{name}", str(error))]) from error
 
     def stand_in(self, folder: Path) -> bool:
-        parts = self._parts(self._absent_weights())
+        parts = self._parts(self._unseen_weights())
         write_stand_in(folder, self.config, parts, self.registry, self._begun())
         return True
 
@@ -206,30 +234,32 @@ class TrainingTask(Task):
     def rehearse(self, world_size: int, accelerator: str) -> Report:
         from dinov3_framework.engine.rehearsal.accelerators import accelerator as known
         from dinov3_framework.engine.rehearsal.report import sections as told
-        from dinov3_framework.engine.rehearsal.step import rehearse
+        from dinov3_framework.engine.rehearsal.stage import Seat
 
         machine = known(accelerator)
-        # This machine need not have the device, which is pretended, nor what comes with it.
-        parallel = replace(self.config.parallel, device="cpu", compile=False, fp8="off")
-        pretended = type(self)(
-            replace(self.config, parallel=parallel, output_dir=None), registry=self.registry
-        )
-        checked = pretended.check(world_size)
-        parts = pretended._parts(pretended._absent_weights())
-        findings = rehearse(
-            pretended.config,
-            parts,
-            world_size,
-            teaching=partial(pretended._pretended_teaching, parts),
-            masking=self._masks_student,
-        )
-        return Report(told(self.config, findings, machine), checked.missing)
+        task = type(self)(replace(self.config, output_dir=None), registry=self.registry)
+        task.rehearses = True
+        checked = task.check(world_size)
+        findings = task.rehearsed(Seat(world_size))
+        return Report(told(self.config, findings, machine, task.teacher_rows()), checked.missing)
 
-    def _pretended_teaching(
-        self, parts: Parts, networks: Networks, sharder: Sharder
-    ) -> Teaching | None:
-        """As :meth:`_teaching`, without values."""
+    def rehearsed(self, seat: Seat) -> Findings:
+        """What a step is to one process; of a task that ``rehearses``."""
+        from dinov3_framework.engine.rehearsal.step import rehearse
+
+        parts = self._parts(self._unseen_weights())
+        teaching = partial(self._pretended_teacher, parts)
+        return rehearse(self.config, parts, seat, teaching=teaching, masking=self._masks_student)
+
+    def _pretended_teacher(
+        self, parts: Parts, networks: Networks, sharder: PretendingSharder
+    ) -> FrozenTeacher | None:
+        """Who teaches by :meth:`_teaching`, without values; None: the moving average."""
         return None
+
+    def teacher_rows(self) -> list[tuple[str, str]]:
+        """For people: what a teacher is that is not the student's average."""
+        return []
 
     # ------------------------------------------------------------------ running
     def run(self, output_dir: Path) -> None:

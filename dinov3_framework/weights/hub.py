@@ -61,6 +61,16 @@ def load_published(
     return backbone.eval()
 
 
+def published_file(catalog: Catalog, source: str) -> PublishedFile | None:
+    """The published file that a name, or a path or URL that ends in the file's name, stands for."""
+    name, _, training_set = source.partition("@")
+    if name in catalog.published:
+        return _of_training_set(catalog.published[name], training_set or None)
+    last = source.partition("?")[0].rpartition("/")[2]
+    files = (file for each in catalog.published.values() for file in each.files.values())
+    return next((file for file in files if file.file == last), None)
+
+
 def local_file(
     published: Published, weights: str | Path | None = None, *, check_hash: bool = False
 ) -> Path:

@@ -40,7 +40,7 @@ def learn(output: Path, count: int, *overrides: str, save: bool = False) -> dict
         "begun": begun,
         "mesh": mesh and (mesh.mesh.tolist(), mesh.mesh_dim_names),
         "figures": figures,
-        "state": {name: tensor.detach().clone() for name, tensor in whole(ours._tensors()).items()},
+        "state": {name: tensor.detach().clone() for name, tensor in whole(ours.tensors()).items()},
         "export": full_state_dict(ours.networks.teacher["backbone"]),
     }
 

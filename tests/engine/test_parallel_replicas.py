@@ -85,7 +85,7 @@ def test_a_run_of_replicas_goes_on_without(
         assert_same_figures(alone["figures"][2:], rank["figures"])
     with trainer(output, *SAME) as one:
         one.resume()
-        saved = {name: tensor.detach() for name, tensor in one._tensors().items()}
+        saved = {name: tensor.detach() for name, tensor in one.tensors().items()}
         assert_same_state(four[0]["replicated"]["state"], saved, rtol=0, atol=0)
 
 

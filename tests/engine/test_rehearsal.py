@@ -12,14 +12,20 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from attrs import evolve
 from dinov3_vit.transformer import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from trainer_support import pretrain, steps, trainer
 
-from dinov3_framework import LossResult, StepOutputs, UserError
+from dinov3_framework import LossResult, RecipeError, StepOutputs, UserError
+from dinov3_framework.engine.rehearsal.accelerators import ACCELERATORS
 from dinov3_framework.engine.rehearsal.batch import hidden_patches
+from dinov3_framework.engine.rehearsal.estimate import estimate
+from dinov3_framework.engine.rehearsal.findings import Findings
 from dinov3_framework.engine.rehearsal.memory import Kind
-from dinov3_framework.engine.rehearsal.step import Findings, rehearse
+from dinov3_framework.engine.rehearsal.report import sections
+from dinov3_framework.engine.rehearsal.stage import Seat
+from dinov3_framework.engine.rehearsal.step import rehearse
 
 NO_MASKS = ('drop=["losses.ibot"]', "augmentation.masking.probability=0.0")
 GRAM = ("losses.gram.use=gram", "augmentation.anchor_size=28")
@@ -29,7 +35,7 @@ BF16 = "parallel.param_dtype=bf16"
 @cache
 def rehearsed(*overrides: str, world: int = 1) -> Findings:
     task = pretrain(*overrides)
-    return rehearse(task.config, task._parts(), world, granularity=1)
+    return rehearse(task.config, task._parts(), Seat(world), granularity=1)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +115,10 @@ def test_what_there_is_between_steps(alone: Findings) -> None:
     count = sum(parameter.numel() for parameter in student.parameters())
     buffers = sum(b.numel() * b.element_size() for b in student.buffers())
     tensors = len(list(student.parameters()))
-    assert alone.parameters == {"student": (count, count), "teacher": (count, count)}
+    assert alone.parameters == {
+        Kind.STUDENT: (count, count),
+        Kind.TEACHER: (count, count),
+    }
     rest = alone.rest.bytes
     assert rest[Kind.STUDENT] == rest[Kind.TEACHER] == 4 * count + buffers
     assert rest[Kind.MOMENTS] == 8 * count + 4 * tensors  # and a step counter each
@@ -119,8 +128,8 @@ def test_what_there_is_between_steps(alone: Findings) -> None:
 
 
 def test_shards(alone: Findings, of_two: Findings) -> None:
-    whole, held = of_two.parameters["student"]
-    assert whole == alone.parameters["student"][0]
+    whole, held = of_two.parameters[Kind.STUDENT]
+    assert whole == alone.parameters[Kind.STUDENT][0]
     assert whole / 2 <= held < 0.52 * whole
     for kind in (Kind.STUDENT, Kind.TEACHER, Kind.MOMENTS):
         assert of_two.rest.bytes[kind] < 0.6 * alone.rest.bytes[kind]
@@ -130,7 +139,7 @@ def test_gradients_of_a_unit_are_whole_before_they_are_reduced() -> None:
     # A head so wide that it decides where the peak is.
     wide = ("losses.dino.head.hidden_dim=2000", 'drop=["losses.ibot", "losses.koleo"]')
     found = rehearsed(BF16, *wide, world=8)
-    whole, held = found.parameters["student"]
+    whole, held = found.parameters[Kind.STUDENT]
     assert found.peak.when.startswith("backward")
     # In bf16 as they come and in float32 as they are reduced.
     assert found.peak.bytes[Kind.TEMPORARY] == pytest.approx((2 + 4) * whole, rel=0.03)
@@ -139,7 +148,7 @@ def test_gradients_of_a_unit_are_whole_before_they_are_reduced() -> None:
 
 def test_an_allocators_blocks() -> None:
     task = pretrain()
-    rough = rehearse(task.config, task._parts(), 1, granularity=512)
+    rough = rehearse(task.config, task._parts(), Seat(1), granularity=512)
     exact = rehearsed()
     assert exact.rest.total < rough.rest.total
     assert all(size % 512 == 0 for size in rough.peak.bytes.values())
@@ -148,7 +157,7 @@ def test_an_allocators_blocks() -> None:
 def test_anchors_have_memory_of_their_own() -> None:
     found = rehearsed(*GRAM)
     backbone = parameters_of("backbone")
-    assert found.parameters["anchors"] == (backbone, backbone)
+    assert found.parameters[Kind.ANCHORS] == (backbone, backbone)
     assert found.rest.bytes[Kind.ANCHORS] > 4 * backbone
     assert found.tokens.anchors == 2 * (16 + 2)
 
@@ -180,7 +189,7 @@ def test_messages(of_two: Findings) -> None:
         for message, count in of_two.tally.messages.items()
         if message.name == "reduce_scatter"
     )
-    whole, _ = of_two.parameters["student"]
+    whole, _ = of_two.parameters[Kind.STUDENT]
     assert 4 * whole <= reduced < 4.1 * whole  # float32, and padding of what is odd
 
 
@@ -223,6 +232,70 @@ def test_without_masks() -> None:
     assert hidden_patches(parts.augmentation, found.layout, 0) is None
 
 
+# --------------------------------------------------------------------------- resolutions
+SMALL = "{ratio=0.75, global_size=28, local_size=14}"
+LARGE = "{ratio=0.25, global_size=56, local_size=14}"
+
+
+def test_each_resolution_is_rehearsed() -> None:
+    sizes = 'drop=["augmentation.global_size"]'
+    both = rehearsed(sizes, f"augmentation.resolutions=[{SMALL}, {LARGE}]")
+    alone = {size: rehearsed(f"augmentation.global_size={size}") for size in (28, 56)}
+    assert [one.share for one in both.resolutions] == [0.75, 0.25]
+    for one, size in zip(both.resolutions, (28, 56), strict=True):
+        assert one.views["global"].size == size
+        assert one.tokens == alone[size].tokens
+        assert one.tally == alone[size].tally
+        # The tables of RoPE of a resolution are still there in the next one.
+        assert one.peak.total == pytest.approx(alone[size].peak.total, rel=0.01)
+    assert both.peak == both.resolutions[1].peak
+    flops = [sum(alone[size].tally.flops().values()) for size in (28, 56)]
+    assert both.flops == 0.75 * flops[0] + 0.25 * flops[1]
+
+
+def test_times_are_means_by_share() -> None:
+    config = pretrain().config
+    both = rehearsed(
+        'drop=["augmentation.global_size"]', f"augmentation.resolutions=[{SMALL}, {LARGE}]"
+    )
+    h100 = ACCELERATORS["h100"]
+    slow = evolve(h100, products=dict.fromkeys(h100.products, 1e9))
+    steps = [estimate(one.tally, slow).step for one in both.resolutions]
+    mean = 0.75 * steps[0] + 0.25 * steps[1]
+    assert steps[0] != steps[1]
+    told = sections(config, both, slow, [])
+    assert dict(told["estimated on H100 SXM 80 GB"])["step"].startswith(f"{mean * 1e3:.1f} ms")
+    assert [label for label, _ in told["resolutions"]] == [
+        "global 28, local 14",
+        "global 56, local 14",
+        "of these",
+    ]
+
+
+def test_an_anchor_that_begins_later_is_there() -> None:
+    assert rehearsed(*GRAM, "losses.gram.anchor.start=3").tally == rehearsed(*GRAM).tally
+
+
+# --------------------------------------------------------------------------- float8
+def test_products_in_float8() -> None:
+    """Forward, and the gradients of tokens; those of weights stay in bfloat16."""
+    whole = "backbone.drop_path_rate=0.0"  # all images pass all blocks
+    fp8, plain = rehearsed(BF16, whole, "parallel.fp8=on"), rehearsed(BF16, whole)
+    assert sum(fp8.tally.flops().values()) == sum(plain.tally.flops().values())
+    layers = sum(
+        parameter.numel()
+        for name, parameter in pretrain()._parts().blueprint.backbone.named_parameters()
+        if name.startswith("blocks.") and parameter.ndim == 2
+    )
+    tokens = 12 * (2 * plain.tokens.student + plain.tokens.teacher)
+    assert fp8.tally.flops()["fp8"] == 2 * layers * tokens
+
+
+def test_widths_that_float8_cannot_multiply() -> None:
+    with pytest.raises(RecipeError, match="no multiples of 16"):
+        pretrain(BF16, "parallel.fp8=on", "backbone.embed_dim=24").rehearse(1, "h100")
+
+
 # --------------------------------------------------------------------------- what cannot be
 def test_a_loss_that_asks_for_values_is_left_out() -> None:
     task = pretrain()
@@ -233,7 +306,7 @@ def test_a_loss_that_asks_for_values_is_left_out() -> None:
         return LossResult(cls[cls > 0].sum())
 
     parts.losses["koleo"].forward = forward  # type: ignore[method-assign]
-    found = rehearse(task.config, parts, 1)
+    found = rehearse(task.config, parts, Seat(1))
     assert found.left_out.keys() == {"koleo"}
     assert "nonzero" in found.left_out["koleo"]
     assert 0 < sum(found.tally.flops().values()) <= sum(plain.tally.flops().values())
@@ -254,7 +327,7 @@ def test_a_backbone_that_asks_for_values_cannot_be_rehearsed(
     with pytest.raises(
         UserError, match=r"cannot be rehearsed: outside the losses, .*_local_scalar"
     ):
-        rehearse(task.config, task._parts(), 1)
+        rehearse(task.config, task._parts(), Seat(1))
     assert not dist.is_initialized()
 
 
@@ -263,7 +336,7 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     """A real run in the same process goes as if there had been no rehearsal."""
     resize = torch.UntypedStorage.resize_
     task = pretrain(BF16)
-    rehearse(task.config, task._parts(), 1)
+    rehearse(task.config, task._parts(), Seat(1))
     assert not dist.is_initialized()
     assert torch.UntypedStorage.resize_ is resize
     with trainer(tmp_path / "after", BF16) as ours:

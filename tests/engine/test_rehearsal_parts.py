@@ -21,14 +21,17 @@ from dinov3_framework.engine.rehearsal.estimate import (
     message_time,
     needed,
 )
+from dinov3_framework.engine.rehearsal.findings import Findings
 from dinov3_framework.engine.rehearsal.knobs import helpful
 from dinov3_framework.engine.rehearsal.memory import Kind, Ledger, Moment
 from dinov3_framework.engine.rehearsal.report import sections
-from dinov3_framework.engine.rehearsal.step import Findings, rehearse
+from dinov3_framework.engine.rehearsal.stage import Seat
+from dinov3_framework.engine.rehearsal.step import rehearse
 from dinov3_framework.engine.rehearsal.tally import Message, Product, Tally
 from dinov3_framework.engine.rehearsal.watch import Watch
 
 GIB = 2**30
+BF16 = "parallel.param_dtype=bf16"
 
 
 def floats(count: int) -> torch.Tensor:
@@ -184,37 +187,42 @@ def test_which_messages_can_hide() -> None:
 @pytest.fixture(scope="module")
 def found() -> Findings:
     task = pretrain()
-    return rehearse(task.config, task._parts(), 1)
+    return rehearse(task.config, task._parts(), Seat(1))
 
 
 def large(found: Findings, **gib: float) -> Findings:
     bytes_ = dict.fromkeys(Kind, 0) | {Kind[kind]: int(size * GIB) for kind, size in gib.items()}
-    return evolve(found, peak=Moment(bytes_, "forward"))
+    (one,) = found.resolutions
+    return evolve(found, resolutions=[evolve(one, peak=Moment(bytes_, "forward"))])
 
 
 def test_what_does_not_fit_gets_advice(found: Findings) -> None:
     config = pretrain().config
-    report = sections(config, large(found, ACTIVATIONS=100, STUDENT=2), ACCELERATORS["h100"])
+    report = sections(config, large(found, ACTIVATIONS=100, STUDENT=2), ACCELERATORS["h100"], [])
     verdicts = dict(report["memory needed"])
     wanted = needed(102 * GIB)
     assert f"{wanted:.1f} of 79.1 GiB: does NOT fit" in verdicts["H100 SXM 80 GB"]
     assert "fits, " in verdicts["H200 SXM 141 GB"]
     advice = dict(report["what would help"])
     assert advice == {
+        'parallel.checkpointing = "full"': "about 80.0 GiB less",
+        'parallel.checkpointing = "selective"': "about 40.0 GiB less",
         "twice the accumulation_steps": "about 48.0 GiB less",
         'parallel.param_dtype = "bf16"': "about 50.0 GiB less",
         "twice the processes, for the same batch_size": "about 51.0 GiB less",
     }
-    assert sections(config, found, ACCELERATORS["h100"])["what would help"] == []
+    assert sections(config, found, ACCELERATORS["h100"], [])["what would help"] == []
 
 
 def test_only_what_can_be_had_is_advised(found: Findings) -> None:
-    config = pretrain("parallel.param_dtype=bf16").config
+    config = pretrain(BF16, "parallel.checkpointing=full").config
     single = evolve(found.layout, batch_size=1)
     crowded = evolve(large(found, MOMENTS=100, ACTIVATIONS=1), layout=single)
     assert [what for what, _ in helpful(config, crowded)] == [
         "twice the processes, for the same batch_size"
     ]
+    several = pretrain(BF16, "parallel.checkpointing=full", "parallel.replicas=2").config
+    assert dict(helpful(several, crowded))["half of parallel.replicas"] == 50 * GIB
 
 
 def test_accelerators_are_found_by_name() -> None:

@@ -183,13 +183,22 @@ def test_two_passes_are_one_to_rounding(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- memory
 def test_out_of_memory_names_the_knobs(tmp_path: Path) -> None:
     trouble = ("losses.t.use=trouble", "losses.t.what=out_of_memory", "losses.t.iteration=2")
-    with trainer(tmp_path, *trouble, "accumulation_steps=2") as ours:
+    with trainer(tmp_path, *trouble, "accumulation_steps=2", "losses.dino.chunk=8") as ours:
         with pytest.raises(OutOfMemory) as caught:
             ours.train()
         assert ours.done == 1
     message = str(caught.value)
     assert "6 images per process and pass (2 x 28 px, 2 x 14 px each)" in message
     assert "tried to allocate 1.5 TiB" in message
-    for knob in ("accumulation_steps", "more processes", "parallel.param_dtype", "crops"):
-        assert knob in message
+    helps = [
+        'parallel.checkpointing = "full"',
+        'parallel.param_dtype = "bf16"',
+        "losses.ibot.chunk",
+        "a larger accumulation_steps",
+        "more processes",
+        "smaller crops",
+        "fewer prototypes",
+    ]
+    assert f"What helps: {', '.join(helps)}.\n" in message
+    assert "dinov3-run RECIPE --rehearse --world-size 1 estimates" in message
     assert caught.value.exit_code == ExitCode.WRONG_INPUT

@@ -29,7 +29,7 @@ TABLES = (
 )
 # Without global_size and local_size: those of the recipe are the first table's.
 RESOLUTIONS = f"augmentation.resolutions=[{', '.join(TABLES)}]"
-GRAM = ("losses.gram.use=gram", "losses.gram.period=2")
+GRAM = ("losses.gram.use=gram", "losses.gram.anchor.period=2")
 SIDES = {28: (28, 14, 42), 42: (42, 21, 63)}
 
 
@@ -147,10 +147,11 @@ def made(**sizes: int) -> SimpleNamespace:
     ],
 )
 def test_a_check_looks_at_each_variant(second: dict[str, int], messages: list[str]) -> None:
-    parts = pretrain()._parts()
+    task = pretrain()
+    parts = task._parts()
     augmentation = made(**{"global": 28, "local": 14})
     augmentation.variants = lambda: (augmentation, made(**second), made(**second))
-    problems = parts_problems(evolve(parts, augmentation=augmentation))
+    problems = parts_problems(task.config, evolve(parts, augmentation=augmentation))
     assert [problem.message for problem in problems] == messages
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from attrs import frozen
+import torch
+from attrs import evolve, frozen
 from torch import Tensor, empty, int64, uint8
 from torch import bool as torch_bool
 
@@ -18,15 +19,6 @@ class Hidden:
     fullest: int  # of the process and pass that has most to do
 
 
-def largest(augmentation: Augmentation) -> Augmentation:
-    """The variant whose crops have most pixels."""
-
-    def pixels(variant: Augmentation) -> int:
-        return sum(view.crops * view.size**2 for view in variant.views.values())
-
-    return max(augmentation.variants(), key=pixels)
-
-
 def hidden_patches(augmentation: Augmentation, layout: Layout, seed: int) -> Hidden | None:
     """Of the processes and passes of the first step; None without masks."""
     if not augmentation.makes_masks:
@@ -34,15 +26,28 @@ def hidden_patches(augmentation: Augmentation, layout: Layout, seed: int) -> Hid
     crops, size = augmentation.views["global"].crops, layout.batch_size
     total = crops * size
     masks = augmentation.masks(rows=range(total), total=total, seed=seed, step=0)
-    by_pass = masks.sum(1).view(crops, size // layout.per_pass, layout.per_pass).sum((0, 2))
+    by_image = masks.sum(1).view(crops, size).sum(0)
+    shares = [
+        evolve(layout, rank=rank).places(0, micro)
+        for rank in range(layout.world_size)
+        for micro in range(layout.accumulation_steps)
+    ]
+    by_pass = torch.stack([by_image[places.start : places.stop].sum() for places in shares])
     return Hidden(by_pass.double().mean().item(), int(by_pass.max()))
 
 
 def pretended_batch(
-    augmentation: Augmentation, layout: Layout, channels: int, patch_size: int, hidden: int | None
+    augmentation: Augmentation,
+    images: int,
+    seen: int,
+    channels: int,
+    patch_size: int,
+    hidden: int | None,
 ) -> Batch:
-    """One process's batch of one pass; to be called where tensors have no values."""
-    images = layout.per_pass
+    """One process's batch of one pass; to be called where tensors have no values.
+
+    Crops are of ``images``, masks of the images that the student has ``seen``.
+    """
     crops = {
         name: empty(view.crops, images, channels, view.size, view.size, dtype=uint8)
         for name, view in augmentation.views.items()
@@ -52,6 +57,6 @@ def pretended_batch(
     if hidden is not None:
         view = augmentation.views["global"]
         patches = (view.size // patch_size) ** 2
-        masks = empty(view.crops, images, patches, dtype=torch_bool)
+        masks = empty(view.crops, seen, patches, dtype=torch_bool)
         masked = empty(hidden, dtype=int64)
     return Batch(crops, masks, (), 0, 0, masked)

@@ -67,8 +67,10 @@ def message_time(message: Message, accelerator: Accelerator) -> float:
         return 0.0
     width = accelerator.link
     if message.machines > 1:
-        # All of a machine's processes that take part send through their own network links.
+        # All of a machine's processes that take part send through their own network links: shares
+        # of the ring's messages, but what each has for others itself.
         beside = min(message.processes / message.machines, PER_MACHINE)
+        beside = 1 if message.name == "all_to_all" else beside
         width = min(width, beside * accelerator.network)
     return MESSAGE + message.processes * HOP + message.wire_bytes / (LINKS * width)
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 from attrs import frozen
 
+from dinov3_framework.engine.rehearsal.findings import Findings
 from dinov3_framework.engine.rehearsal.memory import Kind
-from dinov3_framework.engine.rehearsal.step import Findings
 from dinov3_framework.engine.settings import TrainingConfig
 
 SHARDED = (Kind.STUDENT, Kind.TEACHER, Kind.ANCHORS, Kind.FROZEN, Kind.MOMENTS, Kind.GRADIENTS)

@@ -23,6 +23,11 @@ def _result(args: Any, result: Any) -> Any:
     return result
 
 
+def _larger(args: Any, result: Any) -> Any:
+    """Of what an exchange gives to this process and takes from it."""
+    return max(args[0], args[1], key=_bytes)
+
+
 # Name of the operation -> what it is called, what the whole of it is, where its group stands.
 _MESSAGES: dict[str, tuple[str, Sized, int]] = {
     "c10d::allreduce_": ("all_reduce", _argument(0), 1),
@@ -34,8 +39,8 @@ _MESSAGES: dict[str, tuple[str, Sized, int]] = {
     "c10d::_reduce_scatter_base_": ("reduce_scatter", _argument(1), 2),
     "c10d::gather_": ("gather", _argument(0), 2),
     "c10d::scatter_": ("scatter", _argument(1), 2),
-    "c10d::alltoall_": ("all_to_all", _argument(1), 2),
-    "c10d::alltoall_base_": ("all_to_all", _argument(1), 2),
+    "c10d::alltoall_": ("all_to_all", _larger, 2),
+    "c10d::alltoall_base_": ("all_to_all", _larger, 2),
     "_c10d_functional::all_reduce": ("all_reduce", _argument(0), 2),
     "_c10d_functional::all_reduce_": ("all_reduce", _argument(0), 2),
     "_c10d_functional::broadcast": ("broadcast", _argument(0), 2),

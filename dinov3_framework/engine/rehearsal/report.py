@@ -3,90 +3,154 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from dinov3_framework.engine.rehearsal import estimate as assumed
-from dinov3_framework.engine.rehearsal.accelerators import (
-    ACCELERATORS,
-    PER_MACHINE,
-    TERA,
-    Accelerator,
-)
+from attrs import frozen
+
+from dinov3_framework.contracts import View
+from dinov3_framework.engine.loader import Layout
+from dinov3_framework.engine.rehearsal.accelerators import ACCELERATORS, PER_MACHINE, Accelerator
+from dinov3_framework.engine.rehearsal.assumptions import rows as assumptions
 from dinov3_framework.engine.rehearsal.estimate import Estimate, estimate, needed
+from dinov3_framework.engine.rehearsal.findings import Findings
 from dinov3_framework.engine.rehearsal.knobs import helpful
-from dinov3_framework.engine.rehearsal.memory import Moment
-from dinov3_framework.engine.rehearsal.step import Findings
 from dinov3_framework.engine.rehearsal.tally import Tally
-from dinov3_framework.engine.settings import TrainingConfig
+from dinov3_framework.engine.rehearsal.units import count, duration, seconds, size
+from dinov3_framework.engine.settings import RunConfig, TrainingConfig
 
 Rows = list[tuple[str, str]]
+ASSUMPTIONS = "assumptions (estimates; not calibrated on a GPU)"
 _SHOWN = 2**20 / 20  # bytes, of a kind of memory
 
 
+@frozen
+class Spent:
+    """Times of a step of each resolution, with the resolution's share of the steps."""
+
+    each: Sequence[tuple[float, Estimate]]
+
+    @classmethod
+    def of(cls, findings: Findings, accelerator: Accelerator) -> Spent:
+        return cls([(r.share, estimate(r.tally, accelerator)) for r in findings.resolutions])
+
+    def mean(self, of: Callable[[Estimate], float]) -> float:
+        return sum(share * of(one) for share, one in self.each)
+
+    @property
+    def step(self) -> float:
+        return self.mean(lambda one: one.step)
+
+
 def sections(
-    config: TrainingConfig, findings: Findings, accelerator: Accelerator
+    config: TrainingConfig, findings: Findings, accelerator: Accelerator, teacher: Rows
 ) -> dict[str, Rows]:
-    """The report of a rehearsal."""
-    spent = estimate(findings.tally, accelerator)
+    """The report of a rehearsal; ``teacher`` are rows on one that is not the student's average."""
+    spent, world = Spent.of(findings, accelerator), findings.world_size
     return {
-        "rehearsal": _what(config, findings),
-        "parameters": _parameters(findings),
-        "memory of a process": _memory(findings.peak, findings.rest),
-        "work of a step": _work(config, findings),
-        "messages of a process in a step": _messages(findings.tally),
-        f"estimated on {accelerator.title}": _estimated(config, findings, accelerator, spent),
-        "memory needed": list(_fits(findings)),
-        "what would help": list(_help(config, findings, accelerator)),
-        "assumptions (estimates; not calibrated on a GPU)": _assumptions(accelerator),
+        "rehearsal": [
+            ("processes", processes(world)),
+            ("images per step", f"{config.batch_size:,} = {split(findings.layout)}"),
+            *what(config, findings),
+        ],
+        **({"teacher": teacher} if teacher else {}),
+        **counted(config, findings, spent),
+        f"estimated on {accelerator.title}": [
+            *times(findings, spent),
+            *whole(config, world, findings.flops * world, spent.step, accelerator),
+        ],
+        **fitting(config, findings, accelerator),
+        ASSUMPTIONS: assumptions(accelerator),
     }
 
 
 # ------------------------------------------------------------------ what was counted
-def _what(config: TrainingConfig, findings: Findings) -> Rows:
-    layout = findings.layout
-    processes = f"{layout.world_size:,}"
-    if layout.world_size > PER_MACHINE:
-        processes += f", {PER_MACHINE} to a machine"
-    split = f"{layout.world_size} x {layout.accumulation_steps} passes x {layout.per_pass}"
-    rows = [
-        ("processes", processes),
-        ("images per step", f"{config.batch_size:,} = {split}"),
-    ]
+def processes(world_size: int) -> str:
+    said = f"{world_size:,}"
+    return f"{said}, {PER_MACHINE} to a machine" if world_size > PER_MACHINE else said
+
+
+def split(layout: Layout) -> str:
+    return f"{layout.world_size:,} x {layout.accumulation_steps} passes x {layout.per_pass}"
+
+
+def what(config: TrainingConfig, findings: Findings) -> Iterator[tuple[str, str]]:
+    """What is special about the process and the step."""
     if findings.hidden is not None:
         masked = f"{findings.hidden.fullest:,} in the fullest pass of all processes, as here"
-        rows.append(("masked patches", f"{masked}; {findings.hidden.mean:,.0f} on average"))
+        yield "masked patches", f"{masked}; {findings.hidden.mean:,.0f} on average"
+    if config.parallel.compile:
+        yield (
+            "compile",
+            "not rehearsed: operations are counted one by one, as if nothing were fused",
+        )
+    elif config.parallel.fp8 != "off":
+        yield "fp8", "rounding is counted as operations of its own, which compile = true would fuse"
     for loss, reason in findings.left_out.items():
-        rows.append(("left out", f"losses.{loss}: {reason}; what it takes is not in the figures"))
-    return rows
+        yield "left out", f"losses.{loss}: {reason}; what it takes is not in the figures"
+
+
+def counted(config: TrainingConfig, findings: Findings, spent: Spent) -> dict[str, Rows]:
+    """What the process holds, does and sends; by resolution where there are several."""
+    return {
+        "parameters": _parameters(findings),
+        **_resolutions(findings, spent),
+        "memory of a process": _memory(findings),
+        "work of a step": _work(config, findings),
+        "messages of a process in a step": _messages(findings.tally),
+    }
 
 
 def _parameters(findings: Findings) -> Rows:
     return [
-        (network, f"{whole:,}, of which a process holds {held:,}")
+        (findings.called(network), f"{whole:,}, of which a process holds {held:,}")
         for network, (whole, held) in findings.parameters.items()
     ]
 
 
-def _memory(peak: Moment, rest: Moment) -> Rows:
-    rows = [(kind.value, size(taken)) for kind, taken in peak.bytes.items() if taken > _SHOWN]
+def _resolutions(findings: Findings, spent: Spent) -> dict[str, Rows]:
+    if len(findings.resolutions) == 1:
+        return {}
+    rows = []
+    for one, (share, spends) in zip(findings.resolutions, spent.each, strict=True):
+        flops = count(sum(one.tally.flops().values()))
+        took = f"{flops} FLOPs, {seconds(spends.step)}, peak {size(one.peak.total)}"
+        rows.append((_crops(one.views), f"{share:.1%} of steps: {took}"))
+    said = "each was rehearsed; memory, work and messages below are of the one with the highest "
+    rows.append(("of these", f"{said}peak, times are means by share"))
+    return {"resolutions": rows}
+
+
+def _crops(views: Mapping[str, View]) -> str:
+    return ", ".join(f"{name} {view.size}" for name, view in views.items())
+
+
+def _memory(findings: Findings) -> Rows:
+    peak, called = findings.peak, findings.called
+    rows = [(called(kind), size(taken)) for kind, taken in peak.bytes.items() if taken > _SHOWN]
     rows.append(("peak", f"{size(peak.total)}, in {peak.when}"))
-    rows.append(("between steps", size(rest.total)))
+    rows.append(("between steps", size(findings.rest.total)))
     return rows
 
 
 def _work(config: TrainingConfig, findings: Findings) -> Rows:
     layout, tokens, flops = findings.layout, findings.tokens, findings.tally.flops()
-    images = layout.per_pass * layout.accumulation_steps
+    passes, count_of = layout.accumulation_steps, layout.world_size
+    images, taught = layout.per_pass * passes, findings.taught * passes
     total = sum(flops.values())
     by_type = ", ".join(f"{each / total:.1%} {dtype}" for dtype, each in flops.items())
-    seen = {"student": tokens.student, "teacher": tokens.teacher, "anchors": tokens.anchors}
+    seen = {
+        "student": (tokens.student, images),
+        "teacher": (tokens.teacher, taught),
+        "anchors": (tokens.anchors, images),
+    }
+    whose = "all" if count_of == findings.world_size else f"its {count_of:,}"
     return [
         ("FLOPs of a process", f"{count(total)} ({by_type})"),
-        ("FLOPs of all processes", count(total * layout.world_size)),
+        (f"FLOPs of {whose} processes", count(total * count_of)),
         ("FLOPs per image", count(total / images)),
         *(
-            (f"tokens of the {name}", f"{each * config.batch_size:,}, {each * images:,} a process")
-            for name, each in seen.items()
+            (f"tokens of the {name}", f"{each * config.batch_size:,}, {each * own:,} a process")
+            for name, (each, own) in seen.items()
             if each
         ),
     ]
@@ -109,102 +173,48 @@ def _messages(tally: Tally) -> Rows:
 
 
 # ------------------------------------------------------------------ what is estimated
-def _estimated(
-    config: TrainingConfig, findings: Findings, accelerator: Accelerator, spent: Estimate
+def times(findings: Findings, spent: Spent) -> Rows:
+    """What a mean step consists of, for one process."""
+    products, memory = spent.mean(lambda e: e.products), spent.mean(lambda e: e.memory)
+    host = spent.mean(lambda e: e.host)
+    rows = [("matrix products", seconds(products)), ("other operations", seconds(memory))]
+    if host > products + memory:
+        rows.append(("starting operations", f"{seconds(host)}, more than all of these take"))
+    if findings.world_size > 1:
+        hideable, waiting = spent.mean(lambda e: e.hideable), spent.mean(lambda e: e.waiting)
+        exposed = seconds(spent.mean(lambda e: e.exposed))
+        messages = f"{seconds(hideable)} beside computing, {seconds(waiting)} waited for"
+        rows.append(("messages", f"{messages}: {exposed} more"))
+    return rows
+
+
+def whole(
+    config: RunConfig, world_size: int, flops: float, step: float, accelerator: Accelerator
 ) -> Rows:
-    world = findings.layout.world_size
-    run = config.iterations * spent.step
-    hours = world * run / 3600
-    flops = sum(findings.tally.flops().values())
-    share = flops / spent.step / accelerator.products["bf16"]
-    rows = [
-        ("matrix products", seconds(spent.products)),
-        ("other operations", seconds(spent.memory)),
-    ]
-    if spent.host > spent.products + spent.memory:
-        rows.append(("starting operations", f"{seconds(spent.host)}, more than all of these take"))
-    if world > 1:
-        messages = f"{seconds(spent.hideable)} beside computing, {seconds(spent.waiting)} waited"
-        rows.append(("messages", f"{messages} for: {seconds(spent.exposed)} more"))
-    images = config.batch_size / spent.step
-    rows += [
-        ("step", f"{seconds(spent.step)}, {images:,.0f} images a second"),
+    """The run as a whole: ``flops`` of all processes in a step of so many seconds."""
+    run = config.iterations * step
+    hours = world_size * run / 3600
+    share = flops / world_size / step / accelerator.products["bf16"]
+    return [
+        ("step", f"{seconds(step)}, {config.batch_size / step:,.0f} images a second"),
         ("utilisation", f"{share:.0%} of the bf16 rate"),
         ("run", f"{config.iterations:,} steps in {duration(run)}, {hours:,.1f} GPU hours"),
         ("cost", f"{hours * accelerator.price:,.2f} US dollars"),
     ]
-    return rows
 
 
-def _fits(findings: Findings) -> Iterator[tuple[str, str]]:
+def fitting(
+    config: TrainingConfig, findings: Findings, accelerator: Accelerator
+) -> dict[str, Rows]:
+    """Where the process has room, and what helps if ``accelerator`` has too little."""
     wanted = needed(findings.peak.total)
+    verdicts = []
     for each in ACCELERATORS.values():
         room = each.memory - wanted
         verdict = f"fits, {room:.1f} GiB left" if room >= 0 else f"does NOT fit, {-room:.1f} short"
-        yield each.title, f"{wanted:.1f} of {each.memory:.1f} GiB: {verdict}"
-
-
-def _help(
-    config: TrainingConfig, findings: Findings, accelerator: Accelerator
-) -> Iterator[tuple[str, str]]:
-    if needed(findings.peak.total) > accelerator.memory:
-        for what, saved in helpful(config, findings):
-            yield what, f"about {size(saved)} less"
-
-
-def _assumptions(accelerator: Accelerator) -> Rows:
-    rates = accelerator.products
-    return [
-        (
-            "matrix products",
-            f"{assumed.PRODUCTS:.0%} of {rates['bf16'] / TERA:,.0f} (bf16), "
-            f"{rates['fp32'] / TERA:,.0f} (fp32), {rates['fp8'] / TERA:,.0f} (fp8) TFLOP/s",
-        ),
-        (
-            "other operations",
-            f"{assumed.BANDWIDTH:.0%} of {accelerator.bandwidth / TERA:.2f} TB/s, nothing fused; "
-            f"{assumed.KERNEL * 1e6:.0f} us to start each",
-        ),
-        (
-            "messages",
-            f"rings at {assumed.LINKS:.0%} of {accelerator.link / 1e9:.0f} GB/s in a machine, "
-            f"{accelerator.network / 1e9:.0f} GB/s an accelerator between machines; "
-            f"{assumed.MESSAGE * 1e6:.0f} us each and {assumed.HOP * 1e6:.0f} us a process",
-        ),
-        (
-            "overlap",
-            "messages of sharding and of the backward pass run beside up to "
-            f"{assumed.HIDDEN:.0%} of the computing; others are waited for",
-        ),
-        (
-            "memory",
-            f"{assumed.FRAGMENTS:.0%} on top for fragments, {assumed.CONTEXT:g} GiB for CUDA, "
-            "NCCL and cuBLAS; kernels' own scratch space is not seen",
-        ),
-        ("left aside", "reading images, observers, checkpoints, evaluation"),
-        ("price", f"{accelerator.price:.2f} US dollars an hour and accelerator"),
-    ]
-
-
-# ------------------------------------------------------------------ units
-def size(bytes_: float) -> str:
-    unit, divisor = ("GiB", 2**30) if bytes_ >= 2**30 else ("MiB", 2**20)
-    return f"{bytes_ / divisor:,.1f} {unit}"
-
-
-def count(number: float) -> str:
-    for unit, divisor in (("P", 1e15), ("T", 1e12), ("G", 1e9)):
-        if number >= divisor:
-            return f"{number / divisor:,.1f} {unit}"
-    return f"{number / 1e6:,.1f} M"
-
-
-def duration(time: float) -> str:
-    for unit, divisor in (("hours", 3600), ("minutes", 60)):
-        if time >= divisor:
-            return f"{time / divisor:,.1f} {unit}"
-    return f"{time:.1f} seconds"
-
-
-def seconds(time: float) -> str:
-    return f"{time:.2f} s" if time >= 1 else f"{time * 1e3:.1f} ms"
+        verdicts.append((each.title, f"{wanted:.1f} of {each.memory:.1f} GiB: {verdict}"))
+    advice = helpful(config, findings) if wanted > accelerator.memory else ()
+    return {
+        "memory needed": verdicts,
+        "what would help": [(what, f"about {size(saved)} less") for what, saved in advice],
+    }

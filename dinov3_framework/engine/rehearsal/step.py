@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from attrs import evolve, frozen
+from attrs import field, frozen
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -16,20 +16,22 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.distributed.tensor import DTensor
 
-from dinov3_framework.contracts import Loss, LossResult, StepOutputs
+from dinov3_framework import collectives
+from dinov3_framework.contracts import Augmentation, Loss, LossResult, StepOutputs
+from dinov3_framework.engine.frozen import FrozenTeacher
 from dinov3_framework.engine.loader import Batch, Layout
 from dinov3_framework.engine.networks import Networks
 from dinov3_framework.engine.objective import Objective
 from dinov3_framework.engine.optimizer import Optimizer
-from dinov3_framework.engine.parallel import Sharder, tensors_of
+from dinov3_framework.engine.parallel import tensors_of
 from dinov3_framework.engine.preflight import Parts
-from dinov3_framework.engine.rehearsal.batch import Hidden, hidden_patches, largest, pretended_batch
-from dinov3_framework.engine.rehearsal.memory import Kind, Ledger, Moment, local
-from dinov3_framework.engine.rehearsal.stage import PretendingSharder, pretended
+from dinov3_framework.engine.rehearsal.batch import hidden_patches, pretended_batch
+from dinov3_framework.engine.rehearsal.findings import Findings, Resolution, tokens
+from dinov3_framework.engine.rehearsal.memory import Kind, Ledger, local
+from dinov3_framework.engine.rehearsal.stage import PretendingSharder, Seat, pretended
 from dinov3_framework.engine.rehearsal.tally import Tally
 from dinov3_framework.engine.rehearsal.watch import Watch
 from dinov3_framework.engine.settings import TrainingConfig, momentum
-from dinov3_framework.engine.teaching import Teaching
 from dinov3_framework.errors import UserError
 
 # CUDA's allocator gives memory in blocks of so many bytes.
@@ -42,29 +44,6 @@ _NEEDS_VALUES = (
 
 
 @frozen
-class Tokens:
-    """What the backbones put out for one image, over all crops."""
-
-    student: int
-    teacher: int
-    anchors: int
-
-
-@frozen
-class Findings:
-    """What one process has to do in a step, and what it takes."""
-
-    layout: Layout
-    peak: Moment
-    rest: Moment  # between two steps
-    tally: Tally
-    parameters: Mapping[str, tuple[int, int]]  # of each network: all, and those of this process
-    tokens: Tokens
-    hidden: Hidden | None
-    left_out: Mapping[str, str]  # loss -> why it could not take part
-
-
-@frozen
 class Cast:
     """The objects that take part in a step; the same that a trainer has."""
 
@@ -72,69 +51,77 @@ class Cast:
     networks: Networks
     objective: Objective
     optimizer: Optimizer
+    frozen: nn.Module = field(factory=nn.ModuleDict)  # those of a teacher that does not learn
 
 
 def rehearse(
     config: TrainingConfig,
     parts: Parts,
-    world_size: int,
+    seat: Seat,
     granularity: int = GRANULARITY,
     *,
-    teaching: Callable[[Networks, Sharder], Teaching | None] = lambda *_: None,
+    teaching: Callable[[Networks, PretendingSharder], FrozenTeacher | None] = lambda *_: None,
     masking: bool = True,
 ) -> Findings:
-    """Take a step as the first of ``world_size`` processes; raises ``UserError`` if it cannot.
+    """Take a step of each resolution as one of many processes; raises ``UserError`` if it cannot.
 
     ``parts`` are used up. Sizes are rounded up to ``granularity`` bytes. ``teaching`` and
-    ``masking`` as of an ``Objective``. Of several resolutions it is a step of the largest.
+    ``masking`` as of an ``Objective``.
     """
-    parts = evolve(parts, augmentation=largest(parts.augmentation))
-    layout = Layout(
-        world_size=world_size,
-        rank=0,
-        accumulation_steps=config.accumulation_steps,
-        batch_size=config.batch_size,
-    )
-    hidden = hidden_patches(parts.augmentation, layout, config.seed)
+    size, passes, span = config.batch_size, config.accumulation_steps, seat.span
+    layout = Layout(len(span), seat.rank - span.start, passes, size)
+    taught = len(Layout(seat.world_size, seat.rank, passes, size).places(0, 0))
+    patch_size = parts.blueprint.backbone.patch_size
     left_out: dict[str, str] = {}
     for name, loss in parts.losses.items():
         _guard(loss, partial(left_out.__setitem__, name))
     watch = Watch(granularity)
-    with pretended(world_size) as tensors:
-        sharder = PretendingSharder(config.parallel, tensors)
+    with pretended(seat) as tensors:
+        sharder = PretendingSharder(config.parallel, tensors, collectives.current_group())
         networks = Networks(parts.blueprint, sharder, config.seed, restored=True)
-        taught = teaching(networks, sharder)
+        teacher = teaching(networks, sharder)
         with tensors:
-            cast = assemble(config, parts.losses, networks, taught, masking)
+            cast = assemble(config, parts.losses, networks, teacher, masking)
             warm_up(cast)
             tell(watch.ledger, cast)
 
+        def step(augmentation: Augmentation) -> Resolution:
+            hidden = hidden_patches(augmentation, layout, config.seed)
+            fullest = None if hidden is None else hidden.fullest
+
             def batch() -> Batch:
-                made = pretended_batch(
-                    parts.augmentation,
-                    layout,
-                    config.images.channels,
-                    parts.blueprint.backbone.patch_size,
-                    None if hidden is None else hidden.fullest,
-                )
+                channels, seen = config.images.channels, layout.per_pass
+                made = pretended_batch(augmentation, taught, seen, channels, patch_size, fullest)
                 others = [tensor for tensor in (made.masks, made.masked) if tensor is not None]
                 watch.ledger.call([*made.crops.values(), *others], Kind.BATCH)
                 return made
 
-            try:
+            watch.ledger.forget_peak()
+            with tensors:
                 tally = take_step(cast, watch, batch)
-            except _NEEDS_VALUES as error:
-                raise UserError(
-                    f"this recipe cannot be rehearsed: outside the losses, {_reason(error)}"
-                ) from error
+            backbone = parts.blueprint.backbone if teacher is None else teacher.weights.backbone
+            return Resolution(
+                views=augmentation.views,
+                share=augmentation.share,
+                peak=watch.ledger.peak(),
+                tally=tally,
+                tokens=tokens(parts, augmentation, backbone),
+                hidden=hidden,
+            )
+
+        try:
+            resolutions = [step(variant) for variant in parts.augmentation.variants()]
+        except _NEEDS_VALUES as error:
+            raise UserError(
+                f"this recipe cannot be rehearsed: outside the losses, {_reason(error)}"
+            ) from error
         return Findings(
+            world_size=seat.world_size,
             layout=layout,
-            peak=watch.ledger.peak(),
+            taught=taught,
+            resolutions=resolutions,
             rest=watch.ledger.now(),
-            tally=tally,
             parameters=_parameters(cast),
-            tokens=_tokens(parts),
-            hidden=hidden,
             left_out=left_out,
         )
 
@@ -143,7 +130,7 @@ def assemble(
     config: TrainingConfig,
     losses: Mapping[str, Loss],
     networks: Networks,
-    teaching: Teaching | None = None,
+    teacher: FrozenTeacher | None = None,
     masking: bool = True,
 ) -> Cast:
     """Objective and optimizer over placed networks, as a task makes them for a trainer."""
@@ -156,10 +143,11 @@ def assemble(
             networks,
             config.iterations,
             config.images,
-            teaching=teaching,
+            teaching=None if teacher is None else teacher.teaching,
             masking=masking,
         ),
         optimizer=Optimizer(dict(networks.student.items()), config.optimizer, config.batch_size),
+        frozen=nn.ModuleDict() if teacher is None else teacher.networks,
     )
 
 
@@ -167,7 +155,7 @@ def tell(ledger: Ledger, cast: Cast) -> None:
     """What there is before the step."""
     networks, optimizer = cast.networks, cast.optimizer
     roles: dict[Kind, nn.Module] = {Kind.STUDENT: networks.student, Kind.TEACHER: networks.teacher}
-    roles |= {Kind.ANCHORS: networks.anchors, Kind.FROZEN: _frozen(cast)}
+    roles |= {Kind.ANCHORS: networks.anchors, Kind.FROZEN: cast.frozen}
     for kind, network in roles.items():
         ledger.call((tensor for _, tensor in tensors_of(network)), kind)
     ledger.call(cast.objective.named_state().values(), Kind.LOSSES)
@@ -228,10 +216,16 @@ def take_step(cast: Cast, watch: Watch, batch: Callable[[], Batch]) -> Tally:
 def _pass(cast: Cast, watch: Watch, batch: Batch) -> None:
     config, student = cast.config, cast.networks.student
     watch.phase = "forward"
-    outcome = cast.objective(batch, 0)
+    outcome = cast.objective(batch, _iteration(cast))
     watch.phase = "backward"
     (outcome.total / config.accumulation_steps).backward()
     watch.ledger.call(_gradients(student.parameters()), Kind.GRADIENTS)
+
+
+def _iteration(cast: Cast) -> int:
+    """The first at which every anchor has begun."""
+    begins = [anchor.config.start or 0 for anchor in cast.networks.blueprint.anchors.values()]
+    return min(max(begins, default=0), cast.config.iterations - 1)
 
 
 def _gradients(parameters: Any) -> Iterator[Tensor]:
@@ -267,21 +261,15 @@ def _reason(error: Exception) -> str:
 
 
 # --------------------------------------------------------------------------- counting
-def _frozen(cast: Cast) -> nn.Module:
-    """The networks of a teacher that is not the student's average."""
-    taught = cast.objective.teaching.networks
-    return nn.ModuleDict() if taught is cast.networks.teacher else taught
-
-
-def _parameters(cast: Cast) -> dict[str, tuple[int, int]]:
+def _parameters(cast: Cast) -> dict[Kind, tuple[int, int]]:
     """All parameters of each network, and those that this process holds."""
     networks = cast.networks
-    named: dict[str, nn.Module] = {
-        "student": networks.student,
-        "teacher": networks.teacher,
-        "anchors": networks.anchors,
+    named: dict[Kind, nn.Module] = {
+        Kind.STUDENT: networks.student,
+        Kind.TEACHER: networks.teacher,
+        Kind.ANCHORS: networks.anchors,
+        Kind.FROZEN: cast.frozen,
     }
-    named["frozen teacher"] = _frozen(cast)
     return {
         name: (
             sum(parameter.numel() for parameter in network.parameters()),
@@ -290,24 +278,3 @@ def _parameters(cast: Cast) -> dict[str, tuple[int, int]]:
         for name, network in named.items()
         if len(list(network.children()))
     }
-
-
-def _tokens(parts: Parts) -> Tokens:
-    backbone, views = parts.blueprint.backbone, parts.augmentation.views
-
-    def of_view(name: str) -> int:
-        view = views[name]
-        image = torch.empty(1, backbone.in_chans, view.size, view.size, device="meta")
-        return int(view.crops * backbone.forward_features(image)["x_prenorm"].shape[1])
-
-    def seen_by(network: str) -> int:
-        needs = set().union(*(loss.needs for loss in parts.losses.values()))
-        parted = [need.split(".") for need in needs]
-        return sum(map(of_view, {need[1] for need in parted if need[0] == network}))
-
-    with torch.no_grad():
-        return Tokens(
-            student=seen_by("student"),
-            teacher=seen_by("teacher"),
-            anchors=sum(of_view(anchor.view) for anchor in parts.blueprint.anchors.values()),
-        )

@@ -20,7 +20,7 @@ class Message(NamedTuple):
     """A collective as one process takes part in it."""
 
     name: str  # all_gather, reduce_scatter ...
-    bytes: int  # of the whole: what is gathered, what is reduced
+    bytes: int  # of the whole: what is gathered, what is reduced; all_to_all: this process's part
     processes: int
     machines: int
     in_backward: bool
