@@ -18,6 +18,8 @@ def weights_of(config: TrainingConfig, registry: Registry) -> dict[str, str]:
 
 def no_such_weights(key: str, path: str, registry: Registry) -> str:
     """What to say of weights that are not there."""
+    if key == "continue_from.run":
+        return f"{key}: there is no {path}\n    give the folder of the run to go on with"
     published = ", ".join(sorted(registry.published))
     hint = f"\n    published names: {published}" if published else ""
     return f"{key}: there is no {path}{hint}"

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
 from torch import nn
 
 from dinov3_framework.contracts import Augmentation, Dataset, Loss, View
-from dinov3_framework.engine.distributed import pick_device
 from dinov3_framework.engine.networks import Blueprint, head_name
 from dinov3_framework.engine.objective import STUDENT_VIEWS, check_needs
 from dinov3_framework.engine.optimizer import lr_factor
 from dinov3_framework.engine.parallel_check import (
     backbone_problems,
-    machine_problems,
     parallel_problems,
     parallel_rows,
 )
@@ -42,19 +40,10 @@ class Parts:
     blueprint: Blueprint
 
 
-def config_problems(
-    config: TrainingConfig, world_size: int, *, elsewhere: bool = False
-) -> list[Problem]:
-    """What can be told without building anything; raises as ``pick_device`` does.
-
-    If the run is to be ``elsewhere``, it does not matter what this machine can do.
-    """
-    machine: Iterable[Problem] = ()
-    if not elsewhere:
-        machine = machine_problems(config.parallel, pick_device(config.parallel.device))
+def config_problems(config: TrainingConfig, world_size: int) -> list[Problem]:
+    """What can be told without building anything."""
     return [
         *parallel_problems(config.parallel, world_size),
-        *machine,
         *_batch_problems(config, world_size),
         *_schedule_problems(config),
         *_channel_problems(config),

@@ -33,6 +33,7 @@ from dinov3_framework.engine.opening import exists
 from dinov3_framework.engine.optimizer import Optimizer
 from dinov3_framework.engine.output import write_results
 from dinov3_framework.engine.parallel import Sharder
+from dinov3_framework.engine.parallel_check import machine_problems
 from dinov3_framework.engine.peers import Alone
 from dinov3_framework.engine.preflight import Parts, config_problems, parts_problems, sections
 from dinov3_framework.engine.run import TrainingRun
@@ -99,10 +100,10 @@ class TrainingTask(Task):
     # ------------------------------------------------------------------ checking
     def check(self, world_size: int) -> Report:
         config = self.config
-        problems = config_problems(config, world_size, elsewhere=self.rehearses)
+        problems = config_problems(config, world_size)
         if problems:
             raise RecipeError(problems)
-        missing: list[str] = []
+        missing = self._absent_abilities()
         try:
             dataset = self._dataset()
         except DataError as error:
@@ -210,6 +211,13 @@ class TrainingTask(Task):
         if self.config.output_dir is None:
             return {}
         return CheckpointStore(Path(self.config.output_dir) / CHECKPOINTS).peek()
+
+    def _absent_abilities(self) -> list[str]:
+        """What the recipe asks of a machine and this one, perhaps a login node, cannot do."""
+        if self.rehearses:
+            return []
+        device = pick_device(self.config.parallel.device)
+        return [str(problem) for problem in machine_problems(self.config.parallel, device)]
 
     def _absent_data(self) -> Iterator[str]:
         """What the observers want and this machine does not have."""
