@@ -57,7 +57,7 @@ CHAINS = {
     "vitl_im1k": ("vitl_im1k", "im1k_distill", "convnext_tiny_distill", "convnext_distill"),
     "one GPU": ("vits_pretrain_1gpu", "vits_gram_anchor_1gpu", "vits_high_res_adapt_1gpu"),
 }
-PROCESSES = {"vitl_im1k": 2, "im1k_distill": 2, "convnext_distill": 4, "lvd1689m_distill": 4}
+PROCESSES = {"im1k_distill": 2, "convnext_distill": 4, "lvd1689m_distill": 4}
 
 
 def test_every_recipe_of_a_training_is_run_here_or_is_one_for_other_gpus() -> None:

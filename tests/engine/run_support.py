@@ -6,8 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from dinov3_framework.cli import main
 
 HERE = Path(__file__).parent
 TINY = HERE / "tiny.toml"
@@ -46,6 +52,21 @@ def run(output: Path, *overrides: str, recipe: Path = TINY) -> subprocess.Comple
         timeout=300,
         check=False,
     )
+
+
+def run_here(
+    output: Path, *overrides: str, recipe: Path = TINY
+) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has imported everything already."""
+    torch.set_num_threads(1)
+    words = [str(recipe), "--output-dir", str(output), *overrides]
+    sys.path.insert(0, str(HERE / "faults_plugin"))
+    try:
+        with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as complaints:
+            code = main(words)
+    finally:
+        sys.path.remove(str(HERE / "faults_plugin"))
+    return subprocess.CompletedProcess(words, code, out.getvalue(), complaints.getvalue())
 
 
 def two_processes(

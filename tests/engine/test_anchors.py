@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_support import export_bytes, losses, run
+from run_support import export_bytes, losses, run, run_here
 from torch import Tensor
 from trainer_support import pretrain, steps, trainer
 
@@ -23,7 +23,7 @@ OTHER = ("backbone.embed_dim=48", "backbone.depth=1")  # another backbone than t
 def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose teachers of iterations 4 and 6 are kept."""
     output = tmp_path_factory.mktemp("earlier") / "run"
-    done = run(output)
+    done = run_here(output)
     assert done.returncode == 0, done.stderr
     return output
 
@@ -32,7 +32,7 @@ def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def another(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of another backbone."""
     output = tmp_path_factory.mktemp("another") / "run"
-    done = run(output, *OTHER, "iterations=2")
+    done = run_here(output, *OTHER, "iterations=2")
     assert done.returncode == 0, done.stderr
     return output
 
@@ -77,7 +77,7 @@ def test_weights_that_are_not_there_are_missing_and_refused(tmp_path: Path) -> N
     nowhere = tmp_path / "nowhere"
     (said,) = pretrain(*GRAM, f"{ANCHOR}.weights={nowhere}").check(1).missing
     assert said.startswith(f"{ANCHOR}.weights: there is no {nowhere}")
-    done = run(tmp_path / "run", *GRAM, f"{ANCHOR}.weights={nowhere}")
+    done = run_here(tmp_path / "run", *GRAM, f"{ANCHOR}.weights={nowhere}")
     assert done.returncode == ExitCode.WRONG_INPUT
     assert f"{ANCHOR}.weights: there is no" in done.stderr
     assert not (tmp_path / "run").exists()
@@ -112,12 +112,12 @@ def test_anchors_survive_a_resume_without_their_weights(earlier: Path, tmp_path:
         f"{ANCHOR}.period=4",
         "checkpoint.every=1",
     )
-    whole = run(tmp_path / "whole", *GRAM, *anchor)
+    whole = run_here(tmp_path / "whole", *GRAM, *anchor)
     assert whole.returncode == 0, whole.stderr
     killer = ("observers.killer.use=signal_at", "observers.killer.iteration=3")
     assert run(tmp_path / "killed", *GRAM, *anchor, *killer).returncode != 0
     shutil.rmtree(weights)
-    again = run(tmp_path / "killed", *GRAM, *anchor)
+    again = run_here(tmp_path / "killed", *GRAM, *anchor)
     assert again.returncode == 0, again.stderr
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert export_bytes(tmp_path / "killed") == export_bytes(tmp_path / "whole")

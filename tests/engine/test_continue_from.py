@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_support import export_bytes, losses, run
+from run_support import export_bytes, losses, run, run_here
 from trainer_support import pretrain
 
 from dinov3_framework import ExitCode, RecipeError
@@ -19,7 +19,7 @@ FROM = "continue_from"
 @pytest.fixture(scope="module")
 def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("earlier") / "run"
-    done = run(output)
+    done = run_here(output)
     assert done.returncode == 0, done.stderr
     return output
 
@@ -39,7 +39,7 @@ def test_it_goes_on_with_the_bits_of_the_other(earlier: Path, tmp_path: Path, wh
         "one": earlier / "checkpoints" / "step_00000004",
     }[what]
     wanted = () if what == "one" else (f"{FROM}.iteration=4",)
-    done = run(tmp_path / "run", f"{FROM}.run={place}", *wanted)
+    done = run_here(tmp_path / "run", f"{FROM}.run={place}", *wanted)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "run") == losses(earlier)[4:]
     last = "checkpoints"
@@ -56,13 +56,13 @@ def test_it_goes_on_with_the_bits_of_the_other(earlier: Path, tmp_path: Path, wh
 def test_killed_it_goes_on_from_its_own_checkpoint(earlier: Path, tmp_path: Path) -> None:
     start = (f"{FROM}.run={earlier}", "iterations=10", "checkpoint.every=1")
     gram = ("losses.gram.use=gram", "augmentation.anchor_size=28")
-    whole = run(tmp_path / "whole", *start, *gram)
+    whole = run_here(tmp_path / "whole", *start, *gram)
     assert whole.returncode == 0, whole.stderr
     assert [iteration for iteration, _ in losses(tmp_path / "whole")] == [7, 8, 9, 10]
     assert (tmp_path / "whole" / "exports" / "initial_backbone.safetensors").is_file()
     killer = ("observers.killer.use=signal_at", "observers.killer.iteration=8")
     assert run(tmp_path / "killed", *start, *gram, *killer).returncode != 0
-    again = run(tmp_path / "killed", *start, *gram)
+    again = run_here(tmp_path / "killed", *start, *gram)
     assert again.returncode == 0, again.stderr
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert export_bytes(tmp_path / "killed") == export_bytes(tmp_path / "whole")
@@ -96,7 +96,7 @@ def test_a_loss_that_is_new_keeps_its_first_values(earlier: Path, tmp_path: Path
     start = (f"{FROM}.run={earlier}", "iterations=7", "losses.more.use=dino")
     head = "losses.more.head={n_prototypes=16, bottleneck_dim=8, hidden_dim=16}"
     assert "more_head." in problems(*start, head)[FROM]
-    done = run(tmp_path / "run", *start, head, f'{FROM}.new=["more_head.*"]')
+    done = run_here(tmp_path / "run", *start, head, f'{FROM}.new=["more_head.*"]')
     assert done.returncode == 0, done.stderr
     ((_, figures),) = losses(tmp_path / "run")
     assert "more" in json.loads(figures)

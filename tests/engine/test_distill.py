@@ -12,7 +12,7 @@ import torch
 from dinov3_losses.configs import ProjectorConfig
 from dinov3_losses.projector import PrototypeProjector
 from distill_support import DISTILL, HEAD, TEACHER, distill, student
-from run_support import export_bytes, losses, metrics, run
+from run_support import export_bytes, losses, metrics, run, run_here
 from torch import Tensor
 from trainer_support import steps
 
@@ -24,7 +24,7 @@ from dinov3_framework.engine.checkpoint import CheckpointStore
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of another backbone, with its projectors in checkpoints."""
     output = tmp_path_factory.mktemp("teacher") / "run"
-    done = run(output, *TEACHER)
+    done = run_here(output, *TEACHER)
     assert done.returncode == 0, done.stderr
     return output
 
@@ -103,7 +103,7 @@ def test_a_backbone_alone_gets_new_projectors_aloud(teacher: Path, tmp_path: Pat
     report = distill(export).check(1)
     assert dict(report.sections["teacher"])["dino_head"].startswith("new: the weights hold none")
     assert "teacher.projectors" in problems(export, "teacher.projectors=weights")
-    done = run(tmp_path / "run", f"teacher.weights={export}", recipe=DISTILL)
+    done = run_here(tmp_path / "run", f"teacher.weights={export}", recipe=DISTILL)
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr
     assert "no projector of loss 'dino': it gets a new one" in said
@@ -176,12 +176,12 @@ def test_a_killed_distillation_ends_with_the_same_bits(teacher: Path, tmp_path: 
     export = tmp_path / "teacher.safetensors"
     shutil.copy(teacher / "exports" / "teacher_backbone.safetensors", export)
     start = (f"teacher.weights={export}", "checkpoint.every=1")
-    whole = run(tmp_path / "whole", *start, recipe=DISTILL)
+    whole = run_here(tmp_path / "whole", *start, recipe=DISTILL)
     assert whole.returncode == 0, whole.stderr
     killer = ("observers.killer.use=signal_at", "observers.killer.iteration=3")
     assert run(tmp_path / "killed", *start, *killer, recipe=DISTILL).returncode != 0
     moved = export.rename(tmp_path / "moved.safetensors")
-    again = run(tmp_path / "killed", f"teacher.weights={moved}", *start[1:], recipe=DISTILL)
+    again = run_here(tmp_path / "killed", f"teacher.weights={moved}", *start[1:], recipe=DISTILL)
     assert again.returncode == 0, again.stderr
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert export_bytes(tmp_path / "killed") != b""
@@ -201,8 +201,8 @@ def test_another_teacher_is_noticed(teacher: Path, tmp_path: Path) -> None:
     start = (f"teacher.weights={teacher}", HEAD)
     assert run(tmp_path / "run", *start, *killer, recipe=DISTILL).returncode != 0
     other = tmp_path / "other"
-    assert run(other, *TEACHER, "seed=5", "iterations=2").returncode == 0
-    again = run(tmp_path / "run", f"teacher.weights={other}", HEAD, recipe=DISTILL)
+    assert run_here(other, *TEACHER, "seed=5", "iterations=2").returncode == 0
+    again = run_here(tmp_path / "run", f"teacher.weights={other}", HEAD, recipe=DISTILL)
     assert again.returncode == ExitCode.WRONG_INPUT
     assert "is not the teacher that this run has learnt from" in again.stderr
 
@@ -211,7 +211,7 @@ def test_a_teacher_that_is_not_there(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
     (said,) = distill(nowhere).check(1).missing
     assert said.startswith(f"teacher.weights: there is no {nowhere}")
-    done = run(tmp_path / "run", f"teacher.weights={nowhere}", recipe=DISTILL)
+    done = run_here(tmp_path / "run", f"teacher.weights={nowhere}", recipe=DISTILL)
     assert done.returncode == ExitCode.WRONG_INPUT
     assert not (tmp_path / "run").exists()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from init_from_support import assert_same, features, own_export, reference_checkpoint, start, vit
-from run_support import TINY, export_bytes, losses, metrics, run
+from run_support import TINY, export_bytes, losses, metrics, run, run_here
 from trainer_support import pretrain, snapshot, steps, trainer
 
 from dinov3_framework import load_backbone
@@ -55,7 +55,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run from the command line, and what it printed."""
     output = tmp_path_factory.mktemp("finished") / "run"
-    done = run(output, *start(source, projectors=True, new=["ibot_head.*"]))
+    done = run_here(output, *start(source, projectors=True, new=["ibot_head.*"]))
     assert done.returncode == 0, done.stderr
     return output, done.stdout
 
@@ -105,7 +105,7 @@ def test_killed_and_resumed_without_the_weights(
     assert not (output / "results.json").exists()
     away = source.rename(source.with_suffix(".away"))
     try:
-        resumed = run(output, *overrides)
+        resumed = run_here(output, *overrides)
     finally:
         away.rename(source)
     assert resumed.returncode == 0, resumed.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from distill_support import MULTI
-from run_support import is_timing, losses, metrics, processes_with, run
+from run_support import is_timing, losses, metrics, processes_with, run, run_here
 from trainer_support import registry
 
 from dinov3_framework import ExitCode, RecipeError, load_backbone
@@ -28,7 +28,7 @@ CONV_LOSS = "students.conv.losses.p"
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("teacher") / "run"
     wide = ("backbone.embed_dim=48", "backbone.num_heads=4", "backbone.patch_size=16")
-    done = run(output, *wide, *CROPS, "iterations=2")
+    done = run_here(output, *wide, *CROPS, "iterations=2")
     assert done.returncode == 0, done.stderr
     return output
 
@@ -115,7 +115,7 @@ def test_each_student_has_a_run_of_its_own(whole: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "processes"), [("wide", 2), ("narrow", 1), ("conv", 1)])
+@pytest.mark.parametrize(("name", "processes"), [("wide", 2), ("conv", 1)])
 def test_the_same_numbers_as_alone(
     whole: Path, teacher: Path, tmp_path: Path, name: str, processes: int
 ) -> None:
@@ -123,7 +123,8 @@ def test_the_same_numbers_as_alone(
     recipe = tmp_path / "alone.toml"
     shutil.copy(whole / name / "recipe.toml", recipe)
     count = ("launcher.use=local", f"launcher.processes={processes}")
-    done = run(tmp_path / "alone", *count, recipe=recipe)
+    start = run_here if processes == 1 else run
+    done = start(tmp_path / "alone", *count, recipe=recipe)
     assert done.returncode == 0, done.stderr
     for ours, alone in zip(metrics(whole / name), metrics(tmp_path / "alone"), strict=True):
         learnt = {key for key in ours if not is_timing(key)}
@@ -168,25 +169,22 @@ def test_one_that_diverges_ends_all_and_the_others_keep_their_state(
     teacher: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    poison = (f"{CONV_LOSS}.use=poison", f"{CONV_LOSS}.iterations=[3]", f"{CONV_LOSS}.rank=3")
-    start = (f"teacher.weights={teacher}", "max_nonfinite_steps=0", "checkpoint.every=100")
+    poison = (f"{CONV_LOSS}.use=poison", f"{CONV_LOSS}.rank=3", f"{CONV_LOSS}.iterations=[2, 4, 5]")
+    start = (f"teacher.weights={teacher}", "max_nonfinite_steps=1", "checkpoint.every=100")
     done = run(output, *start, *poison, recipe=MULTI)
     assert done.returncode == ExitCode.DIVERGED, done.stderr
-    assert "iteration 3: not finite: " in done.stderr
+    assert "iteration 5: not finite: " in done.stderr
     assert "loss 'p' on rank 3" in done.stderr
-    assert "conv: iteration 3" in done.stderr, "the others say whose fault it was"
+    assert "conv: iteration 5" in done.stderr, "the others say whose fault it was"
     for name in ("wide", "narrow"):
         store = CheckpointStore(output / name / "checkpoints")
-        assert store.steps() == [3]
+        assert store.steps() == [5]
         assert all(tensor.isfinite().all() for tensor in store.read()[0].values())
+        # A step that is skipped in one student is none of the others' business.
+        assert all(line["loss"] is not None for line in metrics(output / name))
     assert CheckpointStore(output / "conv" / "checkpoints").steps() == []
+    assert [line["p"] for line in metrics(output / "conv")] == [0, None, 0, None]
     assert not processes_with(str(output))
-    # A step that is skipped in one student is none of the others' business.
-    done = run(tmp_path / "skipped", start[0], *poison, recipe=MULTI)
-    assert done.returncode == 0, done.stderr
-    lines = {name: metrics(tmp_path / "skipped" / name) for name in STUDENTS}
-    assert lines["conv"][2]["p"] is None
-    assert all(line["loss"] is not None for line in lines["wide"])
 
 
 @pytest.mark.slow

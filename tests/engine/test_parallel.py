@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from dinov3_vit.rope import RotaryTable
-from run_support import is_timing, metrics, outside_torchrun, run, two_processes
+from run_support import is_timing, metrics, outside_torchrun, run_here, two_processes
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from trainer_support import snapshot, steps, trainer
@@ -24,7 +24,7 @@ BF16 = "parallel.param_dtype=bf16"
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("one") / "run"
-    done = run(output, *SAME)
+    done = run_here(output, *SAME)
     assert done.returncode == 0, done.stderr
     return output
 

@@ -19,7 +19,7 @@ from pipeline_support import (
     recipe_of,
     write_chain,
 )
-from run_support import HERE, metrics, run, two_processes
+from run_support import HERE, metrics, run, run_here, two_processes
 from safetensors.torch import load_file
 
 from dinov3_framework.cli import main
@@ -191,7 +191,7 @@ def test_stopped_and_killed_and_resumed_is_bit_equal(
     killed = run(output, *signals("adapt", "SIGKILL", 3), recipe=recipe)
     assert killed.returncode == -signal.SIGKILL
     assert not (output / "adapt" / "results.json").exists()
-    last = run(output, recipe=recipe)
+    last = run_here(output, recipe=recipe)
     assert last.returncode == 0, last.stderr
     assert "Going on after iteration 2" in (output / "adapt" / "run.log").read_text()
     assert_same_chain(finished, output, ["pretrain", "last"])

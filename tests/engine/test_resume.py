@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from run_support import command, environment, export_bytes, losses, processes_with, run
+from run_support import command, environment, export_bytes, losses, processes_with, run, run_here
 
 from dinov3_framework.errors import ExitCode
 
@@ -26,7 +26,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of one process."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    done = run(output)
+    done = run_here(output)
     assert done.returncode == 0, done.stderr
     return output
 
@@ -43,7 +43,7 @@ def test_a_complete_run_has_it_all(whole: Path) -> None:
 
 def test_a_complete_run_says_so(whole: Path) -> None:
     before = (whole / "metrics.jsonl").read_bytes()
-    again = run(whole)
+    again = run_here(whole)
     assert again.returncode == 0
     assert "This run is complete" in again.stderr
     assert "--output-dir" in again.stderr
@@ -51,7 +51,7 @@ def test_a_complete_run_says_so(whole: Path) -> None:
 
 
 def test_the_written_recipe_runs_again_as_it_stands(whole: Path, tmp_path: Path) -> None:
-    done = run(tmp_path / "again", recipe=whole / "recipe.toml")
+    done = run_here(tmp_path / "again", recipe=whole / "recipe.toml")
     assert done.returncode == 0, done.stderr
     assert_same_run(whole, tmp_path / "again")
 
@@ -68,7 +68,7 @@ def test_killed_and_resumed_is_bit_equal(whole: Path, tmp_path: Path) -> None:
     first = run(output, *killer)
     assert first.returncode == -signal.SIGKILL
     assert not (output / "results.json").exists()
-    second = run(output)
+    second = run_here(output)
     assert second.returncode == 0, second.stderr
     assert "Going on after iteration 4" in (output / "run.log").read_text()
     assert_same_run(whole, output)
@@ -83,7 +83,7 @@ def test_asked_to_stop_saves_and_goes_on(whole: Path, tmp_path: Path, name: str)
     assert first.returncode == expected, first.stderr
     # The flag is polled with the next step's figures, which is then finished and saved.
     assert "after iteration 4" in first.stderr
-    second = run(output)
+    second = run_here(output)
     assert second.returncode == 0, second.stderr
     assert_same_run(whole, output)
 

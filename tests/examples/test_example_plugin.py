@@ -237,9 +237,9 @@ def test_its_backbone_learns_from_and_teaches_others(
 ) -> None:
     """A conv mixer's student is a ViT, and that ViT's a conv mixer."""
     recipe = str(ROOT / "tests" / "engine" / "tiny_distill.toml")
-    heads = (
-        "losses.dino.head={ n_prototypes = 32, bottleneck_dim = 8, hidden_dim = 16 }",
-        "losses.ibot.head={ n_prototypes = 24, bottleneck_dim = 8, hidden_dim = 16 }",
+    heads = (  # those of the run that teaches
+        "losses.dino.head={ n_prototypes = 32, bottleneck_dim = 8, hidden_dim = 16, n_layers = 2 }",
+        "losses.ibot.head={ n_prototypes = 24, bottleneck_dim = 8, hidden_dim = 16, n_layers = 2 }",
     )
     command = ("-m", "dinov3_framework", recipe, "iterations=3", *heads)
     vit, mixer = tmp_path / "vit", tmp_path / "mixer"
