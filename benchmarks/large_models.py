@@ -31,32 +31,24 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from attrs import field, frozen
+from dinov3_ssl.configs import InitFromConfig, PretrainConfig, TeacherConfig
+from dinov3_ssl.init_from import open_weights
+from dinov3_ssl.networks import Blueprint, Networks
 from torch import Tensor
 
 from dinov3_framework import Constant, Registry
-from dinov3_framework.configs import (
-    WEB_IMAGES,
-    AugmentationConfig,
-    BackboneConfig,
-    DatasetConfig,
-)
-from dinov3_framework.engine.checkpoint import CheckpointStore
-from dinov3_framework.engine.convert import convert_backbone
-from dinov3_framework.engine.export import export_tensors
-from dinov3_framework.engine.gathered_export import export_gathered
-from dinov3_framework.engine.init_from import open_weights
-from dinov3_framework.engine.loading import load_placed
-from dinov3_framework.engine.networks import Blueprint, Networks
-from dinov3_framework.engine.parallel import Sharder, tensors_of
-from dinov3_framework.engine.settings import (
-    InitFromConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    PretrainConfig,
-    TeacherConfig,
-)
+from dinov3_framework.checkpoints.store import CheckpointStore
+from dinov3_framework.configs import WEB_IMAGES
+from dinov3_framework.kinds import AugmentationConfig, BackboneConfig, DatasetConfig
+from dinov3_framework.parallel import ParallelConfig
+from dinov3_framework.parallel.sharder import Sharder, tensors_of
+from dinov3_framework.training import OptimizerConfig
+from dinov3_framework.weights.convert import convert_backbone
+from dinov3_framework.weights.export import export_tensors
 from dinov3_framework.weights.filling import initial_values
+from dinov3_framework.weights.gathered_export import export_gathered
 from dinov3_framework.weights.info import BackboneInfo
+from dinov3_framework.weights.loading import load_placed
 
 MIB = 2**20
 CPU = torch.device("cpu")

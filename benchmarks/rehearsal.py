@@ -27,18 +27,18 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from dinov3_estimate.stage import Seat
+from dinov3_estimate.step import Cast, rehearse, tell
+from dinov3_estimate.watch import Watch
+from dinov3_ssl.configs import PretrainConfig
+from dinov3_ssl.pretrain import Pretrain
 from large_models import ALLOCATOR, MIB, Peak, anonymous
 
 from dinov3_framework import Registry
-from dinov3_framework.engine.loader import Batch
-from dinov3_framework.engine.pretrain import Pretrain
-from dinov3_framework.engine.rehearsal.stage import Seat
-from dinov3_framework.engine.rehearsal.step import Cast, rehearse, tell
-from dinov3_framework.engine.rehearsal.watch import Watch
-from dinov3_framework.engine.settings import PretrainConfig
-from dinov3_framework.engine.trainer import Trainer
-from dinov3_framework.recipe import compose
-from dinov3_framework.structure import structure_recipe
+from dinov3_framework.data.loader import Batch
+from dinov3_framework.recipes.compose import compose
+from dinov3_framework.recipes.structure import structure_recipe
+from dinov3_framework.training.trainer import Trainer
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
 # Large enough that tensors are most of what a process takes.

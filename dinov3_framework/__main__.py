@@ -8,7 +8,7 @@ from dinov3_framework.cli import main
 if __name__ == "__main__":
     code = main()
     if "RANK" in os.environ:  # one process of a job
-        from dinov3_framework.engine.distributed import leave
+        from dinov3_framework.runtime.processes import leave
 
         leave(code)
     sys.exit(code)

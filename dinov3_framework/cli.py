@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from dinov3_framework import __version__
 from dinov3_framework.errors import DataError, ExitCode, UserError
+from dinov3_framework.kinds import resolve
 
 if TYPE_CHECKING:
-    from dinov3_framework.configs import TaskConfig
-    from dinov3_framework.contracts import Job, Launcher, Task
-    from dinov3_framework.recipe import Composed
+    from dinov3_framework.contracts.running import Job, Launcher, Task
+    from dinov3_framework.kinds import Flag, TaskConfig
+    from dinov3_framework.recipes.compose import Composed
     from dinov3_framework.registry import Registry
 
 _EPILOG = """\
@@ -35,9 +36,14 @@ change first, 3 training diverged, 75 stopped on request (the same command goes 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    options = _parse(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    options = argparse.Namespace(traceback="--traceback" in argv)
     try:
-        return _dispatch(options)
+        from dinov3_framework.registry import Registry
+
+        registry = Registry.load(block=_blocked(argv))
+        options = _parse(argv, registry)
+        return _dispatch(options, registry)
     except UserError as error:
         if options.traceback:
             traceback.print_exc()
@@ -55,7 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(ExitCode.FAILED)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _blocked(argv: Sequence[str]) -> list[str]:
+    """Plugins to leave out, which have to be known before the flags that others bring."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--block-plugin", action="append", default=[])
+    blocked: list[str] = parser.parse_known_args(argv)[0].block_plugin
+    return blocked
+
+
+def _parse(argv: Sequence[str], registry: Registry) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="dinov3-run",
         description="Run a recipe: training, evaluation, export.",
@@ -67,14 +81,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("recipe", nargs="?", help="a file, an installed recipe's name, or package:recipe")
     add("overrides", nargs="*", metavar="key=value", help="replaces a value of the recipe")
     add("--check", action="store_true", help="say what would run, and write nothing")
-    add(
-        "--rehearse",
-        action="store_true",
-        help="say what a training step takes (memory, FLOPs, messages, time), on any number of "
-        "processes, and write nothing",
-    )
-    add("--world-size", type=int, metavar="N", help="processes to rehearse (else the launcher's)")
-    add("--accelerator", metavar="NAME", help="what to rehearse for: a100, h100, h200, b200")
+    for flag in registry.flags.values():
+        add(f"--{flag.name}", action="store_true", help=flag.help)
+        for name, (kind, placeholder, text) in flag.options.items():
+            add(f"--{name}", type=kind, metavar=placeholder, help=text)
     add("--print-recipe", action="store_true", help="print the complete recipe and who set what")
     add("--output-dir", metavar="DIR", help="folder of all that the run writes")
     add("--launcher", metavar="NAME", help="where the processes come from (launcher.use=NAME)")
@@ -92,20 +102,24 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_intermixed_args(argv)
     if options.recipe is None and options.list is None and options.describe is None:
         parser.error("a recipe is needed: a file, an installed recipe's name, or package:recipe")
-    if not options.rehearse and (options.world_size is not None or options.accelerator):
-        parser.error("--world-size and --accelerator go with --rehearse")
+    for flag in registry.flags.values():
+        if not _given(options, flag.name) and any(_given(options, each) for each in flag.options):
+            names = " and ".join(f"--{each}" for each in flag.options)
+            parser.error(f"{names} go with --{flag.name}")
     return options
 
 
-def _dispatch(options: argparse.Namespace) -> int:
-    from dinov3_framework.registry import Registry
+def _given(options: argparse.Namespace, name: str) -> Any:
+    """What was given for a flag that a plugin brought."""
+    return getattr(options, name.replace("-", "_"))
 
-    registry = Registry.load(block=options.block_plugin)
+
+def _dispatch(options: argparse.Namespace, registry: Registry) -> int:
     if _rank() in (None, 0):
         for broken in registry.broken:
             print(f"warning: {broken}", file=sys.stderr)
     if options.list is not None or options.describe is not None:
-        from dinov3_framework import console
+        from dinov3_framework.recipes import describe as console
 
         if options.list is not None:
             return _show(console.listing(registry, options.list or None))
@@ -115,8 +129,8 @@ def _dispatch(options: argparse.Namespace) -> int:
 
 def _recipe(options: argparse.Namespace, registry: Registry) -> int:
     from dinov3_framework.configs import replace
-    from dinov3_framework.recipe import annotated_toml, compose
-    from dinov3_framework.structure import structure_recipe, unstructure
+    from dinov3_framework.recipes.compose import annotated_toml, compose
+    from dinov3_framework.recipes.structure import structure_recipe, unstructure
 
     composed = compose(options.recipe, _overrides(options))
     config = structure_recipe(registry, composed)
@@ -126,8 +140,9 @@ def _recipe(options: argparse.Namespace, registry: Registry) -> int:
     config = replace(config, output_dir=str(output_dir))
     task: Task = registry.build(config, registry=registry)
     launcher = _launcher(config, registry)
-    if options.rehearse:
-        return _show(_rehearsal(task, launcher, options))
+    for flag in registry.flags.values():
+        if _given(options, flag.name):
+            return _show(_flag(flag, task, launcher, options))
     if not _is_launched(composed, output_dir):
         text = _check(task, launcher, may_miss=options.check)
         if _rank() in (None, 0):
@@ -140,7 +155,7 @@ def _recipe(options: argparse.Namespace, registry: Registry) -> int:
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
-    from dinov3_framework.toml_text import inline
+    from dinov3_framework.recipes.toml_text import inline
 
     overrides = list(options.overrides)
     for key, value in (("launcher.use", options.launcher), ("output_dir", options.output_dir)):
@@ -173,7 +188,7 @@ def _is_launched(composed: Composed, output_dir: Path) -> bool:
 
 def _check(task: Task, launcher: Launcher | None, may_miss: bool) -> str:
     """What the task says of itself; what this machine lacks is an error unless it ``may_miss``."""
-    from dinov3_framework.console import report_text
+    from dinov3_framework.recipes.describe import report_text
 
     outside = int(os.environ["WORLD_SIZE"]) if _rank() is not None else 1
     world = launcher.world_size() if launcher else outside
@@ -184,18 +199,15 @@ def _check(task: Task, launcher: Launcher | None, may_miss: bool) -> str:
     return f"{text}\n\nlauncher\n  {launcher.describe()}" if launcher else text
 
 
-def _rehearsal(task: Task, launcher: Launcher | None, options: argparse.Namespace) -> str:
-    """What a step would take."""
-    from dinov3_framework.console import report_text
-
+def _flag(flag: Flag, task: Task, launcher: Launcher | None, options: argparse.Namespace) -> str:
+    """What a plugin does with the recipe in place of running it."""
     if _rank() is not None:
-        raise UserError("--rehearse pretends the processes: start it alone, without torchrun")
-    world = options.world_size
-    if world is None:
-        world = launcher.world_size() if launcher else 1
-    if world < 1:
-        raise UserError(f"--world-size {world}: there is at least one process")
-    return report_text(task.rehearse(world, options.accelerator or "h100"))
+        raise UserError(f"--{flag.name} runs in one process: start it alone, without torchrun")
+    given = {name.replace("-", "_"): _given(options, name) for name in flag.options}
+    values = {name: value for name, value in given.items() if value is not None}
+    world = launcher.world_size() if launcher else 1
+    act = resolve(flag.run, f"--{flag.name}: its function")
+    return str(act(task, **({"world_size": world} | values)))
 
 
 def _run(
@@ -206,10 +218,12 @@ def _run(
     launcher: Launcher | None,
     blocked: Sequence[str],
 ) -> int:
-    from dinov3_framework.engine import session
+    from dinov3_framework.runtime import session
 
     def run() -> int:
-        return int(session.run_task(task, config, registry, output_dir))
+        parallel = getattr(config, "parallel", None)
+        chosen = {"device": parallel.device, "timeout": parallel.timeout} if parallel else {}
+        return int(session.run_task(task, config, registry, output_dir, **chosen))
 
     if launcher is None:
         return run()
@@ -218,7 +232,7 @@ def _run(
 
 
 def _job(output_dir: Path, blocked: Sequence[str], run: Any) -> Job:
-    from dinov3_framework.contracts import Job
+    from dinov3_framework.contracts.running import Job
 
     command = [sys.executable, "-m", "dinov3_framework", str(output_dir / "recipe.toml")]
     for name in blocked:

@@ -6,13 +6,10 @@ be lost between the recipe and the code that uses it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar, dataclass_transform
 
 import attrs
-
-from dinov3_framework.schedules import Constant, Schedule
 
 T = TypeVar("T")
 Check = Callable[[Any], str | None]
@@ -110,31 +107,30 @@ def one_of(*choices: str) -> Check:
 
 
 @config
-class BackboneConfig:
-    """Base of every backbone's config."""
+class ImagesConfig:
+    """What an image is, set once for datasets, augmentation, backbone and evaluation."""
 
-    in_chans: int | None = option(
-        "input channels; left out, the recipe's images.channels (3 outside a recipe)",
-        default=None,
-        check=positive,
+    channels: int = option("channels of an image", default=3, check=positive)
+    mean: tuple[float, ...] = option(
+        "mean of each channel, of values in 0..1", default=(0.485, 0.456, 0.406)
+    )
+    std: tuple[float, ...] = option(
+        "standard deviation of each channel, of values in 0..1", default=(0.229, 0.224, 0.225)
     )
 
-    def evaluation_settings(self) -> dict[str, object]:
-        """What, by name, decides on the features that given weights give in evaluation.
-
-        Two configs whose weights have equal names and shapes mean the same backbone where these
-        are equal; it is how a training knows that weights are what its recipe takes them for. All
-        fields, unless a family leaves out those that act in training alone or that names and
-        shapes show.
-        """
-        cls: Any = type(self)
-        names = [field.name for field in attrs.fields(cls)]
-        return {name: getattr(self, name) for name in names if name != "in_chans"}
+    def __attrs_post_init__(self) -> None:
+        for name in ("mean", "std"):
+            given = len(getattr(self, name))
+            if given != self.channels:
+                raise InvalidOption(name, f"has {given} numbers for channels = {self.channels}")
+        if min(self.std) <= 0:
+            raise InvalidOption("std", f"must be above 0, is {list(self.std)}")
 
 
-@config
-class AugmentationConfig:
-    """Base of every augmentation's config."""
+# What the published weights were trained with: on photographs from the web (ImageNet's statistics)
+# and on satellite images (SAT-493M).
+WEB_IMAGES = ImagesConfig()
+SATELLITE_IMAGES = ImagesConfig(mean=(0.430, 0.411, 0.296), std=(0.213, 0.156, 0.143))
 
 
 @config
@@ -180,108 +176,3 @@ class AnchorConfig:
     def follows(self) -> bool:
         """Whether it ever becomes the momentum teacher."""
         return self.weights is None or self.start is not None or self.period is not None
-
-
-@config
-class LossConfig:
-    """Base of every loss's config."""
-
-    weight: Schedule = option(
-        "factor of this loss in the total: a number or a schedule",
-        factory=lambda: Constant(value=1.0),
-    )
-
-
-@config
-class DatasetConfig:
-    """Base of every dataset's config."""
-
-
-@config
-class HeadConfig:
-    """Base of every evaluation head's config."""
-
-
-@config
-class LauncherConfig:
-    """Base of every launcher's config."""
-
-
-@config
-class ObserverConfig:
-    """Base of every observer's config."""
-
-    every: int = option("iterations between two calls", default=1, check=positive)
-
-
-@config
-class ImagesConfig:
-    """What an image is, set once for datasets, augmentation, backbone and evaluation."""
-
-    channels: int = option("channels of an image", default=3, check=positive)
-    mean: tuple[float, ...] = option(
-        "mean of each channel, of values in 0..1", default=(0.485, 0.456, 0.406)
-    )
-    std: tuple[float, ...] = option(
-        "standard deviation of each channel, of values in 0..1", default=(0.229, 0.224, 0.225)
-    )
-
-    def __attrs_post_init__(self) -> None:
-        for name in ("mean", "std"):
-            given = len(getattr(self, name))
-            if given != self.channels:
-                raise InvalidOption(name, f"has {given} numbers for channels = {self.channels}")
-        if min(self.std) <= 0:
-            raise InvalidOption("std", f"must be above 0, is {list(self.std)}")
-
-
-# What the published weights were trained with: on photographs from the web (ImageNet's statistics)
-# and on satellite images (SAT-493M).
-WEB_IMAGES = ImagesConfig()
-SATELLITE_IMAGES = ImagesConfig(mean=(0.430, 0.411, 0.296), std=(0.213, 0.156, 0.143))
-
-
-@attrs.frozen
-class InnerRun:
-    """A run that is a part of another one, in a folder of its own inside the other's.
-
-    ``inherited`` names, by key path, the earlier ones that its values are paths into.
-    """
-
-    name: str
-    config: TaskConfig
-    inherited: Mapping[tuple[str, ...], str]
-
-
-@config
-class TaskConfig:
-    """Base of every task's config, and so of every recipe: the keys that all recipes share."""
-
-    output_dir: str | None = option(
-        "folder of all that the run writes; left out, runs/<name of the recipe>", default=None
-    )
-    seed: int = option("seed of everything random", default=0, check=not_negative)
-    launcher: LauncherConfig | None = option(
-        "where the processes come from; left out, this process alone", default=None
-    )
-
-    def inner_runs(self, output_dir: Path) -> Sequence[InnerRun]:
-        """The runs that this one consists of, in their order, if it does."""
-        return ()
-
-
-@config
-class SubjectConfig(TaskConfig):
-    """Base of tasks that look at one backbone: ``weights``, or a ``backbone`` as initialised."""
-
-    weights: str | None = option(
-        "weights of the backbone: a file or folder of any known format, or a published name",
-        default=None,
-    )
-    backbone: BackboneConfig | None = option(
-        "a backbone to look at as it is initialised, with the recipe's seed", default=None
-    )
-    images: ImagesConfig | None = option(
-        "what images are, for backbone (left out, RGB); weights know it by themselves",
-        default=None,
-    )

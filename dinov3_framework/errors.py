@@ -6,7 +6,8 @@ what to do. The command line prints it without a traceback (``--traceback`` show
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -116,3 +117,24 @@ class PeerError(UserError):
 
     exit_code = ExitCode.FAILED
     shared = True
+
+
+# --------------------------------------------------------------------------- parts of messages
+_SHOWN = 12  # names in a list
+
+
+def suggest(name: str, known: Sequence[str], introduction: str = "known") -> str:
+    """What somebody who wrote ``name`` may have meant."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {' or '.join(map(repr, close))}?"
+    return f"{introduction}: {', '.join(known) or 'none'}"
+
+
+def summarize_names(title: str, lines: Iterable[str]) -> str:
+    """``lines`` sorted under their number and a title, cut where it gets long; "" for none."""
+    lines = sorted(lines)
+    if not lines:
+        return ""
+    more = [f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    return f"\n  {len(lines)} {title}:" + "".join(f"\n    {x}" for x in lines[:_SHOWN] + more)

@@ -1,21 +1,53 @@
-"""Finds plugins and asks them for their components."""
+"""Plugins: how they mark their hooks, where they are found, and which hooks there are.
+
+A plugin is a module (or package) with functions marked by ``hookimpl``, named by an entry point of
+the group ``dinov3_framework``. Each hook takes no argument and returns a list. Hooks are called
+once, when the registry loads, and must not import torch or any other heavy package, so that
+listing, describing and checking stay quick: give a component's factory as ``"module:attribute"``.
+"""
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 from collections.abc import Iterable
 from importlib import metadata
+from types import ModuleType
 from typing import Any
 
 import pluggy
 from attrs import frozen
 
-from dinov3_framework import hookspecs
-from dinov3_framework.errors import PluginError
+from dinov3_framework.errors import PluginError, suggest
+from dinov3_framework.kinds import KINDS
 
+PROJECT = "dinov3_framework"  # also the entry-point group
 BLOCK_VARIABLE = "DINOV3_BLOCK_PLUGINS"
+
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+# Hooks that offer something else than components of a kind, and the class of what they offer.
+OFFERS = {
+    "dinov3_layouts": "dinov3_framework.contracts.layouts:Layout",
+    "dinov3_published": "dinov3_framework.contracts.layouts:Published",
+    "dinov3_weights_writers": "dinov3_framework.kinds:WeightsWriter",
+    "dinov3_flags": "dinov3_framework.kinds:Flag",
+}
+HOOKS = (*(kind.hook for kind in KINDS.values()), *OFFERS)
+
+
+def hook_specifications() -> ModuleType:
+    """The hooks as pluggy wants them: a module of functions without arguments."""
+    specifications = ModuleType("dinov3_hooks")
+    mark = pluggy.HookspecMarker(PROJECT)
+    for hook in HOOKS:
+
+        def specification() -> None:
+            """Return a list."""
+
+        specification.__name__ = hook
+        setattr(specifications, hook, mark(specification))
+    return specifications
 
 
 @frozen
@@ -57,13 +89,13 @@ def find_plugins(block: Iterable[str] = ()) -> FoundPlugins:
     down; one that misspells a hook is an error, since a hook never called looks like one that is.
     """
     block = tuple(block)
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(hook_specifications())
     blocked = sorted({*block, *blocked_by_environment()})
     found = FoundPlugins(manager, {}, [], blocked)
     seen: set[tuple[str, str]] = set()
     for distribution in metadata.distributions():
-        for entry in distribution.entry_points.select(group=hookspecs.PROJECT):
+        for entry in distribution.entry_points.select(group=PROJECT):
             origin = distribution.metadata["Name"]
             if (entry.name, origin) in seen:
                 continue  # one distribution, found twice on sys.path
@@ -81,8 +113,7 @@ def _refuse_unknown(block: Iterable[str], known: list[str]) -> None:
     """
     for name in block:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"plugins: {', '.join(known)}"
+            hint = suggest(name, known, "plugins")
             raise PluginError(f"no plugin is named {name!r}, so it cannot be blocked; {hint}")
 
 
@@ -105,7 +136,7 @@ def _load(found: FoundPlugins, entry: metadata.EntryPoint, origin: str) -> None:
 
 def register(manager: pluggy.PluginManager, plugin: Any, name: str, origin: str) -> None:
     """Register one plugin and refuse hooks that nobody would call."""
-    for hook in _hooks():
+    for hook in HOOKS:
         function = getattr(plugin, hook, None)
         if inspect.isroutine(function) and manager.parse_hookimpl_opts(plugin, hook) is None:
             raise PluginError(
@@ -119,14 +150,10 @@ def register(manager: pluggy.PluginManager, plugin: Any, name: str, origin: str)
         message = str(error).splitlines()[0]
         raise PluginError(
             f"plugin {name!r} of distribution {origin!r}: {message}\n"
-            f"    the hooks are: {', '.join(_hooks())}"
+            f"    the hooks are: {', '.join(sorted(HOOKS))}"
         ) from error
     except ValueError as error:
         raise PluginError(
             f"plugin {name!r} of distribution {origin!r}: {plugin.__name__} is already loaded "
             "under another name"
         ) from error
-
-
-def _hooks() -> list[str]:
-    return sorted(name for name in vars(hookspecs) if name.startswith("dinov3_"))

@@ -2,71 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
+import importlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
-from attrs import field, frozen
 
-from dinov3_framework import configs
-from dinov3_framework.components import Component
-from dinov3_framework.errors import PluginError, UnknownNameError
-from dinov3_framework.plugins import BrokenPlugin, FoundPlugins, find_plugins
-from dinov3_framework.weights.layouts import Layout, Published
+from dinov3_framework.contracts.layouts import Layout, Published
+from dinov3_framework.errors import PluginError, UnknownNameError, suggest
+from dinov3_framework.kinds import KINDS, Component, Flag, Registered, WeightsWriter
+from dinov3_framework.plugins import OFFERS, BrokenPlugin, FoundPlugins, find_plugins
 
-KINDS: dict[str, type] = {
-    "backbone": configs.BackboneConfig,
-    "augmentation": configs.AugmentationConfig,
-    "loss": configs.LossConfig,
-    "dataset": configs.DatasetConfig,
-    "head": configs.HeadConfig,
-    "launcher": configs.LauncherConfig,
-    "task": configs.TaskConfig,
-    "observer": configs.ObserverConfig,
-}
-
-
-def hook_of(kind: str) -> str:
-    return f"dinov3_{kind}es" if kind.endswith("s") else f"dinov3_{kind}s"
-
-
-@frozen
-class Registered:
-    """A component and where it came from."""
-
-    kind: str
-    component: Component
-    plugin: str
-    distribution: str
-
-    @property
-    def origin(self) -> str:
-        return f"plugin {self.plugin!r} of distribution {self.distribution!r}"
-
-
-@frozen
-class FieldInfo:
-    """One field of a config, for people to read."""
-
-    name: str
-    type: str
-    default: str
-    doc: str
-    fields: list[FieldInfo] = field(factory=list)  # of the table that this field holds, if any
-
-
-@frozen
-class Description:
-    """All that is known of a component without building it."""
-
-    kind: str
-    name: str
-    doc: str
-    plugin: str
-    distribution: str
-    fields: list[FieldInfo]
+if TYPE_CHECKING:
+    from dinov3_framework.recipes.describe import Description
 
 
 class Registry:
@@ -82,6 +30,8 @@ class Registry:
         self._by_config: dict[type, Registered] = {}
         self.layouts: list[Layout] = []
         self.published: dict[str, Published] = {}
+        self.weights_writers: dict[str, WeightsWriter] = {}
+        self.flags: dict[str, Flag] = {}
         self.broken: list[BrokenPlugin] = []
         self.blocked: list[str] = []
         self.distributions: dict[str, str] = {}
@@ -96,13 +46,12 @@ class Registry:
         registry = cls()
         registry.broken, registry.blocked = found.broken, found.blocked
         registry.distributions = found.distributions
-        for kind in KINDS:
-            for plugin, origin, component in _offered(registry, found, hook_of(kind)):
-                registry.add(kind, component, plugin, origin)
-        for plugin, origin, layout in _offered(registry, found, "dinov3_layouts"):
-            registry.add_layout(layout, plugin, origin)
-        for plugin, origin, published in _offered(registry, found, "dinov3_published"):
-            registry.publish(published, plugin, origin)
+        for name, kind in KINDS.items():
+            for plugin, origin, component in _offered(registry, found, kind.hook):
+                registry.add(name, component, plugin, origin)
+        for hook in OFFERS:
+            for plugin, origin, offer in _offered(registry, found, hook):
+                registry.add_offer(hook, offer, plugin, origin)
         return registry
 
     def add(self, kind: str, component: Component, plugin: str, distribution: str) -> None:
@@ -111,7 +60,7 @@ class Registry:
         new = Registered(kind, component, plugin, distribution)
         if not isinstance(component, Component):
             raise PluginError(f"{new.origin}: {component!r} is not a Component")
-        base = KINDS[kind]
+        base = KINDS[kind].config
         if not (isinstance(component.config, type) and issubclass(component.config, base)):
             raise PluginError(
                 f"{new.origin}: the config of {kind} {component.name!r} must be a subclass of "
@@ -121,7 +70,7 @@ class Registry:
             raise PluginError(
                 f"{new.origin}: {component.config.__name__} lacks the @config decorator"
             )
-        reserved = {"task", "extends", "drop"} if kind == "task" else {"use"}
+        reserved = {"task", "extends", "drop"} if kind == "task" else {KINDS[kind].selector}
         for name in sorted(reserved & attrs.fields_dict(component.config).keys()):
             raise PluginError(
                 f"{new.origin}: {component.config.__name__} has a field {name!r}, a word that "
@@ -143,37 +92,37 @@ class Registry:
         self._components[kind][component.name] = new
         self._by_config[component.config] = new
 
-    def add_layout(self, layout: Layout, plugin: str, distribution: str) -> None:
-        """Take one layout of weights in files."""
-        if not isinstance(layout, Layout):
+    def add_offer(self, hook: str, offer: Any, plugin: str, distribution: str) -> None:
+        """Take what a hook offers besides components; a name that is taken is an error."""
+        module, _, name = OFFERS[hook].partition(":")
+        origin = f"plugin {plugin!r} of distribution {distribution!r}"
+        if not isinstance(offer, getattr(importlib.import_module(module), name)):
+            raise PluginError(f"{origin}: {offer!r} is not a {name}")
+        if isinstance(offer, Layout):
+            self.layouts.append(offer)
+            return
+        table, key = {
+            "dinov3_published": (self.published, "name"),
+            "dinov3_weights_writers": (self.weights_writers, "format"),
+            "dinov3_flags": (self.flags, "name"),
+        }[hook]
+        taken = getattr(offer, key)
+        if taken in table:
             raise PluginError(
-                f"plugin {plugin!r} of distribution {distribution!r}: {layout!r} is not a Layout"
+                f"{origin}: a {name} named {taken!r} is there already; leave one plugin out with "
+                "--block-plugin"
             )
-        self.layouts.append(layout)
-
-    def publish(self, published: Published, plugin: str, distribution: str) -> None:
-        """Take one published backbone; a name that is taken is an error."""
-        if not isinstance(published, Published):
-            raise PluginError(
-                f"plugin {plugin!r} of distribution {distribution!r}: {published!r} is not a "
-                "Published"
-            )
-        if published.name in self.published:
-            raise PluginError(
-                f"plugin {plugin!r} of distribution {distribution!r}: weights are published twice "
-                f"as {published.name!r}; leave one plugin out with --block-plugin"
-            )
-        self.published[published.name] = published
+        table[taken] = offer
 
     def config_of(self, kind: str, name: str, values: Mapping[str, Any]) -> Any:
         """The config of a component by its fields' values, checked as strictly as a recipe's."""
-        from dinov3_framework.structure import structure_component
+        from dinov3_framework.recipes.structure import structure_component
 
         return structure_component(self, kind, name, dict(values))
 
     def values_of(self, config: Any) -> tuple[str, dict[str, Any]]:
         """(name, plain values) of a component's config: what :meth:`config_of` takes."""
-        from dinov3_framework.structure import unstructure
+        from dinov3_framework.recipes.structure import unstructure
 
         values = unstructure(self, config)
         return values.pop("use"), values
@@ -193,11 +142,7 @@ class Registry:
 
     def suggest(self, kind: str, name: str) -> str:
         """What somebody who wrote ``name`` may have meant."""
-        near = difflib.get_close_matches(name, self.names(kind), n=3, cutoff=0.5)
-        if near:
-            return f"did you mean {' or '.join(map(repr, near))}?"
-        known = ", ".join(self.names(kind)) or "none"
-        return f"known: {known}"
+        return suggest(name, self.names(kind))
 
     def of_config(self, config: Any) -> Registered:
         """The component that a config belongs to."""
@@ -219,23 +164,16 @@ class Registry:
 
     def describe(self, kind: str, name: str) -> Description:
         """Fields, types, defaults and docs of a component; builds and imports nothing heavy."""
-        found = self.get(kind, name)
-        return Description(
-            found.kind,
-            name,
-            inspect.cleandoc(found.component.config.__doc__ or ""),
-            found.plugin,
-            found.distribution,
-            _describe_fields(found.component.config),
-        )
+        from dinov3_framework.recipes.describe import describe
 
-    def _known_kind(self, kind: str) -> str:
-        singular = next((k for k in KINDS if kind in (k, hook_of(k).removeprefix("dinov3_"))), None)
-        if singular is None:
-            near = difflib.get_close_matches(kind, KINDS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"kinds: {', '.join(KINDS)}"
-            raise UnknownNameError(f"no kind is named {kind!r}; {hint}")
-        return singular
+        return describe(self.get(kind, name))
+
+    def _known_kind(self, name: str) -> str:
+        for kind in KINDS.values():
+            if name in (kind.name, kind.hook.removeprefix("dinov3_")):
+                return kind.name
+        hint = suggest(name, list(KINDS), "kinds")
+        raise UnknownNameError(f"no kind is named {name!r}; {hint}")
 
     def failed_plugins(self) -> str:
         """Broken and blocked plugins, a line each: what is missing may be theirs."""
@@ -263,39 +201,3 @@ def _offered(registry: Registry, found: FoundPlugins, hook: str) -> Iterator[tup
             )
         for each in offered:
             yield plugin, origin, each
-
-
-def _describe_fields(config: type) -> list[FieldInfo]:
-    from dinov3_framework.option_types import nested_config, resolved_fields, type_name
-
-    fields = []
-    for attribute in resolved_fields(config):
-        default: Any = attribute.default
-        if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
-            default = default.factory()
-        nested = nested_config(attribute.type)
-        if default is attrs.NOTHING:
-            shown = "required"
-        elif nested is not None and default == nested_default(nested):
-            shown = "as below"
-        else:
-            shown = show_default(default)
-        inner = _describe_fields(nested) if nested is not None else []
-        doc = attribute.metadata.get("doc", "")
-        fields.append(FieldInfo(attribute.name, type_name(attribute.type), shown, doc, inner))
-    return fields
-
-
-def nested_default(config: type) -> Any:
-    """A config with nothing set; None if it has required fields."""
-    required = [a for a in attrs.fields(config) if a.init and a.default is attrs.NOTHING]
-    return None if required else config()
-
-
-def show_default(value: Any) -> str:
-    """A default as a recipe would spell it."""
-    from dinov3_framework.structure import to_toml_value
-
-    if value is None:
-        return "none"
-    return to_toml_value(value)

@@ -14,13 +14,13 @@ from typing import Any
 import attrs
 import numpy as np
 import torch
+from dinov3_ssl.configs import momentum, of_student
 from torch import Tensor, nn
 
 from dinov3_framework import Registry, Schedule
-from dinov3_framework.engine.optimizer import lr_factor
-from dinov3_framework.engine.settings import momentum, of_student
-from dinov3_framework.recipe import compose
-from dinov3_framework.structure import structure_recipe
+from dinov3_framework.recipes.compose import compose
+from dinov3_framework.recipes.structure import structure_recipe
+from dinov3_framework.training.optimizer import lr_factor
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RTOL, ATOL = 1e-4, 1e-5

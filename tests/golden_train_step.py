@@ -6,18 +6,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from dinov3_ssl.configs import PretrainConfig
+from dinov3_ssl.networks import Blueprint, Networks
+from dinov3_ssl.objective import Objective
 from golden_support import Case, assert_close, fill, seeded
 
-from dinov3_framework.engine.distributed import process_group
-from dinov3_framework.engine.loader import Batch, Layout
-from dinov3_framework.engine.networks import Blueprint, Networks
-from dinov3_framework.engine.objective import Objective
-from dinov3_framework.engine.optimizer import Optimizer
-from dinov3_framework.engine.parallel import Sharder
-from dinov3_framework.engine.settings import PretrainConfig
-from dinov3_framework.engine.trainer import Trainer
+from dinov3_framework.data.loader import Batch, Layout
+from dinov3_framework.parallel.sharder import Sharder
+from dinov3_framework.recipes.structure import structure_component
 from dinov3_framework.registry import Registry
-from dinov3_framework.structure import structure_component
+from dinov3_framework.runtime.processes import process_group
+from dinov3_framework.training.optimizer import Optimizer
+from dinov3_framework.training.trainer import Trainer
 
 # Golden term -> metric of the trainer.
 TERMS = {

@@ -238,7 +238,7 @@ def check_schedules(case: Case) -> None:
 
 
 def check_param_groups(case: Case) -> None:
-    from dinov3_framework.engine.optimizer import parameter_settings
+    from dinov3_framework.training.optimizer import parameter_settings
 
     spec = case.spec
     projector = PrototypeProjector(

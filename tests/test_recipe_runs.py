@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 
 from dinov3_framework.cli import main
-from dinov3_framework.recipe import compose
+from dinov3_framework.recipes.compose import compose
+from dinov3_framework.recipes.toml_text import inline
 from dinov3_framework.schedules import SCHEDULES
-from dinov3_framework.toml_text import inline
 
 ROOT = Path(__file__).parents[1]
 STEPS = 3

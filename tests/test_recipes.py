@@ -13,9 +13,9 @@ from attrs import evolve
 
 from dinov3_framework import Constant, Cosine, ExitCode, Registry
 from dinov3_framework.cli import main
-from dinov3_framework.engine.compiling import compiler_complaint
-from dinov3_framework.recipe import compose, to_toml
-from dinov3_framework.structure import structure_recipe, unstructure
+from dinov3_framework.parallel.compiling import compiler_complaint
+from dinov3_framework.recipes.compose import compose, to_toml
+from dinov3_framework.recipes.structure import structure_recipe, unstructure
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
@@ -55,7 +55,7 @@ def test_a_recipe_is_found_by_its_name(
 def _export(folder: Path) -> Path:
     """Weights such as an earlier recipe would have left."""
     from dinov3_framework.configs import ImagesConfig
-    from dinov3_framework.engine.export import export_backbone
+    from dinov3_framework.weights.export import export_backbone
 
     values = {"patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2, "in_chans": 1}
     backbone = Registry.load().build("backbone", "vit", **values)

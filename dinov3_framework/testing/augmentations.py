@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov3_framework.configs import AugmentationConfig
-from dinov3_framework.contracts import Augmentation, View
+from dinov3_framework.contracts.data import Augmentation, View
+from dinov3_framework.kinds import AugmentationConfig
 from dinov3_framework.registry import Registry
 from dinov3_framework.testing.subject import Subject
 

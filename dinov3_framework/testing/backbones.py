@@ -9,9 +9,9 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from dinov3_framework.configs import BackboneConfig
-from dinov3_framework.contracts import Backbone
+from dinov3_framework.contracts.networks import Backbone
 from dinov3_framework.errors import UserError
+from dinov3_framework.kinds import BackboneConfig
 from dinov3_framework.registry import Registry
 from dinov3_framework.testing.modules import check_weights, in_bfloat16
 from dinov3_framework.testing.subject import Subject, some

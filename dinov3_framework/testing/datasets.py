@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from dinov3_framework.configs import DatasetConfig
-from dinov3_framework.contracts import Dataset, Sample
+from dinov3_framework.contracts.data import Dataset, Sample
 from dinov3_framework.errors import CorruptSampleError
+from dinov3_framework.kinds import DatasetConfig
 from dinov3_framework.registry import Registry
 from dinov3_framework.testing.subject import Subject
 

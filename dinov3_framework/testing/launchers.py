@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dinov3_framework.configs import LauncherConfig
-from dinov3_framework.contracts import Job, Launcher
+from dinov3_framework.contracts.running import Job, Launcher
 from dinov3_framework.errors import ExitCode
+from dinov3_framework.kinds import LauncherConfig
 from dinov3_framework.registry import Registry
 from dinov3_framework.testing.subject import Subject
 

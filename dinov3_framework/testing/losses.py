@@ -11,16 +11,10 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from dinov3_framework.configs import LossConfig
-from dinov3_framework.contracts import (
-    Anchor,
-    Augmentation,
-    Loss,
-    LossResult,
-    Projector,
-    View,
-)
-from dinov3_framework.engine.objective import check_needs
+from dinov3_framework.contracts.data import Augmentation, View
+from dinov3_framework.contracts.losses import Anchor, Loss, LossResult, check_needs
+from dinov3_framework.contracts.networks import Projector
+from dinov3_framework.kinds import LossConfig
 from dinov3_framework.registry import Registry
 from dinov3_framework.testing.modules import Twins, check_weights, in_bfloat16
 from dinov3_framework.testing.steps import VIEWS, Features

@@ -10,9 +10,9 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from dinov3_framework.configs import HeadConfig
-from dinov3_framework.contracts import Head
-from dinov3_framework.engine.parallel import initial_values, tensors_of
+from dinov3_framework.contracts.networks import Head
+from dinov3_framework.kinds import HeadConfig
+from dinov3_framework.parallel.sharder import initial_values, tensors_of
 from dinov3_framework.registry import Registry
 from dinov3_framework.testing.subject import Subject, some
 

@@ -14,8 +14,10 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from dinov3_framework.configs import ImagesConfig, ObserverConfig
-from dinov3_framework.contracts import Backbone, Observer, StepRecord
+from dinov3_framework.configs import ImagesConfig
+from dinov3_framework.contracts.networks import Backbone
+from dinov3_framework.contracts.running import Observer, StepRecord
+from dinov3_framework.kinds import ObserverConfig
 from dinov3_framework.registry import Registry
 from dinov3_framework.testing.subject import Subject
 from dinov3_framework.testing.toy_backbone import PATCH_SIZE, ToyBackbone

@@ -8,7 +8,7 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from dinov3_framework.contracts import StepOutputs, ViewFeatures
+from dinov3_framework.contracts.losses import StepOutputs, ViewFeatures
 
 Reads = set[str]
 Project = Callable[..., Tensor]

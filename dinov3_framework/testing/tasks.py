@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dinov3_framework.configs import TaskConfig
-from dinov3_framework.contracts import Report, Task
+from dinov3_framework.contracts.running import Report, Task
+from dinov3_framework.kinds import TaskConfig
 from dinov3_framework.registry import Registry
 from dinov3_framework.testing.subject import Subject
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov3_framework.contracts import Backbone
+from dinov3_framework.contracts.networks import Backbone
 
 PATCH_SIZE = 4
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from attrs import frozen
 
-from dinov3_framework.components import Component
+from dinov3_framework.contracts.layouts import Layout, Published
 from dinov3_framework.errors import UnknownNameError
-from dinov3_framework.weights.layouts import Layout, Published
+from dinov3_framework.kinds import Component
 
 
 @frozen

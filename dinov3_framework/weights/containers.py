@@ -11,9 +11,9 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from dinov3_framework.contracts.layouts import Shape
 from dinov3_framework.errors import CheckpointError
 from dinov3_framework.weights import looks
-from dinov3_framework.weights.layouts import Shape
 from dinov3_framework.weights.pickles import read_pickle
 
 _DTYPES = {
@@ -69,7 +69,7 @@ def open_file(path: Path, stack: ExitStack) -> tuple[str, Contained]:
         raise looks.not_weights(path)
     if container == "onnx":
         # Here, not above: it builds on what this module defines.
-        from dinov3_framework.weights.onnx_files import open_onnx
+        from dinov3_onnx.files import open_onnx
 
         return "an ONNX file", open_onnx(path)
     if container == "safetensors":

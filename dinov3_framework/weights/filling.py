@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov3_framework.contracts import Backbone
-from dinov3_framework.errors import CheckpointError
-from dinov3_framework.listing import listing
-from dinov3_framework.weights.layouts import Rule
+from dinov3_framework.contracts.layouts import Rule
+from dinov3_framework.contracts.networks import Backbone
+from dinov3_framework.errors import CheckpointError, summarize_names
+from dinov3_framework.parallel.state_dicts import put
 from dinov3_framework.weights.recognition import Recognised
 
 
@@ -29,9 +29,9 @@ def check_fit(recognised: Recognised, backbone: nn.Module) -> list[Rule]:
     }
     given = recognised.content.shapes
     complaints = [
-        listing("missing from the file", wanted.keys() - given.keys()),
-        listing("in the file but not in the backbone", given.keys() - wanted.keys()),
-        listing(
+        summarize_names("missing from the file", wanted.keys() - given.keys()),
+        summarize_names("in the file but not in the backbone", given.keys() - wanted.keys()),
+        summarize_names(
             "of another shape",
             [
                 f"{name}: {list(given[name])} in the file, {list(wanted[name])} in the backbone"
@@ -76,7 +76,7 @@ def official_tensors(recognised: Recognised, backbone: nn.Module) -> Iterator[tu
                 bad.append(f"{name}: {count:,} of {tensor.numel():,} values")
         yield name, tensor
     if bad:
-        raise CheckpointError(f"{recognised.path}:{listing('with NaN or inf', bad)}")
+        raise CheckpointError(f"{recognised.path}:{summarize_names('with NaN or inf', bad)}")
 
 
 def initial_values(backbone: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
@@ -147,19 +147,6 @@ def fill_placed(backbone: nn.Module, blueprint: nn.Module, recognised: Recognise
         put(buffers[name], tensor)
 
 
-@torch.no_grad()
-def put(target: Tensor, full: Tensor) -> None:
-    """Copy a whole tensor into one that may be sharded; no process talks to another."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    full = full.to(target.device, target.dtype)
-    if isinstance(target, DTensor):
-        shard = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
-        target.to_local().copy_(shard.to_local())
-    else:
-        target.copy_(full)
-
-
 def _computed_buffers(backbone: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Buffers that no file holds: only the backbone knows their values."""
     return initial_values(
@@ -178,6 +165,6 @@ def _require_whole(recognised: Recognised, backbone: nn.Module) -> None:
     if empty or bad:
         raise CheckpointError(
             f"{recognised.path}: nothing gave a value to"
-            + listing("left empty", empty)
-            + listing("without a finite value", bad)
+            + summarize_names("left empty", empty)
+            + summarize_names("without a finite value", bad)
         )

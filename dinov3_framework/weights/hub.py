@@ -8,9 +8,11 @@ from typing import Any
 
 import attrs
 
-from dinov3_framework.configs import BackboneConfig, replace
-from dinov3_framework.contracts import Backbone
+from dinov3_framework.configs import replace
+from dinov3_framework.contracts.layouts import Published, PublishedFile
+from dinov3_framework.contracts.networks import Backbone
 from dinov3_framework.errors import CheckpointError
+from dinov3_framework.kinds import BackboneConfig
 from dinov3_framework.weights.downloads import (
     check_digest,
     digest_in,
@@ -19,7 +21,6 @@ from dinov3_framework.weights.downloads import (
     published_url,
 )
 from dinov3_framework.weights.filling import fill
-from dinov3_framework.weights.layouts import Published, PublishedFile
 from dinov3_framework.weights.recognition import Catalog, Recognised, built, recognise
 from dinov3_framework.weights.sources import open_source
 

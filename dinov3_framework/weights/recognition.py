@@ -10,11 +10,8 @@ from typing import Any, Protocol
 from attrs import frozen
 from torch import Tensor
 
-from dinov3_framework.configs import WEB_IMAGES, BackboneConfig, ImagesConfig
-from dinov3_framework.contracts import Backbone
-from dinov3_framework.errors import CheckpointError, UserError
-from dinov3_framework.weights.info import BackboneInfo
-from dinov3_framework.weights.layouts import (
+from dinov3_framework.configs import WEB_IMAGES, ImagesConfig
+from dinov3_framework.contracts.layouts import (
     Content,
     Layout,
     Published,
@@ -23,6 +20,10 @@ from dinov3_framework.weights.layouts import (
     Rule,
     Shape,
 )
+from dinov3_framework.contracts.networks import Backbone
+from dinov3_framework.errors import CheckpointError, UserError
+from dinov3_framework.kinds import BackboneConfig
+from dinov3_framework.weights.info import BackboneInfo
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
+from dinov3_framework.contracts.layouts import Shape
 from dinov3_framework.errors import CheckpointError
 from dinov3_framework.weights import looks
 from dinov3_framework.weights.containers import Contained, Stored, open_file
-from dinov3_framework.weights.layouts import Shape
 
 # Parts that wrappers (torch.compile, FSDP, activation checkpointing, data parallel) put into names.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}

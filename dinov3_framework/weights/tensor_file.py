@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dinov3_framework.weights.layouts import Shape
+from dinov3_framework.contracts.layouts import Shape
 
 # What safetensors calls torch's types.
 CODES = {

@@ -8,16 +8,8 @@ from typing import Any
 from dinov3_classify.configs import KnnTaskConfig
 from dinov3_classify.evaluation import KnnEvaluation
 from dinov3_classify.results import print_table, write_results
-from dinov3_framework import (
-    DataError,
-    Problem,
-    RecipeError,
-    Registry,
-    Report,
-    Subject,
-    Task,
-    collectives,
-)
+from dinov3_framework import DataError, Problem, RecipeError, Registry, Report, Subject, Task
+from dinov3_framework.runtime import collectives
 
 
 class KnnTask(Task):

@@ -25,10 +25,10 @@ from dinov3_framework import (
     Observer,
     Run,
     StepRecord,
-    collectives,
     evaluation_image,
     normalize,
 )
+from dinov3_framework.runtime import collectives
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -23,9 +23,9 @@ from dinov3_framework import (
     RecipeError,
     Subject,
     UserError,
-    collectives,
     normalize,
 )
+from dinov3_framework.runtime import collectives
 
 # Below the framework's logger, whose handlers write run.log.
 log = logging.getLogger("dinov3_framework.figures")

@@ -27,8 +27,8 @@ from dinov3_framework import (
     Report,
     Subject,
     Task,
-    collectives,
 )
+from dinov3_framework.runtime import collectives
 
 log = logging.getLogger("dinov3_framework.figures")
 

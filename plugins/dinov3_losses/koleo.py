@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3_framework import Loss, LossResult, StepOutputs, UserError, collectives
+from dinov3_framework import Loss, LossResult, StepOutputs, UserError
+from dinov3_framework.runtime import collectives
 from dinov3_losses.configs import KoLeoConfig
 from dinov3_losses.precision import full_precision
 

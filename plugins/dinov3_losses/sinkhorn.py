@@ -9,7 +9,8 @@ import torch.distributed as dist
 from attrs import frozen
 from torch import Tensor
 
-from dinov3_framework import UserError, collectives
+from dinov3_framework import UserError
+from dinov3_framework.runtime import collectives
 from dinov3_losses.running import RunningLogSumExp
 
 

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinov3_framework import collectives
-from dinov3_framework.components import Component
-from dinov3_framework.configs import BackboneConfig, DatasetConfig, ImagesConfig, config, option
-from dinov3_framework.contracts import Backbone, Dataset, Sample
+from dinov3_framework.configs import ImagesConfig, config, option
+from dinov3_framework.contracts.data import Dataset, Sample
+from dinov3_framework.contracts.networks import Backbone
 from dinov3_framework.errors import CorruptSampleError, DataError
+from dinov3_framework.kinds import BackboneConfig, Component, DatasetConfig
 from dinov3_framework.registry import Registry
+from dinov3_framework.runtime import collectives
 
 GREY = ImagesConfig(channels=1, mean=(0.5,), std=(0.25,))
 

@@ -14,9 +14,9 @@ from classify_support import GREY, Memory, grey_images, tiny
 from torch import Tensor
 
 from dinov3_framework.configs import ImagesConfig
-from dinov3_framework.engine.features import Features, extract_features, raw_pixels
+from dinov3_framework.data.features import Features, extract_features, raw_pixels
+from dinov3_framework.data.images import evaluation_image, normalize
 from dinov3_framework.errors import DataError
-from dinov3_framework.images import evaluation_image, normalize
 
 
 def by_hand(images: list[Tensor | None], size: int | None = None) -> Tensor:

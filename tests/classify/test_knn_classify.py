@@ -10,7 +10,7 @@ import torch
 from dinov3_classify import knn
 from dinov3_classify.knn import knn_classify
 
-from dinov3_framework.engine.features import Features
+from dinov3_framework.data.features import Features
 from dinov3_framework.errors import DataError
 
 

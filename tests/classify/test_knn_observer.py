@@ -10,7 +10,7 @@ from classify_support import ClustersConfig, FakeRun, tiny
 from dinov3_classify.configs import KnnConfig
 from dinov3_classify.observer import KnnObserver
 
-from dinov3_framework.contracts import StepRecord
+from dinov3_framework.contracts.running import StepRecord
 from dinov3_framework.errors import RecipeError
 
 

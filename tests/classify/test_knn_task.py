@@ -13,8 +13,8 @@ from dinov3_classify.configs import KnnTaskConfig
 from dinov3_classify.task import KnnTask
 
 from dinov3_framework.configs import ImagesConfig, InvalidOption
-from dinov3_framework.engine.export import export_backbone
 from dinov3_framework.errors import CheckpointError, DataError, RecipeError
+from dinov3_framework.weights.export import export_backbone
 
 
 def task(**options: Any) -> KnnTask:

@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from dinov3_convnext.configs import ConvNextConfig
+from dinov3_ssl.networks import Blueprint, Networks
 from torch import Tensor, multiprocessing
 from torch.distributed.tensor import DTensor
 
 from dinov3_framework import Registry
-from dinov3_framework.engine.checkpoint import CheckpointStore
-from dinov3_framework.engine.networks import Blueprint, Networks
-from dinov3_framework.engine.parallel import Sharder, is_sharded
-from dinov3_framework.engine.settings import ParallelConfig
-from dinov3_framework.engine.statedict import full_state_dict
+from dinov3_framework.checkpoints.store import CheckpointStore
+from dinov3_framework.parallel import ParallelConfig
+from dinov3_framework.parallel.sharder import Sharder, is_sharded
+from dinov3_framework.parallel.state_dicts import full_state_dict
 
 CONFIG = ConvNextConfig(depths=(1, 1, 2, 1), dims=(8, 12, 16, 24), layer_scale_init_value=0.5)
 SAMPLES = 4

@@ -15,10 +15,10 @@ from dinov3_convnext.network import ConvNeXt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dinov3_framework.engine.optimizer import parameter_settings
-from dinov3_framework.engine.parallel import Sharder, initial_values
-from dinov3_framework.engine.settings import ParallelConfig
+from dinov3_framework.parallel import ParallelConfig
+from dinov3_framework.parallel.sharder import Sharder, initial_values
 from dinov3_framework.testing import check_backbone
+from dinov3_framework.training.optimizer import parameter_settings
 
 SMALL: dict[str, Any] = {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 24)}
 ALIASES = {"norm.weight": "norms.3.weight", "norm.bias": "norms.3.bias"}

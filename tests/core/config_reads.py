@@ -25,7 +25,7 @@ from mypy.types import Instance, Type, TypeVarType, get_proper_type
 from mypy.types import UnionType as Union
 from source_imports import module_name
 
-from dinov3_framework.option_types import resolved_fields
+from dinov3_framework.recipes.option_types import resolved_fields
 
 # Libraries that configs do not come from; to follow them would take minutes.
 _LIBRARIES = (

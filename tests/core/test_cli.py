@@ -15,7 +15,7 @@ from toy_configs import HereConfig, ToyConfig
 
 from dinov3_framework import DataError, ExitCode, Registry, Report, __version__
 from dinov3_framework.cli import main
-from dinov3_framework.contracts import Job
+from dinov3_framework.contracts.running import Job
 from dinov3_framework.errors import DivergenceError, StopRequested
 from dinov3_framework.plugins import BrokenPlugin
 
@@ -85,8 +85,8 @@ def trace(registry: Registry, write: Write, monkeypatch: pytest.MonkeyPatch) -> 
             factory = factories.get(name, component.factory)
             ours.add(kind, evolve(component, factory=factory), "toys", "toy-box")
     monkeypatch.setattr(Registry, "load", classmethod(lambda cls, block=(): ours))
-    monkeypatch.setattr("dinov3_framework.engine.session.run_task", run_task)
-    monkeypatch.setattr("dinov3_framework.engine.session.prepare_output", prepare_output)
+    monkeypatch.setattr("dinov3_framework.runtime.session.run_task", run_task)
+    monkeypatch.setattr("dinov3_framework.runtime.session.prepare_output", prepare_output)
     for variable in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(variable, raising=False)
     write("r.toml", RECIPE)
@@ -340,7 +340,7 @@ def test_help_and_lists_do_not_import_torch() -> None:
 def test_python_m() -> None:
     done = run("--describe", "task", "pretrain")
     assert done.returncode == 0
-    assert done.stdout.startswith("task pretrain, of plugin 'engine' (dinov3-framework)")
+    assert done.stdout.startswith("task pretrain, of plugin 'ssl' (dinov3-framework)")
     assert run("no_such_recipe").returncode == 2
 
 

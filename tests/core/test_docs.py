@@ -13,14 +13,14 @@ import pytest
 import tomli
 from attrs import frozen
 
-from dinov3_framework import Registry, hookspecs
+from dinov3_framework import Registry
 from dinov3_framework.cli import main
 from dinov3_framework.errors import ExitCode
-from dinov3_framework.registry import KINDS
+from dinov3_framework.kinds import KINDS
+from dinov3_framework.plugins import OFFERS
 from dinov3_framework.schedules import SCHEDULES
 
 DOCS = Path(__file__).parents[2] / "docs"
-HOOKS_OF_WEIGHTS = ("dinov3_layouts", "dinov3_published")
 
 
 @frozen
@@ -94,16 +94,13 @@ def test_schedules_and_exit_codes_are_documented() -> None:
 # --------------------------------------------------------------------------- plugins
 def test_every_hook_is_documented() -> None:
     page = (DOCS / "plugins.md").read_text("utf-8")
-    hooks = {name: hook for name, hook in vars(hookspecs).items() if name.startswith("dinov3_")}
-    assert len(hooks) == len(KINDS) + len(HOOKS_OF_WEIGHTS)
-    for name in HOOKS_OF_WEIGHTS:
-        assert f"`{name}`" in page
-        del hooks[name]
-    for name, hook in hooks.items():
-        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
-        (call,) = re.findall(r"``(factory\(.*?\))``", " ".join((hook.__doc__ or "").split()))
+    for hook in OFFERS:
+        assert f"`{hook}`" in page
+    for kind in KINDS.values():
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{kind.hook}` |")]
+        call = f"factory(config, {kind.arguments})" if kind.arguments else "factory(config)"
         assert f"`{call}`" in row
-        assert (hook.__doc__ or "").split("``")[1] in row, "the config's base class"
+        assert f"`{kind.config.__name__}`" in row
 
 
 def test_the_example_plugin_works(

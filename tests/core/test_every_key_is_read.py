@@ -11,7 +11,7 @@ import pytest
 from config_reads import Read, Sources, reads_in, unread_fields, with_nested
 
 from dinov3_framework import Registry
-from dinov3_framework.registry import KINDS
+from dinov3_framework.kinds import KINDS
 from dinov3_framework.schedules import SCHEDULES
 
 ROOT = Path(__file__).parents[2]

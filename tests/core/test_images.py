@@ -8,8 +8,8 @@ import torch
 from torchvision.transforms import v2
 
 from dinov3_framework.configs import ImagesConfig
+from dinov3_framework.data.images import evaluation_image, normalize
 from dinov3_framework.errors import DataError
-from dinov3_framework.images import evaluation_image, normalize
 
 
 def picture(channels: int, height: int, width: int) -> torch.Tensor:

@@ -10,8 +10,8 @@ import pytest
 import tomli
 
 from dinov3_framework.errors import ExitCode, RecipeError
-from dinov3_framework.recipe import Composed, annotated_toml, compose, to_toml
-from dinov3_framework.toml_text import dotted, inline, split_key
+from dinov3_framework.recipes.compose import Composed, annotated_toml, compose, to_toml
+from dinov3_framework.recipes.toml_text import dotted, inline, split_key
 
 Write = Callable[[str, str], Path]
 

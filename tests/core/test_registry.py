@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import attrs
 import pytest
 from toy_configs import HeadOptions, OtherConfig, PullConfig, TinyConfig
@@ -17,9 +19,8 @@ from dinov3_framework import (
     option,
 )
 from dinov3_framework.errors import ExitCode, UnknownNameError, UserError
-from dinov3_framework.hookspecs import PROJECT
-from dinov3_framework.plugins import BrokenPlugin
-from dinov3_framework.registry import KINDS, hook_of
+from dinov3_framework.kinds import KINDS
+from dinov3_framework.plugins import HOOKS, OFFERS, PROJECT, BrokenPlugin
 
 
 @config
@@ -171,15 +172,14 @@ def test_describe_spells_out_a_nested_default_that_differs(registry: Registry) -
 
 
 def test_every_kind_has_a_hook_and_a_documented_config() -> None:
-    from dinov3_framework import hookspecs
-
-    hooks = {name for name in vars(hookspecs) if name.startswith("dinov3_")}
-    weights = {"dinov3_layouts", "dinov3_published"}
-    assert hooks == {hook_of(kind) for kind in KINDS} | weights
+    assert set(HOOKS) == {kind.hook for kind in KINDS.values()} | OFFERS.keys()
     assert PROJECT == "dinov3_framework"
-    for base in KINDS.values():
-        assert base.__doc__
-        assert attrs.has(base)
+    for kind in KINDS.values():
+        assert kind.doc
+        assert kind.config.__doc__
+        assert attrs.has(kind.config)
+        module, _, name = kind.contract.partition(":")
+        assert isinstance(getattr(importlib.import_module(module), name), type)
     assert issubclass(PluginError, UserError)
     assert OtherConfig().heads == 4
 

@@ -27,8 +27,8 @@ from dinov3_framework import (
     option,
 )
 from dinov3_framework.plugins import BrokenPlugin
-from dinov3_framework.recipe import Composed, annotated_toml, to_toml
-from dinov3_framework.structure import (
+from dinov3_framework.recipes.compose import Composed, annotated_toml, to_toml
+from dinov3_framework.recipes.structure import (
     structure_component,
     structure_recipe,
     to_toml_value,

@@ -27,7 +27,7 @@ from dinov3_framework import (
     UserError,
     config,
 )
-from dinov3_framework.structure import structure_component
+from dinov3_framework.recipes.structure import structure_component
 from dinov3_framework.testing import (
     ContractError,
     check_augmentation,

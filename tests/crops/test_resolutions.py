@@ -13,8 +13,8 @@ from dinov3_crops.masking import hidden_counts
 from dinov3_crops.multi_crop import MultiCrop
 
 from dinov3_framework import InvalidOption, RecipeError, Registry, View
-from dinov3_framework.recipe import to_toml
-from dinov3_framework.structure import structure_component, unstructure
+from dinov3_framework.recipes.compose import to_toml
+from dinov3_framework.recipes.structure import structure_component, unstructure
 
 RATIOS = (0.3, 0.3, 0.3, 0.05, 0.05)
 GLOBAL = (512, 768, 768, 768, 768)

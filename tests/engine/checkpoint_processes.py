@@ -21,12 +21,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from dinov3_framework.engine.checkpoint import CheckpointStore
-from dinov3_framework.engine.manifest import FileRecord, Manifest
-from dinov3_framework.engine.safe_reader import SafeReader
-from dinov3_framework.engine.shard_writer import ShardWriter, _AttentiveFile
-from dinov3_framework.engine.statedict import full_state_dict
+from dinov3_framework.checkpoints.manifest import FileRecord, Manifest
+from dinov3_framework.checkpoints.safe_reader import SafeReader
+from dinov3_framework.checkpoints.shard_writer import ShardWriter, _AttentiveFile
+from dinov3_framework.checkpoints.store import CheckpointStore
 from dinov3_framework.errors import CheckpointError
+from dinov3_framework.parallel.state_dicts import full_state_dict
 
 
 def run_processes(world_size: int, scratch: Path, worker: Callable[..., Any], *args: Any) -> list:
@@ -137,7 +137,7 @@ def restore_second_to_last(folder: Path) -> tuple[int, list[str], Tensor]:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
-    logger = logging.getLogger("dinov3_framework.engine.checkpoint")
+    logger = logging.getLogger("dinov3_framework.checkpoints.store")
     logger.addHandler(handler)
     tensors = {"w": torch.zeros(4)}
     restored = CheckpointStore(folder).restore(tensors)

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from dinov3_ssl.distill import Distill
 from run_support import HERE
 from trainer_support import registry
 
-from dinov3_framework.engine.distill import Distill
-from dinov3_framework.engine.distributed import process_group
-from dinov3_framework.engine.trainer import Trainer
-from dinov3_framework.recipe import compose
-from dinov3_framework.structure import structure_recipe
+from dinov3_framework.recipes.compose import compose
+from dinov3_framework.recipes.structure import structure_recipe
+from dinov3_framework.runtime.processes import process_group
+from dinov3_framework.training.trainer import Trainer
 
 DISTILL = HERE / "tiny_distill.toml"
 MULTI = HERE / "tiny_multi_distill.toml"

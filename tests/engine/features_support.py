@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from dinov3_features.task import FeaturesTask
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dinov3_framework.configs import ImagesConfig
-from dinov3_framework.engine.export import export_backbone
-from dinov3_framework.engine.extraction.task import FeaturesTask
+from dinov3_framework.recipes.structure import structure_component
 from dinov3_framework.registry import Registry
-from dinov3_framework.structure import structure_component
+from dinov3_framework.weights.export import export_backbone
 
 PATCH, DIM, DEPTH, SIZE, STORAGE = 8, 16, 3, 32, 2
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from trainer_support import registry
 
+from dinov3_framework.checkpoints.store import CheckpointStore
 from dinov3_framework.configs import WEB_IMAGES
-from dinov3_framework.engine.checkpoint import CheckpointStore
-from dinov3_framework.engine.export import export_backbone
+from dinov3_framework.weights.export import export_backbone
 
 # The tiny recipe on images that every format knows of.
 RGB = ("images.channels=3", "images.mean=[0.485, 0.456, 0.406]", "images.std=[0.229, 0.224, 0.225]")

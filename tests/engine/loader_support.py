@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from dinov3_framework import CorruptSampleError, Dataset, Sample
-from dinov3_framework.engine.loader import Batch, BatchMaker, Layout, TrainingLoader
-from dinov3_framework.engine.settings import LoaderConfig
+from dinov3_framework.data import LoaderConfig
+from dinov3_framework.data.loader import Batch, BatchMaker, Layout, TrainingLoader
 
 BATCH = 12
 ONE = Layout(world_size=1, rank=0, accumulation_steps=1, batch_size=BATCH)

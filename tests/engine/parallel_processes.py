@@ -9,15 +9,15 @@ import attrs
 import torch
 import torch.distributed as dist
 from checkpoint_processes import whole
+from dinov3_ssl.networks import Networks
 from torch import Tensor
 from trainer_support import pretrain, steps
 
-from dinov3_framework.engine.meshes import mesh_of
-from dinov3_framework.engine.networks import Networks
-from dinov3_framework.engine.parallel import Sharder
-from dinov3_framework.engine.settings import ParallelConfig
-from dinov3_framework.engine.statedict import full_state_dict
-from dinov3_framework.engine.trainer import Trainer
+from dinov3_framework.parallel import ParallelConfig
+from dinov3_framework.parallel.meshes import mesh_of
+from dinov3_framework.parallel.sharder import Sharder
+from dinov3_framework.parallel.state_dicts import full_state_dict
+from dinov3_framework.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 

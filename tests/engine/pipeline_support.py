@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import tomli
+from dinov3_pipeline.configs import PipelineConfig
+from dinov3_pipeline.task import Pipeline
 from run_support import TINY, losses
 from safetensors.torch import load_file
 from torch import Tensor
 from trainer_support import registry
 
-from dinov3_framework.contracts import Report
-from dinov3_framework.engine.pipeline import Pipeline
-from dinov3_framework.engine.pipeline_settings import PipelineConfig
-from dinov3_framework.recipe import compose
-from dinov3_framework.structure import structure_recipe
+from dinov3_framework.contracts.running import Report
+from dinov3_framework.recipes.compose import compose
+from dinov3_framework.recipes.structure import structure_recipe
 
 CHAIN = f"""
 task = "pipeline"

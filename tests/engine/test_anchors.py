@@ -12,7 +12,7 @@ from torch import Tensor
 from trainer_support import pretrain, steps, trainer
 
 from dinov3_framework import ExitCode, RecipeError
-from dinov3_framework.engine.checkpoint import CheckpointStore
+from dinov3_framework.checkpoints.store import CheckpointStore
 
 GRAM = ("losses.gram.use=gram", "augmentation.anchor_size=56")
 ANCHOR = "losses.gram.anchor"

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov3_framework.engine.checkpoint import CheckpointStore
-from dinov3_framework.engine.checkpoint_folder import CheckpointFolder
+from dinov3_framework.checkpoints.folder import CheckpointFolder
+from dinov3_framework.checkpoints.store import CheckpointStore
 from dinov3_framework.errors import CheckpointError
 
 SHARD = "__0_0.distcp"

@@ -14,12 +14,12 @@ import torch
 import torch.multiprocessing as mp
 from disks import small_disk
 
-from dinov3_framework.engine.checkpoint import CheckpointStore
-from dinov3_framework.engine.manifest import FileRecord, Manifest
+from dinov3_framework.checkpoints.manifest import FileRecord, Manifest
+from dinov3_framework.checkpoints.store import CheckpointStore
 from dinov3_framework.errors import CheckpointError
 
 SHARD = "__0_0.distcp"
-LOGGER = "dinov3_framework.engine.checkpoint"
+LOGGER = "dinov3_framework.checkpoints.store"
 
 
 def names_in(folder: Path) -> list[str]:

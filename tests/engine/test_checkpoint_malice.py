@@ -14,8 +14,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from dinov3_framework.engine.checkpoint import CheckpointStore
-from dinov3_framework.engine.manifest import FileRecord, Manifest
+from dinov3_framework.checkpoints.manifest import FileRecord, Manifest
+from dinov3_framework.checkpoints.store import CheckpointStore
 from dinov3_framework.errors import CheckpointError
 
 SHARD = "__0_0.distcp"

@@ -11,7 +11,7 @@ import torch
 from checkpoint_processes import run_processes
 from torch import Tensor
 
-from dinov3_framework.engine.checkpoint import CheckpointStore
+from dinov3_framework.checkpoints.store import CheckpointStore
 
 
 def names_in(folder: Path) -> list[str]:

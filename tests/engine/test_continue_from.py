@@ -11,7 +11,7 @@ from run_support import export_bytes, losses, run, run_here
 from trainer_support import pretrain
 
 from dinov3_framework import ExitCode, RecipeError
-from dinov3_framework.engine.checkpoint import CheckpointStore
+from dinov3_framework.checkpoints.store import CheckpointStore
 
 FROM = "continue_from"
 

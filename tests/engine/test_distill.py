@@ -17,7 +17,7 @@ from torch import Tensor
 from trainer_support import steps
 
 from dinov3_framework import ExitCode, RecipeError, load_backbone
-from dinov3_framework.engine.checkpoint import CheckpointStore
+from dinov3_framework.checkpoints.store import CheckpointStore
 
 
 @pytest.fixture(scope="module")

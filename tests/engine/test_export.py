@@ -15,12 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_backbone import GREY, Tiny, TinyConfig, build, export, pictures, tiny_registry
 
-from dinov3_framework.contracts import Backbone
-from dinov3_framework.engine.export import export_backbone
-from dinov3_framework.engine.loading import load_backbone
-from dinov3_framework.engine.statedict import full_state_dict, official_name
+from dinov3_framework.contracts.networks import Backbone
 from dinov3_framework.errors import CheckpointError
+from dinov3_framework.parallel.state_dicts import full_state_dict, official_name
 from dinov3_framework.registry import Registry
+from dinov3_framework.weights.export import export_backbone
+from dinov3_framework.weights.loading import load_backbone
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_exporting_again_replaces_whole_files(
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dinov3_framework.engine.export.write_tensor_file", fail)
+    monkeypatch.setattr("dinov3_framework.weights.export.write_tensor_file", fail)
     with pytest.raises(CheckpointError, match=r"cannot write .*disk full .*MiB free"):
         export(path, build(registry, embed_dim=9), embed_dim=9)
     monkeypatch.undo()

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from tiny_backbone import GREY, build, export, tiny_registry
 from torch import Tensor
 
-from dinov3_framework.engine.loading import load_backbone
 from dinov3_framework.errors import CheckpointError
 from dinov3_framework.registry import Registry
+from dinov3_framework.weights.loading import load_backbone
 
 
 @pytest.fixture

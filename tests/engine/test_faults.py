@@ -15,7 +15,7 @@ from run_support import metrics, processes_with, run, two_processes
 from test_parallel import saved
 
 from dinov3_framework import ExitCode
-from dinov3_framework.engine.output import locked
+from dinov3_framework.runtime.output import locked
 
 
 def flaky(**options: object) -> tuple[str, ...]:
@@ -168,7 +168,7 @@ def test_a_run_into_a_folder_in_use_is_refused(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- the end of a process
 _LEAVE = """
 import atexit, multiprocessing, sys, time
-from dinov3_framework.engine.distributed import leave
+from dinov3_framework.runtime.processes import leave
 worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True)
 worker.start()
 print(worker.pid)

@@ -7,15 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dinov3_features.files import TensorFile, TensorSpec, tensor_bytes, write_npy, write_safetensors
 from safetensors import safe_open
 
-from dinov3_framework.engine.extraction.files import (
-    TensorFile,
-    TensorSpec,
-    tensor_bytes,
-    write_npy,
-    write_safetensors,
-)
 from dinov3_framework.errors import OutputError
 
 TENSORS = {

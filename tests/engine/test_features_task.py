@@ -229,7 +229,7 @@ def test_a_part_that_is_there_is_not_made_again(
     task(photographs, weights).run(tmp_path / "whole")
     interrupted = task(photographs, weights)
     with monkeypatch.context() as patched:
-        patched.setattr("dinov3_framework.engine.extraction.task.summarise", _killed)
+        patched.setattr("dinov3_features.task.summarise", _killed)
         with pytest.raises(KeyboardInterrupt):
             interrupted.run(tmp_path / "out")
     parts = sorted((tmp_path / "out" / "features").glob("part-*"))
@@ -239,7 +239,7 @@ def test_a_part_that_is_there_is_not_made_again(
     (tmp_path / "out" / ".features.safetensors.0abc").write_bytes(b"half")
     before = parts[2].stat().st_ino
     with monkeypatch.context() as patched:
-        patched.setattr("dinov3_framework.engine.extraction.task.summarise", _killed)
+        patched.setattr("dinov3_features.task.summarise", _killed)
         with pytest.raises(KeyboardInterrupt):
             task(photographs, weights).run(tmp_path / "out")
     assert parts[2].stat().st_ino == before

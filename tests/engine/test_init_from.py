@@ -25,12 +25,13 @@ from init_from_support import (
 from torch.distributed.tensor import DTensor
 from trainer_support import pretrain, steps, trainer
 
-from dinov3_framework import CheckpointError, collectives, load_backbone
-from dinov3_framework.engine.distributed import process_group
-from dinov3_framework.engine.loading import load_placed
-from dinov3_framework.engine.parallel import Sharder
-from dinov3_framework.engine.settings import ParallelConfig
+from dinov3_framework import CheckpointError, load_backbone
 from dinov3_framework.errors import PeerError
+from dinov3_framework.parallel import ParallelConfig
+from dinov3_framework.parallel.sharder import Sharder
+from dinov3_framework.runtime import collectives
+from dinov3_framework.runtime.processes import process_group
+from dinov3_framework.weights.loading import load_placed
 
 GRAM = ("losses.gram.use=gram", "augmentation.anchor_size=28")
 

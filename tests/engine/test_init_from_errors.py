@@ -26,7 +26,7 @@ from init_from_support import (
 from trainer_support import pretrain, trainer
 
 from dinov3_framework import BackboneConfig, CheckpointError, RecipeError, config, option
-from dinov3_framework.engine.init_match import match, patterns_for
+from dinov3_framework.weights.matching import match, patterns_for
 
 Found = dict[str, str]
 

@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import large_models as bench  # noqa: E402
+from dinov3_ssl.networks import Blueprint  # noqa: E402
 
 from dinov3_framework import Registry, load_backbone  # noqa: E402
-from dinov3_framework.engine.networks import Blueprint  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="memory is read as Linux tells it"

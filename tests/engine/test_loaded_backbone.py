@@ -13,12 +13,12 @@ from PIL import Image
 from tiny_backbone import GREY, build, export, pictures, tiny_registry
 
 from dinov3_framework.configs import ImagesConfig
-from dinov3_framework.contracts import Backbone
-from dinov3_framework.engine.loaded_backbone import LoadedBackbone
-from dinov3_framework.engine.loading import load_backbone
+from dinov3_framework.contracts.networks import Backbone
+from dinov3_framework.data.images import normalize
 from dinov3_framework.errors import DataError, UserError
-from dinov3_framework.images import normalize
 from dinov3_framework.registry import Registry
+from dinov3_framework.weights.loaded import LoadedBackbone
+from dinov3_framework.weights.loading import load_backbone
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from torch import Tensor
 from trainer_support import pretrain, registry
 
 from dinov3_framework import Augmentation, DataError, Dataset, Sample, View
-from dinov3_framework.engine.loader import BatchMaker, Layout
+from dinov3_framework.data.loader import BatchMaker, Layout
 
 
 class Plain(Augmentation):

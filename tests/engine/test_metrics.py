@@ -14,7 +14,7 @@ import torch.distributed as dist
 from disks import small_disk
 
 from dinov3_framework import OutputError
-from dinov3_framework.engine.metrics import MetricsFile, agree, read_metrics
+from dinov3_framework.training.metrics import MetricsFile, agree, read_metrics
 
 CPU = torch.device("cpu")
 

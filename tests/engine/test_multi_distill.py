@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from dinov3_ssl.multi_distill import MultiDistill, processes_of
+from dinov3_ssl.sharing import Exchange
 from distill_support import MULTI
 from run_support import is_timing, losses, metrics, processes_with, run, run_here
 from trainer_support import registry
 
 from dinov3_framework import ExitCode, RecipeError, load_backbone
-from dinov3_framework.engine.checkpoint import CheckpointStore
-from dinov3_framework.engine.multi_distill import MultiDistill, processes_of
-from dinov3_framework.engine.sharing import Exchange
-from dinov3_framework.recipe import compose
-from dinov3_framework.structure import structure_recipe
+from dinov3_framework.checkpoints.store import CheckpointStore
+from dinov3_framework.recipes.compose import compose
+from dinov3_framework.recipes.structure import structure_recipe
 
 STUDENTS = ("wide", "narrow", "conv")
 CROPS = ("augmentation.global_size=64", "augmentation.local_size=32")

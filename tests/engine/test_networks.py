@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from dinov3_ssl.networks import refresh_due
 from torch import nn
 from trainer_support import pretrain, trainer
 
 from dinov3_framework import AnchorConfig, Loss
-from dinov3_framework.engine.networks import refresh_due
-from dinov3_framework.engine.parallel import initial_values
+from dinov3_framework.parallel.sharder import initial_values
 
 GRAM = ("losses.gram.use=gram", "augmentation.anchor_size=28")
 

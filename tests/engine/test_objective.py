@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from dinov3_ssl.objective import Objective
 from trainer_support import NO_LOSSES, pretrain, trainer
 
 from dinov3_framework import Anchor, Constant, Loss, LossResult, StepOutputs, View
-from dinov3_framework.engine.objective import Objective, check_needs
-from dinov3_framework.engine.trainer import Trainer
+from dinov3_framework.contracts.losses import check_needs
+from dinov3_framework.training.trainer import Trainer
 
 
 class Reads(Loss):

@@ -11,8 +11,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from dinov3_framework import WEB_IMAGES, CheckpointError, Registry, load_backbone
+from dinov3_framework.checkpoints.store import CheckpointStore
 from dinov3_framework.cli import main
-from dinov3_framework.engine.checkpoint import CheckpointStore
 
 VIT: dict[str, Any] = {"patch_size": 7, "embed_dim": 96, "depth": 4, "num_heads": 3}
 VIT |= {"ffn_ratio": 2.0, "in_chans": 1}

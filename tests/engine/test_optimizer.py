@@ -11,8 +11,8 @@ from torch import nn
 from trainer_support import registry
 
 from dinov3_framework import Backbone, Constant, Cosine
-from dinov3_framework.engine.optimizer import Optimizer, lr_factor, parameter_settings
-from dinov3_framework.engine.settings import OptimizerConfig
+from dinov3_framework.training import OptimizerConfig
+from dinov3_framework.training.optimizer import Optimizer, lr_factor, parameter_settings
 
 
 def vit() -> Backbone:

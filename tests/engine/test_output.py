@@ -13,7 +13,9 @@ from disks import small_disk
 from trainer_support import registry, tiny_config
 
 from dinov3_framework import ExitCode, OutputError
-from dinov3_framework.engine.output import (
+from dinov3_framework.recipes.compose import compose
+from dinov3_framework.recipes.structure import structure_recipe
+from dinov3_framework.runtime.output import (
     RunComplete,
     locked,
     prepare_output,
@@ -21,8 +23,6 @@ from dinov3_framework.engine.output import (
     write_aside,
     write_results,
 )
-from dinov3_framework.recipe import compose
-from dinov3_framework.structure import structure_recipe
 
 
 def prepare(output: Path, *overrides: str) -> None:
@@ -123,7 +123,7 @@ def test_a_complete_run_is_said_to_be_complete(tmp_path: Path) -> None:
 _HOLD = """
 import sys
 from pathlib import Path
-from dinov3_framework.engine.output import locked
+from dinov3_framework.runtime.output import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     if "fork" in sys.argv:

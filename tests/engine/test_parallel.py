@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from trainer_support import snapshot, steps, trainer
 
-from dinov3_framework.engine.checkpoint import CheckpointStore
+from dinov3_framework.checkpoints.store import CheckpointStore
 
 # KoLeo looks at one process's samples, and drop path picks among them.
 SAME = ("backbone.drop_path_rate=0.0", "backbone.pos_embed_rope_rescale_coords=1.0")

@@ -17,12 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainer_support import pretrain, registry, snapshot, steps, trainer
 
 from dinov3_framework import Problem, RecipeError
-from dinov3_framework.engine import compiling
-from dinov3_framework.engine.compiling import compiler_complaint
-from dinov3_framework.engine.distributed import process_group
-from dinov3_framework.engine.parallel import Sharder, initialise
-from dinov3_framework.engine.parallel_check import backbone_problems
-from dinov3_framework.engine.settings import ParallelConfig
+from dinov3_framework.parallel import ParallelConfig, compiling
+from dinov3_framework.parallel.check import backbone_problems
+from dinov3_framework.parallel.compiling import compiler_complaint
+from dinov3_framework.parallel.sharder import Sharder, initialise
+from dinov3_framework.runtime.processes import process_group
 
 CPU = torch.device("cpu")
 BF16 = "parallel.param_dtype=bf16"  # and with it FSDP, on one process

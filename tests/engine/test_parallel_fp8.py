@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from trainer_support import pretrain, registry
 
 from dinov3_framework import Problem, RecipeError
-from dinov3_framework.engine.distributed import process_group
-from dinov3_framework.engine.fp8 import chip_complaint, linear_emulated, linear_on_chip
-from dinov3_framework.engine.fp8_linears import layer_problems, use_fp8
-from dinov3_framework.engine.optimizer import parameter_settings
-from dinov3_framework.engine.parallel import Sharder, initialise
-from dinov3_framework.engine.settings import ParallelConfig
+from dinov3_framework.parallel import ParallelConfig
+from dinov3_framework.parallel.fp8 import chip_complaint, linear_emulated, linear_on_chip
+from dinov3_framework.parallel.fp8_linears import layer_problems, use_fp8
+from dinov3_framework.parallel.sharder import Sharder, initialise
+from dinov3_framework.runtime.processes import process_group
+from dinov3_framework.training.optimizer import parameter_settings
 
 CPU = torch.device("cpu")
 EMULATED = ParallelConfig(fp8="emulated")
@@ -284,9 +284,7 @@ def test_a_chip_that_can_uses_the_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
         calls.append(options["out_dtype"])
         return kernel(*args, **options)
 
-    monkeypatch.setattr(
-        "dinov3_framework.engine.parallel_check.chip_complaint", lambda device: None
-    )
+    monkeypatch.setattr("dinov3_framework.parallel.check.chip_complaint", lambda device: None)
     monkeypatch.setattr(torch, "_scaled_mm", counted)
     with process_group(CPU, timeout=60):
         seen = {}

@@ -9,14 +9,14 @@ import parallel_processes as processes
 import pytest
 import torch
 from checkpoint_processes import run_processes
+from dinov3_ssl.networks import Networks
 from torch import Tensor
 from trainer_support import trainer
 
 from dinov3_framework import RecipeError
-from dinov3_framework.engine.distributed import process_group
-from dinov3_framework.engine.networks import Networks
-from dinov3_framework.engine.parallel import Sharder
-from dinov3_framework.engine.settings import ParallelConfig
+from dinov3_framework.parallel import ParallelConfig
+from dinov3_framework.parallel.sharder import Sharder
+from dinov3_framework.runtime.processes import process_group
 
 # KoLeo looks at one process's samples, and drop path picks among them.
 SAME = ("backbone.drop_path_rate=0.0", "backbone.pos_embed_rope_rescale_coords=1.0")

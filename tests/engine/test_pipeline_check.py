@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 from attrs import evolve
+from dinov3_pipeline.references import Reference, references, replaced
+from dinov3_ssl.expected_artifacts import kept_steps
 from init_from_support import RGB, own_export, vit
 from pipeline_support import CHAIN, KNN, chain_config, checked, write_chain
 from run_support import TINY
 from trainer_support import registry
 
 from dinov3_framework import RecipeError
+from dinov3_framework.checkpoints import CheckpointConfig
 from dinov3_framework.cli import main
-from dinov3_framework.engine.references import Reference, references, replaced
-from dinov3_framework.engine.settings import CheckpointConfig
-from dinov3_framework.engine.stand_in import kept_steps
-from dinov3_framework.recipe import compose, to_toml
-from dinov3_framework.structure import structure_recipe, unstructure
+from dinov3_framework.recipes.compose import compose, to_toml
+from dinov3_framework.recipes.structure import structure_recipe, unstructure
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ from pipeline_support import (
 from run_support import HERE, metrics, run, run_here, two_processes
 from safetensors.torch import load_file
 
+from dinov3_framework.checkpoints.store import CheckpointStore
 from dinov3_framework.cli import main
-from dinov3_framework.engine.checkpoint import CheckpointStore
 from dinov3_framework.errors import ExitCode
 
 STAGES = ["pretrain", "adapt", "last"]

@@ -13,19 +13,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from attrs import evolve
+from dinov3_estimate.accelerators import ACCELERATORS
+from dinov3_estimate.batch import hidden_patches
+from dinov3_estimate.estimate import estimate
+from dinov3_estimate.findings import Findings
+from dinov3_estimate.memory import Kind
+from dinov3_estimate.report import sections
+from dinov3_estimate.stage import Seat
+from dinov3_estimate.step import rehearse
 from dinov3_vit.transformer import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from trainer_support import pretrain, steps, trainer
 
 from dinov3_framework import LossResult, RecipeError, StepOutputs, UserError
-from dinov3_framework.engine.rehearsal.accelerators import ACCELERATORS
-from dinov3_framework.engine.rehearsal.batch import hidden_patches
-from dinov3_framework.engine.rehearsal.estimate import estimate
-from dinov3_framework.engine.rehearsal.findings import Findings
-from dinov3_framework.engine.rehearsal.memory import Kind
-from dinov3_framework.engine.rehearsal.report import sections
-from dinov3_framework.engine.rehearsal.stage import Seat
-from dinov3_framework.engine.rehearsal.step import rehearse
 
 NO_MASKS = ('drop=["losses.ibot"]', "augmentation.masking.probability=0.0")
 GRAM = ("losses.gram.use=gram", "augmentation.anchor_size=28")

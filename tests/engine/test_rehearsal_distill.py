@@ -6,18 +6,18 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from dinov3_estimate.findings import Findings
+from dinov3_estimate.memory import Kind
+from dinov3_estimate.several import PretendedStudent, _fullest
+from dinov3_estimate.stage import Seat
+from dinov3_ssl.configs import MultiDistillConfig, of_student
+from dinov3_ssl.multi_distill import spans_of
 from distill_support import DISTILL, MULTI, distill
 from trainer_support import pretrain, registry
 
 from dinov3_framework import UserError, cli
-from dinov3_framework.engine.multi_distill import spans_of
-from dinov3_framework.engine.rehearsal.findings import Findings
-from dinov3_framework.engine.rehearsal.memory import Kind
-from dinov3_framework.engine.rehearsal.several import PretendedStudent, _fullest
-from dinov3_framework.engine.rehearsal.stage import Seat
-from dinov3_framework.engine.settings import MultiDistillConfig, of_student
-from dinov3_framework.recipe import compose
-from dinov3_framework.structure import structure_recipe
+from dinov3_framework.recipes.compose import compose
+from dinov3_framework.recipes.structure import structure_recipe
 from dinov3_framework.weights import downloads
 from dinov3_framework.weights.hub import published_file
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from attrs import evolve
-from trainer_support import pretrain
-
-from dinov3_framework import UserError
-from dinov3_framework.engine.rehearsal.accelerators import ACCELERATORS, Accelerator, accelerator
-from dinov3_framework.engine.rehearsal.estimate import (
+from dinov3_estimate.accelerators import ACCELERATORS, Accelerator, accelerator
+from dinov3_estimate.estimate import (
     HIDDEN,
     HOP,
     KERNEL,
@@ -21,14 +18,17 @@ from dinov3_framework.engine.rehearsal.estimate import (
     message_time,
     needed,
 )
-from dinov3_framework.engine.rehearsal.findings import Findings
-from dinov3_framework.engine.rehearsal.knobs import helpful
-from dinov3_framework.engine.rehearsal.memory import Kind, Ledger, Moment
-from dinov3_framework.engine.rehearsal.report import sections
-from dinov3_framework.engine.rehearsal.stage import Seat
-from dinov3_framework.engine.rehearsal.step import rehearse
-from dinov3_framework.engine.rehearsal.tally import Message, Product, Tally
-from dinov3_framework.engine.rehearsal.watch import Watch
+from dinov3_estimate.findings import Findings
+from dinov3_estimate.knobs import helpful
+from dinov3_estimate.memory import Kind, Ledger, Moment
+from dinov3_estimate.report import sections
+from dinov3_estimate.stage import Seat
+from dinov3_estimate.step import rehearse
+from dinov3_estimate.tally import Message, Product, Tally
+from dinov3_estimate.watch import Watch
+from trainer_support import pretrain
+
+from dinov3_framework import UserError
 
 GIB = 2**30
 BF16 = "parallel.param_dtype=bf16"

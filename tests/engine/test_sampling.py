@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dinov3_framework.engine.sampling import ShuffledStream
+from dinov3_framework.data.sampling import ShuffledStream
 
 SIZES = [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 63, 64, 65, 100, 255, 256, 257, 1000, 1024, 1025, 4099]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from trainer_support import pretrain, registry, trainer
 
-from dinov3_framework.engine.checkpoint_folder import CheckpointFolder
-from dinov3_framework.engine.loading import describe_backbone
-from dinov3_framework.engine.opening import open_backbone
-from dinov3_framework.engine.safe_reader import check_fit
-from dinov3_framework.engine.sharded_weights import newest
+from dinov3_framework.checkpoints.folder import CheckpointFolder
+from dinov3_framework.checkpoints.safe_reader import check_fit
+from dinov3_framework.weights.loading import describe_backbone
+from dinov3_framework.weights.opening import open_backbone
+from dinov3_framework.weights.sharded import newest
 
 # An anchor, and a loss with a buffer.
 GRAM = (

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from trainer_support import NO_LOSSES, changed, snapshot, steps, trainer
 
-from dinov3_framework.engine.trainer import OutOfMemory, Trainer
 from dinov3_framework.errors import DivergenceError, ExitCode
+from dinov3_framework.training.trainer import OutOfMemory, Trainer
 
 GRAM = (
     "losses.gram.use=gram",

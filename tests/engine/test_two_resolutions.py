@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 from attrs import evolve
+from dinov3_ssl.preflight import parts_problems
 from loader_support import ONE, Numbers, assert_same, loader
 from run_support import export_bytes, losses, metrics, two_processes
 from torch import Tensor
 from trainer_support import changed, pretrain, snapshot, steps, trainer
 
 from dinov3_framework import RecipeError, Sample, View
-from dinov3_framework.engine.loader import BatchMaker, Layout
-from dinov3_framework.engine.preflight import parts_problems
+from dinov3_framework.data.loader import BatchMaker, Layout
 from dinov3_framework.errors import ExitCode
 
 TABLES = (

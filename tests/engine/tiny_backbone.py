@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov3_framework.components import Component
-from dinov3_framework.configs import BackboneConfig, ImagesConfig, config, option
-from dinov3_framework.contracts import Backbone
-from dinov3_framework.engine.export import export_backbone
-from dinov3_framework.engine.statedict import full_state_dict
+from dinov3_framework.configs import ImagesConfig, config, option
+from dinov3_framework.contracts.networks import Backbone
+from dinov3_framework.kinds import BackboneConfig, Component
+from dinov3_framework.parallel.state_dicts import full_state_dict
 from dinov3_framework.registry import Registry
+from dinov3_framework.weights.export import export_backbone
 
 GREY = ImagesConfig(channels=1, mean=(0.25,), std=(0.5,))
 

@@ -9,17 +9,17 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from dinov3_ssl.configs import PretrainConfig
+from dinov3_ssl.pretrain import Pretrain
 from run_support import HERE, TINY
 from torch import Tensor
 
 from dinov3_framework import Registry
-from dinov3_framework.engine.distributed import process_group
-from dinov3_framework.engine.loader import TrainingLoader
-from dinov3_framework.engine.pretrain import Pretrain
-from dinov3_framework.engine.settings import PretrainConfig
-from dinov3_framework.engine.trainer import Trainer
-from dinov3_framework.recipe import compose
-from dinov3_framework.structure import structure_recipe
+from dinov3_framework.data.loader import TrainingLoader
+from dinov3_framework.recipes.compose import compose
+from dinov3_framework.recipes.structure import structure_recipe
+from dinov3_framework.runtime.processes import process_group
+from dinov3_framework.training.trainer import Trainer
 
 torch.set_num_threads(1)
 

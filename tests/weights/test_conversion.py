@@ -17,8 +17,8 @@ from dinov3_framework import (
     Registry,
     load_backbone,
 )
-from dinov3_framework.engine.convert import convert_backbone, formats
-from dinov3_framework.engine.export import export_backbone
+from dinov3_framework.weights.convert import convert_backbone, formats
+from dinov3_framework.weights.export import export_backbone
 
 SMALL_VIT: dict[str, Any] = {
     "patch_size": 4,
@@ -369,7 +369,7 @@ def test_a_target_is_replaced_only_on_demand_and_as_a_whole(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dinov3_framework.engine.export.write_tensor_file", full)
+    monkeypatch.setattr("dinov3_framework.weights.export.write_tensor_file", full)
     with pytest.raises(CheckpointError, match="disk full"):
         convert_backbone(source, target, "huggingface", overwrite=True, registry=registry)
     monkeypatch.undo()

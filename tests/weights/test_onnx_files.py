@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from dinov3_onnx import export as onnx_export
+from dinov3_onnx import graph as onnx_graph
+from dinov3_onnx.export import export_onnx
 from torch import Tensor, nn
 
 from dinov3_framework import CheckpointError, ImagesConfig, Registry, load_backbone
-from dinov3_framework.contracts import Backbone
-from dinov3_framework.engine import onnx_export, onnx_graph
-from dinov3_framework.engine.onnx_export import export_onnx
+from dinov3_framework.contracts.networks import Backbone
 from dinov3_framework.weights.info import BackboneInfo
 from dinov3_framework.weights.sources import open_source
 

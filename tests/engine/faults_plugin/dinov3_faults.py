@@ -111,7 +111,8 @@ class CentreConfig(LossConfig):
 def build_centre(config: CentreConfig) -> Any:
     import torch
 
-    from dinov3_framework import Loss, LossResult, collectives
+    from dinov3_framework import Loss, LossResult
+    from dinov3_framework.runtime import collectives
 
     class Centre(Loss):
         needs = frozenset({"student.global.class", "teacher.global.class"})

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3_example_plugin import VicRegConfig
-from dinov3_framework import Loss, LossResult, Projector, StepOutputs, UserError, collectives
+from dinov3_framework import Loss, LossResult, Projector, StepOutputs, UserError
+from dinov3_framework.runtime import collectives
 
 EPSILON = 1e-4  # of the variance, where the root would be too steep; the paper's
 

@@ -1,0 +1,91 @@
+"""What a backbone says of a batch of images, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from dinov3_framework.contracts.networks import Backbone
+from dinov3_framework.errors import DataError
+
+OUTPUTS = ("class", "mean_patch", "patches", "storage")
+
+
+class TokenReader(nn.Module):
+    """Reads chosen outputs of chosen layers off a backbone.
+
+    ``outputs`` are some of ``class`` [B, D], ``mean_patch`` [B, D], ``patches`` [B, h, w, D] and
+    ``storage`` [B, R, D]; ``layers`` indices from 0, or from -1 backwards; ``norm`` says whether
+    the final norm is applied. With one layer the names are those; with several they are
+    ``layer<index>.class`` and so on, indices from 0. Raises ``DataError`` for a wrong choice.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        outputs: Sequence[str] = ("class",),
+        layers: Sequence[int] = (-1,),
+        norm: bool = True,
+    ) -> None:
+        super().__init__()
+        for complaint in (
+            outputs_complaint(outputs),
+            layers_complaint(layers, backbone.n_layers),
+        ):
+            if complaint:
+                raise DataError(complaint)
+        self.backbone, self.outputs, self.norm = backbone, tuple(outputs), norm
+        self.layers = tuple(sorted(layer % backbone.n_layers for layer in layers))
+
+    def prefix(self, layer: int) -> str:
+        """What the names of a layer's outputs begin with."""
+        return f"layer{layer}." if len(self.layers) > 1 else ""
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Outputs by name, of normalised pixels [B, C, H, W]; means in float32.
+
+        Raises ``UserError`` for layers that the backbone does not give, and ``DataError`` for
+        storage tokens that it does not have.
+        """
+        last = self.backbone.n_layers - 1
+        if self.outputs == ("class",) and self.layers == (last,) and self.norm:
+            return {"class": self.backbone(pixels)}
+        storage = "storage" in self.outputs
+        found = self.backbone.get_intermediate_layers(
+            pixels,
+            n=list(self.layers),
+            reshape=True,
+            return_class_token=True,
+            return_extra_tokens=storage,
+            norm=self.norm,
+        )
+        named: dict[str, Tensor] = {}
+        for layer, (grid, cls, *extra) in zip(self.layers, found, strict=True):
+            if storage and not extra[0].shape[1]:
+                raise DataError("this backbone has no storage tokens; leave storage out")
+            parts = {"class": cls, "patches": grid.permute(0, 2, 3, 1)}
+            if storage:
+                parts["storage"] = extra[0]
+            if "mean_patch" in self.outputs:
+                parts["mean_patch"] = grid.float().mean((2, 3))
+            named |= {self.prefix(layer) + name: parts[name] for name in self.outputs}
+        return named
+
+
+def outputs_complaint(outputs: Sequence[str]) -> str | None:
+    """What is wrong with a choice of outputs."""
+    if outputs and len(set(outputs)) == len(outputs) and set(outputs) <= set(OUTPUTS):
+        return None
+    return f"outputs are some of {', '.join(OUTPUTS)}, each once, not {list(outputs)}"
+
+
+def layers_complaint(layers: Sequence[int], count: int) -> str | None:
+    """What is wrong with a choice among ``count`` layers."""
+    if not layers:
+        return "layers must name at least one"
+    if any(not -count <= layer < count for layer in layers):
+        return f"layers are {list(layers)}, this backbone has 0 to {count - 1} (or -{count} to -1)"
+    if len({layer % count for layer in layers}) < len(layers):
+        return f"layers {list(layers)} name one of this backbone's {count} layers twice"
+    return None

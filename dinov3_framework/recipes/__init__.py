@@ -1,0 +1,1 @@
+"""Recipes: composed from files and overrides, given types, described."""

@@ -1,0 +1,224 @@
+"""The output folder of a run: who may write into it, and what says that it is complete.
+
+    recipe.toml  metrics.jsonl  run.log  checkpoints/  exports/  figures/  results.json
+
+``results.json`` comes last, by a rename: where it is, the run is complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tomli
+
+from dinov3_framework.errors import ExitCode, OutputError
+from dinov3_framework.kinds import TaskConfig
+from dinov3_framework.recipes.compose import to_toml
+from dinov3_framework.recipes.structure import unstructure
+from dinov3_framework.recipes.toml_text import KeyPath
+from dinov3_framework.registry import Registry
+from dinov3_framework.runtime.durable import no_room
+from dinov3_framework.runtime.inner_runs import naming_stage
+
+RECIPE, RESULTS, LOCK = "recipe.toml", "results.json", ".lock"
+# Keys that may change between two starts of the same run: they do not touch what is learnt.
+_FREE_KEYS = (
+    "output_dir",
+    "launcher",
+    "loader",
+    "workers",
+    "checkpoint",
+    "observers",
+    "parallel.timeout",
+    "teacher.weights",  # its fingerprint is compared
+    # These change how fast and in how much memory, and figures by no more than rounding.
+    "parallel.replicas",
+    "parallel.checkpointing",
+    "parallel.compile",
+    "log_every",
+    "max_nonfinite_steps",
+    "stages",  # each has a folder, and a recipe there
+)
+
+
+class RunComplete(OutputError):
+    """Nothing is left to do."""
+
+    exit_code = ExitCode.OK
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a whole file or none: under another name, then renamed."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise unwritable(error, path) from error
+
+
+def unwritable(error: OSError, path: Path) -> OutputError:
+    """What to say when ``path`` cannot be written."""
+    reason = no_room(error.errno, path.parent)
+    if reason is not None:
+        return OutputError(f"{path} cannot be written: {reason}; make room and run again")
+    return OutputError(f"{path} cannot be written: {error.strerror or error}")
+
+
+@contextmanager
+def prepared(
+    config: TaskConfig,
+    registry: Registry,
+    output_dir: Path,
+    inherited: Iterable[KeyPath] = (),
+) -> Iterator[None]:
+    """Make the folder ready for this recipe and hold it, or say why not.
+
+    ``inherited`` are keys whose values are paths into folders beside this one, which may have moved
+    with it. Raises :class:`RunComplete` if there is nothing left to do and :class:`OutputError` if
+    the folder is in use, belongs to another recipe, or cannot be written.
+    """
+    with locked(output_dir):
+        recipe = unstructure(registry, config)
+        _refuse_another_recipe(recipe, output_dir, inherited)
+        complete = (output_dir / RESULTS).exists()
+        if not _inner_runs_complete(config, registry, output_dir) and complete:
+            # There is more in it to do than there was.
+            complete = False
+            _remove(output_dir / RESULTS)
+        if complete:
+            when = time.strftime(
+                "%Y-%m-%d %H:%M", time.localtime((output_dir / RESULTS).stat().st_mtime)
+            )
+            raise RunComplete(
+                f"This run is complete (since {when}): {output_dir / RESULTS}\n"
+                "To run it anew, choose another --output-dir or delete that folder; to carry on "
+                "from its weights, start from what lies in its exports folder."
+            )
+        write_aside(output_dir / RECIPE, to_toml(recipe))
+        yield
+
+
+def prepare_output(config: TaskConfig, registry: Registry, output_dir: Path) -> None:
+    """As :func:`prepared`, for processes to come."""
+    with prepared(config, registry, output_dir):
+        pass
+
+
+@contextmanager
+def locked(output_dir: Path) -> Iterator[None]:
+    """Hold the folder; a second run into it is refused while the first lives."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = (output_dir / LOCK).open("a+")
+    except OSError as error:
+        raise unwritable(error, output_dir) from error
+    with lock:
+        try:
+            # Not flock, whose locks live on in loader workers that outlive a killed run.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise OutputError(
+                f"{output_dir} is in use by another run; wait for it, or choose another "
+                "--output-dir"
+            ) from None
+        except OSError as error:
+            raise OutputError(
+                f"{lock.name} cannot be locked ({error.strerror or error}), so another run might "
+                "write there too; choose an --output-dir on a file system that knows locks"
+            ) from error
+        yield
+
+
+def _inner_runs_complete(config: TaskConfig, registry: Registry, output_dir: Path) -> bool:
+    """Whether there is nothing left to do for the runs inside; refuses as for this one."""
+    runs = config.inner_runs(output_dir)
+    for run in runs:
+        with naming_stage(run.name):
+            recipe = unstructure(registry, run.config)
+            _refuse_another_recipe(recipe, output_dir / run.name, run.inherited)
+    complete = {run.name for run in runs if (output_dir / run.name / RESULTS).exists()}
+    for run in runs:
+        absent = sorted({name for name in run.inherited.values() if name not in complete})
+        if absent and (output_dir / run.name / RECIPE).exists():
+            raise OutputError(
+                f"stage {run.name} has begun with what stage {absent[0]} left, and that one is not "
+                f"complete any more; delete {output_dir / run.name} too, so that it starts anew"
+            )
+    return len(complete) == len(runs)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink()
+    except OSError as error:
+        raise unwritable(error, path) from error
+
+
+def _refuse_another_recipe(
+    recipe: Mapping[str, Any], output_dir: Path, inherited: Iterable[KeyPath] = ()
+) -> None:
+    path = output_dir / RECIPE
+    if not path.exists():
+        return
+    try:
+        before = tomli.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path} is no recipe: {error}; choose another --output-dir") from error
+    old, new = _settled(flatten(before), inherited), _settled(flatten(recipe), inherited)
+    changed = sorted(
+        key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not _is_free(key)
+    )
+    if changed:
+        shown = "\n".join(
+            f"    {key}: {_show(old, key)} there, {_show(new, key)} now" for key in changed[:8]
+        )
+        more = f"\n    and {len(changed) - 8} more" if len(changed) > 8 else ""
+        raise OutputError(
+            f"{output_dir} holds a run of another recipe:\n{shown}{more}\n"
+            "  choose another --output-dir, or delete that folder to start anew"
+        )
+
+
+def _settled(flat: dict[str, Any], inherited: Iterable[KeyPath]) -> dict[str, Any]:
+    """The same with inherited paths as they are seen from the run's own folder."""
+    here = flat.get("output_dir")
+    for key in map(".".join, inherited):
+        if isinstance(flat.get(key), str) and here is not None:
+            flat[key] = os.path.relpath(flat[key], here)
+    return flat
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in _FREE_KEYS)
+
+
+def _show(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key]) if key in values else "nothing"
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def write_results(output_dir: Path, results: Mapping[str, Any]) -> None:
+    """Write ``results.json``, which completes the run."""
+    write_aside(output_dir / RESULTS, json.dumps(results, indent=2) + "\n")

@@ -1,0 +1,145 @@
+"""One process of a run, from its process group to its exit code."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import cast
+
+import torch.distributed as dist
+
+from dinov3_framework.contracts.running import Task
+from dinov3_framework.errors import ExitCode, PeerError, UserError
+from dinov3_framework.kinds import TaskConfig
+from dinov3_framework.recipes.toml_text import KeyPath
+from dinov3_framework.registry import Registry
+from dinov3_framework.runtime import collectives
+from dinov3_framework.runtime.console import console_handler
+from dinov3_framework.runtime.output import prepare_output, prepared, unwritable
+from dinov3_framework.runtime.processes import pick_device, process_group
+
+__all__ = ["prepare_output", "run_here", "run_task"]
+
+log = logging.getLogger(__name__)
+
+# Seconds that a process which lost its peers waits before it ends, so that whoever watches the
+# processes hears first from the one that failed by itself.
+_GIVE_WAY = 3.0
+
+
+def run_task(
+    task: Task,
+    config: TaskConfig,
+    registry: Registry,
+    output_dir: Path,
+    *,
+    device: str = "auto",
+    timeout: float = 600.0,
+) -> int:
+    """Run a checked task in this process and return the exit code.
+
+    Every process of the run calls this. ``device`` is ``auto``, ``cpu`` or ``cuda``; ``timeout``
+    (seconds) holds for every collective.
+    """
+    with process_group(pick_device(device), timeout), _console(), _peers(timeout):
+        run_here(task, config, registry, output_dir)
+    return ExitCode.OK
+
+
+def run_here(
+    task: Task,
+    config: TaskConfig,
+    registry: Registry,
+    output_dir: Path,
+    inherited: Iterable[KeyPath] = (),
+) -> None:
+    """Run a checked task in the process group that is open, in a folder and with a log of its own.
+
+    Every process of the run calls this. The main one prepares and holds the output folder; what it
+    has to complain about ends the others too, without a word. ``inherited`` as for ``prepared``.
+    """
+    with ExitStack() as held:
+        complaint = None
+        if collectives.is_main():
+            try:
+                held.enter_context(prepared(config, registry, output_dir, inherited))
+                held.enter_context(log_file(output_dir))
+            except UserError as error:
+                complaint = error
+        told = cast(UserError | None, collectives.all_gather_object(complaint)[0])
+        if told is not None:
+            told.shared = True
+            raise told
+        task.run(output_dir)
+
+
+@contextmanager
+def _peers(timeout: float) -> Iterator[None]:
+    """Say in a line what torch says in pages when another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (collectives.is_distributed() and _is_of_a_collective(error)):
+            raise
+        time.sleep(_GIVE_WAY)
+        raise PeerError(
+            "another process of the run ended, or did not come to a collective within "
+            f"parallel.timeout = {timeout:g} s; what failed there first is the cause\n"
+            f"    here: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _is_of_a_collective(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
+@contextmanager
+def _console() -> Iterator[None]:
+    """The main process says what it does, the others their warnings."""
+    root = logging.getLogger("dinov3_framework")
+    if collectives.is_main():
+        handler = console_handler()
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter(f"[rank {collectives.rank()}] %(message)s"))
+        handler.setLevel(logging.WARNING)
+    root.setLevel(logging.INFO)
+    # Libraries' warnings: into the main process's file, and not once per process on the console.
+    with _handled(handler, root), _handled(logging.NullHandler(), _captured()):
+        logging.captureWarnings(True)
+        try:
+            yield
+        finally:
+            logging.captureWarnings(False)
+
+
+@contextmanager
+def log_file(output_dir: Path) -> Iterator[None]:
+    """Everything that the main process logs goes to ``run.log``, too."""
+    try:
+        file = logging.FileHandler(output_dir / "run.log", encoding="utf-8")
+    except OSError as error:
+        raise unwritable(error, output_dir / "run.log") from error
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    with _handled(file, logging.getLogger("dinov3_framework"), _captured()):
+        yield
+
+
+def _captured() -> logging.Logger:
+    return logging.getLogger("py.warnings")
+
+
+@contextmanager
+def _handled(handler: logging.Handler, *loggers: logging.Logger) -> Iterator[None]:
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        handler.close()

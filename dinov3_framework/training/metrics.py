@@ -1,0 +1,105 @@
+"""Figures of a run: averaged over processes, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from dinov3_framework.runtime import collectives
+from dinov3_framework.runtime.output import unwritable, write_aside
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one line per logged iteration, in order, each iteration once."""
+
+    def __init__(self, path: Path, done: int) -> None:
+        """Open for the iterations after ``done``; lines of later ones, left by a run that died
+        after its last checkpoint, are taken away. Raises ``OutputError`` where that fails."""
+        self.path = path
+        try:
+            # A run that starts anew also measures anew what there was before its first iteration.
+            kept = [line for line in read_metrics(path) if 0 < done >= line["iteration"]]
+            write_aside(path, "".join(f"{json.dumps(line)}\n" for line in kept))
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise unwritable(error, path) from error
+
+    def write(self, iteration: int, values: Mapping[str, float]) -> None:
+        # JSON knows no NaN; a reader of null sees that the figure was not finite.
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        try:
+            self._file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise unwritable(error, self.path) from error
+
+    def close(self) -> None:
+        # Each line is on its way already; what a full disk refused, it would refuse again.
+        with suppress(OSError):
+            self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; a last line that was cut off is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+@frozen
+class Agreement:
+    """What all processes know after a step."""
+
+    metrics: dict[str, float]  # averaged
+    nonfinite: dict[str, list[int]]  # name -> ranks on which it was NaN or inf
+    stop: bool  # whether anybody was asked to stop
+
+
+def agree(
+    metrics: Mapping[str, Tensor | float],
+    must_be_finite: Mapping[str, Tensor],
+    stop: bool,
+    device: torch.device,
+) -> Agreement:
+    """Average figures and share verdicts, with one collective in a normal step."""
+    names, guarded = sorted(metrics), sorted(must_be_finite)
+    figures = [_figure(metrics[name], device) for name in names]
+    flags = [(~must_be_finite[name].isfinite()).any().to(device) for name in guarded]
+    flags.append(torch.as_tensor(stop, device=device))
+    vector = torch.stack([value.to(torch.float64) for value in (*figures, *flags)])
+    total = collectives.all_reduce_sum(vector.clone()).tolist()
+    world = collectives.world_size()
+    averages = {name: value / world for name, value in zip(names, total, strict=False)}
+    nonfinite: dict[str, list[int]] = {}
+    if any(total[len(names) : -1]):
+        nonfinite = _by_rank(guarded, vector.tolist()[len(names) : -1])
+    return Agreement(averages, nonfinite, total[-1] > 0)
+
+
+def _figure(value: Tensor | float, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to(device, torch.float64)
+    return torch.tensor(value, dtype=torch.float64, device=device)
+
+
+def _by_rank(guarded: Sequence[str], flags: Sequence[float]) -> dict[str, list[int]]:
+    everyone = collectives.all_gather_object(list(flags))
+    return {
+        name: ranks
+        for index, name in enumerate(guarded)
+        if (ranks := [collectives.place_of(r) for r, own in enumerate(everyone) if own[index]])  # type: ignore[index]
+    }

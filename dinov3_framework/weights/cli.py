@@ -1,0 +1,143 @@
+"""``dinov3-weights``: what a file of weights holds, and the same weights in another format."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dinov3_framework import __version__
+from dinov3_framework.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from dinov3_framework.weights.loaded import LoadedBackbone
+
+_EPILOG = """\
+SOURCE is a file or folder of any known format, a run's output folder, a URL, or a published name
+(dinov3-weights list). Formats to convert to: dinov3_framework (.safetensors), meta (.pth), onnx
+(.onnx), reference, checkpoint, huggingface, timm.
+
+  dinov3-weights show dinov3_vits16_pretrain_lvd1689m-08c60483.pth
+  dinov3-weights convert runs/quickstart teacher.pth
+  dinov3-weights convert teacher.pth vits16-hf --to huggingface
+"""
+_DTYPES = ("fp32", "fp16", "bf16")
+_IMAGES = ("web", "satellite")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    options = _parse(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        return {"show": _show, "convert": _convert, "list": _list}[options.verb](options)
+    except UserError as error:
+        if options.traceback:
+            traceback.print_exc()
+        print(error, file=sys.stderr)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return int(ExitCode.INTERRUPTED)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="dinov3-weights",
+        description="Show and convert weights of backbones.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"dinov3-framework {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="show | convert | list")
+
+    show = verbs.add_parser("show", help="say what weights are, and whether they are whole")
+    convert = verbs.add_parser("convert", help="write weights in another format")
+    verbs.add_parser("list", help="list the published weights")
+    for verb in (show, convert):
+        verb.add_argument("source", help="file, folder, URL or published name")
+        verb.add_argument(
+            "--network",
+            choices=("teacher", "student"),
+            default="teacher",
+            help="which network of a training checkpoint (default: teacher)",
+        )
+        verb.add_argument(
+            "--images",
+            choices=_IMAGES,
+            help="what the weights were trained on, where they do not say so",
+        )
+    convert.add_argument("target", help="file or folder to write")
+    convert.add_argument("--to", metavar="FORMAT", help="format; left out, as the suffix says")
+    convert.add_argument("--dtype", choices=_DTYPES, help="type of the parameters")
+    convert.add_argument("--overwrite", action="store_true", help="replace what is there")
+    return parser.parse_args(argv)
+
+
+def _images(options: argparse.Namespace) -> Any:
+    from dinov3_framework.configs import SATELLITE_IMAGES, WEB_IMAGES
+
+    return {None: None, "web": WEB_IMAGES, "satellite": SATELLITE_IMAGES}[options.images]
+
+
+def _show(options: argparse.Namespace) -> int:
+    from dinov3_framework.weights.loading import load_backbone
+
+    # Loaded in full: only then is it known that nothing is missing, cut off or not finite.
+    loaded = load_backbone(options.source, network=options.network, images=_images(options))
+    for label, value in _rows(loaded):
+        print(f"{label:<12} {value}")
+    return ExitCode.OK
+
+
+def _rows(loaded: LoadedBackbone) -> list[tuple[str, str]]:
+    backbone, images = loaded.backbone, loaded.images
+    parameters = sum(parameter.numel() for parameter in backbone.parameters())
+    types = sorted({str(p.dtype).removeprefix("torch.") for p in backbone.parameters()})
+    return [
+        ("backbone", f"{loaded.component}, {parameters:,} parameters, {', '.join(types)}"),
+        ("features", f"{backbone.embed_dim} wide, a patch every {backbone.patch_size} px"),
+        ("layers", str(backbone.n_layers)),
+        ("images", f"{images.channels} channels, {loaded.size} px"),
+        ("mean", ", ".join(f"{value:g}" for value in images.mean)),
+        ("std", ", ".join(f"{value:g}" for value in images.std)),
+        *sorted(loaded.provenance.items()),
+    ]
+
+
+def _convert(options: argparse.Namespace) -> int:
+    import torch
+
+    from dinov3_framework.weights.convert import convert_backbone
+
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}
+    done = convert_backbone(
+        options.source,
+        options.target,
+        options.to,
+        network=options.network,
+        images=_images(options),
+        dtype=dtypes[options.dtype],
+        overwrite=options.overwrite,
+    )
+    print(
+        f"{done.path}: {done.component}, {done.parameters:,} parameters, from {done.source_format} "
+        f"to {done.format}; read back and equal"
+    )
+    for tensor in done.lost:
+        print(f"  without {tensor}")
+    return ExitCode.OK
+
+
+def _list(options: argparse.Namespace) -> int:
+    from dinov3_framework.registry import Registry
+
+    for name, published in sorted(Registry.load().published.items()):
+        for training_set, file in published.files.items():
+            print(f"{name:<24} {training_set:<10} {file.file}")
+    return ExitCode.OK

@@ -1,0 +1,93 @@
+"""The ``pipeline`` task: stages one after the other, each a whole run in a folder of its own."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dinov3_framework.contracts.running import Report, Task
+from dinov3_framework.kinds import InnerRun
+from dinov3_framework.registry import Registry
+from dinov3_framework.runtime import collectives
+from dinov3_framework.runtime.agreement import RankFailure, from_main
+from dinov3_framework.runtime.inner_runs import naming_stage
+from dinov3_framework.runtime.output import RESULTS, RunComplete, write_results
+from dinov3_framework.runtime.processes import wait_for_all
+from dinov3_framework.runtime.session import run_here
+from dinov3_framework.runtime.stopping import LateSignal
+from dinov3_pipeline.check import check_pipeline
+from dinov3_pipeline.configs import PipelineConfig
+
+log = logging.getLogger(__name__)
+
+# Seconds that the others may wait at the end of a stage for the main process, which alone merges
+# and writes.
+_PATIENCE = 24 * 3600.0
+
+
+class Pipeline(Task):
+    """Runs the stages that are not complete, and goes on with the one that was interrupted."""
+
+    def __init__(self, config: PipelineConfig, *, registry: Registry) -> None:
+        self.config, self.registry = config, registry
+
+    def check(self, world_size: int) -> Report:
+        output_dir = Path(self.config.output_dir or "runs")
+        return check_pipeline(self.config, self.registry, output_dir, world_size)
+
+    def run(self, output_dir: Path) -> None:
+        runs = self.config.inner_runs(output_dir)
+        with LateSignal() as late:
+            for number, run in enumerate(runs, 1):
+                where = f"Stage {run.name} ({number} of {len(runs)})"
+                with naming_stage(run.name):
+                    self._stage(run, output_dir / run.name, where)
+                stop = collectives.all_reduce_max(torch.tensor(int(bool(late)))).item()
+                if stop and number < len(runs):
+                    raise late.stopped(f"stage {run.name}")
+        if collectives.is_main():
+            write_results(output_dir, {"task": "pipeline", "stages": _results(output_dir, runs)})
+            print(f"\nDone: {', '.join(run.name for run in runs)}, in {output_dir}.")
+
+    def _stage(self, run: InnerRun, folder: Path, where: str) -> None:
+        try:
+            if run.inherited:
+                from_main(self._check_again, run, folder)
+        except RankFailure as failure:
+            raise failure.for_process() from failure.own
+        task: Task = self.registry.build(run.config, registry=self.registry)
+        if not (folder / RESULTS).exists():
+            log.info("%s: %s", where, folder)
+        try:
+            run_here(task, run.config, self.registry, folder, run.inherited)
+        except RunComplete:
+            log.info("%s is complete and is skipped.", where)
+            return
+        wait_for_all(_PATIENCE)
+        del task
+        _release_memory()
+
+    def _check_again(self, run: InnerRun, folder: Path) -> None:
+        """Against what the earlier stages have left, where the first check had a stand-in."""
+        if not (folder / RESULTS).exists():
+            task: Task = self.registry.build(run.config, registry=self.registry)
+            task.check(collectives.world_size())
+
+
+def _release_memory() -> None:
+    """What a stage had on the device is the next one's; modules are full of circles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _results(output_dir: Path, runs: Sequence[InnerRun]) -> dict[str, Any]:
+    return {
+        run.name: json.loads((output_dir / run.name / RESULTS).read_text("utf-8")) for run in runs
+    }

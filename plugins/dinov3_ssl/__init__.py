@@ -1,0 +1,15 @@
+"""Self-supervised training: a student, its teacher, any losses; one student or several."""
+
+from __future__ import annotations
+
+from dinov3_framework import Component, hookimpl
+from dinov3_ssl.configs import DistillConfig, MultiDistillConfig, PretrainConfig
+
+
+@hookimpl
+def dinov3_tasks() -> list[Component]:
+    return [
+        Component("pretrain", PretrainConfig, "dinov3_ssl.pretrain:Pretrain"),
+        Component("distill", DistillConfig, "dinov3_ssl.distill:Distill"),
+        Component("multi_distill", MultiDistillConfig, "dinov3_ssl.multi_distill:MultiDistill"),
+    ]

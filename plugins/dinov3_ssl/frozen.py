@@ -1,0 +1,167 @@
+"""Networks that never learn: anchors that begin as weights, and the teacher of a distillation.
+
+They may be of any backbone and any format. Before a run they are described: opened, built on the
+meta device and compared, no value read. In a run every process reads its shards for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from attrs import field, frozen
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from dinov3_framework.configs import ImagesConfig
+from dinov3_framework.contracts.layouts import Shape
+from dinov3_framework.contracts.networks import Backbone
+from dinov3_framework.errors import CheckpointError, Problem, RecipeError
+from dinov3_framework.parallel.state_dicts import put
+from dinov3_framework.registry import Registry
+from dinov3_framework.runtime.agreement import RankFailure, together
+from dinov3_framework.weights.filling import check_fit, fill_placed
+from dinov3_framework.weights.hub import published_file
+from dinov3_framework.weights.info import BackboneInfo
+from dinov3_framework.weights.opening import open_backbone
+from dinov3_framework.weights.recognition import built
+from dinov3_ssl.teaching import Teaching
+
+
+@frozen
+class FrozenWeights:
+    """A backbone in a file or folder, and the projectors beside it."""
+
+    weights: str
+    network: str
+    backbone: Backbone = field(repr=False)  # on the meta device
+    info: BackboneInfo
+    projectors: Mapping[str, Shape] = field(repr=False)  # dino_head.mlp.0.weight -> shape
+    registry: Registry = field(repr=False)
+
+    @property
+    def images(self) -> ImagesConfig:
+        return self.info.images
+
+    def rows(self) -> list[tuple[str, str]]:
+        """For people: what it is."""
+        parameters = sum(p.numel() for p in self.backbone.parameters())
+        told = [("weights", self.weights)]
+        told.append(("backbone", f"{self.info.component}, {parameters:,} parameters"))
+        told += [(k, v) for k, v in self.info.provenance.items() if k != "format"]
+        return told
+
+
+@frozen
+class FrozenTeacher:
+    """A placed teacher that does not learn: what it teaches, with which networks."""
+
+    teaching: Teaching
+    networks: nn.ModuleDict  # its backbone and projectors
+    weights: FrozenWeights
+
+
+def described(
+    weights: str,
+    network: str,
+    where: str,
+    registry: Registry,
+    *,
+    projectors: bool = False,
+    remembered: Mapping[str, str] | None = None,
+) -> FrozenWeights:
+    """What ``weights`` hold, ``projectors`` too if they are wanted.
+
+    Raises ``RecipeError`` at key ``where`` if they are of no use.
+    ``remembered`` is what :func:`memory_of` gave to a checkpoint: a run that goes on from one has
+    the values already, and the weights may be gone; or what :func:`published_as` tells.
+    """
+    if remembered is not None:
+        return _remembered(weights, network, remembered, registry)
+    try:
+        with open_backbone(
+            weights, registry, network=network, projectors=projectors, thorough=False
+        ) as found:
+            backbone = built(found, registry)
+            check_fit(found, backbone)
+            component, values = registry.values_of(found.config)
+            info = BackboneInfo(component, values, found.images, found.size, found.provenance)
+            shapes = found.projectors() if projectors else {}
+    except CheckpointError as error:
+        raise RecipeError([Problem(where, str(error))]) from error
+    return FrozenWeights(weights, network, backbone, info, shapes, registry)
+
+
+def published_as(weights: str, registry: Registry) -> Mapping[str, str] | None:
+    """What is known of published weights by their name, or by that of their file, without them.
+
+    As of :func:`memory_of`; None for others.
+    """
+    file = published_file(registry, weights)
+    if file is None:
+        return None
+    component, values = registry.values_of(file.config)
+    provenance = {"known as": f"the published {file.file}"}
+    return BackboneInfo(component, values, file.images, file.size, provenance).to_metadata()
+
+
+def memory_of(weights: FrozenWeights) -> dict[str, str]:
+    """What a checkpoint keeps of weights whose values it holds itself."""
+    return weights.info.to_metadata()
+
+
+def _remembered(
+    weights: str, network: str, memory: Mapping[str, str], registry: Registry
+) -> FrozenWeights:
+    info = BackboneInfo.from_metadata("the checkpoint", memory)
+    if info is None:
+        raise CheckpointError("the checkpoint does not say what its anchors are")
+    with torch.device("meta"):
+        backbone = registry.build(
+            registry.config_of("backbone", info.component, info.config),
+        )
+    return FrozenWeights(weights, network, backbone, info, {}, registry)
+
+
+def fill_frozen(
+    weights: FrozenWeights,
+    backbone: nn.Module | None,
+    projectors: Mapping[str, Any] | None = None,
+) -> None:
+    """Give allocated networks, whole or sharded, the values in the file.
+
+    ``projectors`` are by the names that they have beside the backbone, such as ``dino_head``. To be
+    called by every process of the run; what any of them raises ends all.
+    """
+
+    def fill() -> None:
+        with open_backbone(
+            weights.weights,
+            weights.registry,
+            network=weights.network,
+            projectors=bool(weights.projectors),
+        ) as found:
+            if backbone is not None:
+                fill_placed(backbone, weights.backbone, found)
+            for name, module in (projectors or {}).items():
+                for inside, tensor in module.state_dict().items():
+                    put(tensor, found.read_projector(f"{name}.{inside}"))
+
+    try:
+        together(fill)
+    except RankFailure as failure:
+        raise failure.for_process() from failure.own
+
+
+@torch.no_grad()
+def fingerprint(network: nn.Module) -> float:
+    """A number by which to know a network again, the same on every process to rounding.
+
+    To be called by every process that holds a part of it.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for parameter in network.parameters():
+        size = parameter.detach().abs().sum(dtype=torch.float64)
+        total += (size.full_tensor() if isinstance(size, DTensor) else size).cpu()
+    return float(total)
