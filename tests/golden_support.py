@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,29 +27,87 @@ RTOL, ATOL = 1e-4, 1e-5
 
 
 # --------------------------------------------------------------------------- cases
+class Noted(Mapping[str, Any]):
+    """The values of a case; it notes which of them are read, in the mappings inside it too.
+
+    Asking for its names, or whether it has one, reads nothing.
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = {name: _noted(value) for name, value in values.items()}
+        self._read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._values[name]
+        self._read.add(name)
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def unread(self) -> list[str]:
+        """The names of values that were not read, as ``gram.tokens_used`` or ``steps.0.terms``."""
+        names = []
+        for name, value in self._values.items():
+            if name not in self._read:
+                names.append(name)
+                continue
+            parts = enumerate(value) if isinstance(value, list) else [(None, value)]
+            for index, part in parts:
+                if isinstance(part, Noted):
+                    place = name if index is None else f"{name}.{index}"
+                    names += [f"{place}.{inside}" for inside in part.unread()]
+        return names
+
+
+def _noted(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_noted(part) for part in value]
+    return Noted(value) if isinstance(value, dict) else value
+
+
 @attrs.frozen
 class Case:
-    """One folder: what was computed, and the arrays."""
+    """One case: what was computed, and the arrays by name."""
 
-    folder: Path
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
+    name: str
+    spec: Noted
+    tensors: Noted
 
     @property
-    def spec(self) -> dict[str, Any]:
-        return json.loads((self.folder / "case.json").read_text())
-
-    def tensors(self) -> dict[str, Tensor]:
-        with np.load(self.folder / "tensors.npz") as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays}
+    def kind(self) -> str:
+        return str(self.spec["kind"])
 
 
-def cases() -> list[Case]:
-    """Every folder with a case.json under $GOLDEN_DIR, or else beside this file."""
+def read_case(folder: Path) -> Case:
+    tensors = {}
+    if (file := folder / "tensors.npz").exists():  # some kinds are numbers alone
+        with np.load(file) as arrays:
+            tensors = {name: torch.from_numpy(arrays[name]) for name in arrays}
+    spec = json.loads((folder / "case.json").read_text())
+    return Case(folder.name, Noted(spec), Noted(tensors))
+
+
+def case_folders(kind: str | None = None) -> list[Path]:
+    """Folders with a case.json, of one kind or all, under $GOLDEN_DIR, or else beside this file."""
     root = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")
-    return [Case(path.parent) for path in sorted(root.glob("*/case.json"))]
+    found = sorted(path.parent for path in root.glob("*/case.json"))
+    return [folder for folder in found if kind in (None, read_case(folder).kind)]
+
+
+class CannotExpress(Exception):
+    """A case has a value that no option of this project stands for."""
+
+
+def require(name: str, value: Any, only: Any) -> None:
+    if value != only:
+        raise CannotExpress(f"{name} is {value!r}, and {only!r} is all there is")
 
 
 # --------------------------------------------------------------------------- seeded values
@@ -90,6 +148,18 @@ def assert_close(actual: Any, expected: Any, what: str) -> None:
         atol=ATOL,
         msg=lambda text: f"{what}: {text}",
     )
+
+
+def assert_sums(value: Tensor, expected: list[float], what: str) -> None:
+    """The sum of a parameter and that of its absolute values agree, relative to the latter.
+
+    Adam turns a gradient of almost nothing into a step of full size, so that the error of a sum
+    is a share of what was summed, however much of it cancels out.
+    """
+    total, size = expected
+    value = value.detach().double()
+    error = max(abs(float(value.sum()) - total), abs(float(value.abs().sum()) - size))
+    assert error <= ATOL + RTOL * size, f"{what}: the sums are off by {error}; golden {expected}"
 
 
 def assert_figure(actual: Any, golden: Tensor, textbook: Tensor, what: str) -> None:
@@ -140,40 +210,45 @@ class Schedules:
         return values
 
 
-def of_recipe(name: str, *, batch_size: int, student: str | None = None) -> Schedules:
-    """The schedules that a recipe of this project gives the engine, for a batch of any size.
+@attrs.frozen(kw_only=True)
+class Published:
+    """A recipe of this project beside a published one.
 
-    ``student`` says which, where there are several.
+    ``per_process`` is the batch that the published file says or else 64, whatever the batch of the
+    recipe is; ``student`` says which, where there are several.
     """
-    config: Any = structure_recipe(Registry.load(), compose(RECIPES / f"{name}.toml"))
-    if student is not None:
-        config = of_student(config, student, None)
-    optimizer, losses = config.optimizer, config.losses
-    assert losses["ibot"].teacher_temp == losses["dino"].teacher_temp
-    return Schedules(
-        lr=optimizer.lr.scaled(lr_factor(optimizer, batch_size)),
-        wd=optimizer.weight_decay,
-        momentum=momentum(config),
-        teacher_temp=losses["dino"].teacher_temp,
-        freeze=optimizer.freeze_last_layer,
-        iterations=config.iterations,
-    )
+
+    recipe: str
+    per_process: int
+    student: str | None = None
+
+    def schedules(self, world_size: int) -> Schedules:
+        """The schedules that the recipe gives the engine."""
+        config: Any = structure_recipe(Registry.load(), compose(RECIPES / f"{self.recipe}.toml"))
+        if self.student is not None:
+            config = of_student(config, self.student, None)
+        optimizer, losses = config.optimizer, config.losses
+        assert losses["ibot"].teacher_temp == losses["dino"].teacher_temp
+        return Schedules(
+            lr=optimizer.lr.scaled(lr_factor(optimizer, self.per_process * world_size)),
+            wd=optimizer.weight_decay,
+            momentum=momentum(config),
+            teacher_temp=losses["dino"].teacher_temp,
+            freeze=optimizer.freeze_last_layer,
+            iterations=config.iterations,
+        )
 
 
-# Most golden figures are for so many processes, each with the batch that its published file says
-# or else 64, whatever the batch of the recipe is.
-WORLD = 256
-
-PUBLISHED: Mapping[str, Schedules] = {
-    "dinov3_vit7b16_pretrain": of_recipe("vit7b_pretrain", batch_size=16 * WORLD),
-    "dinov3_vit7b16_gram_anchor": of_recipe("vit7b_gram_anchor", batch_size=16 * WORLD),
-    "dinov3_vit7b16_high_res_adapt": of_recipe("vit7b_high_res_adapt", batch_size=8 * WORLD),
-    "vitl_im1k_lin834": of_recipe("vitl_im1k", batch_size=64 * 32),
-    "dinov3_vitl16_lvd1689m_distilled": of_recipe(
-        "lvd1689m_distill", batch_size=3 * WORLD, student="vitl"
+PUBLISHED = {
+    "dinov3_vit7b16_pretrain": Published(recipe="vit7b_pretrain", per_process=16),
+    "dinov3_vit7b16_gram_anchor": Published(recipe="vit7b_gram_anchor", per_process=16),
+    "dinov3_vit7b16_high_res_adapt": Published(recipe="vit7b_high_res_adapt", per_process=8),
+    "vitl_im1k_lin834": Published(recipe="vitl_im1k", per_process=64),
+    "dinov3_vitl16_lvd1689m_distilled": Published(
+        recipe="lvd1689m_distill", per_process=3, student="vitl"
     ),
-    "distillation_convnext__convnext_tiny_p16": of_recipe(
-        "convnext_distill", batch_size=64 * WORLD, student="tiny"
+    "distillation_convnext__convnext_tiny_p16": Published(
+        recipe="convnext_distill", per_process=64, student="tiny"
     ),
-    "multidist_tests__vits_p16": of_recipe("im1k_distill", batch_size=64 * WORLD, student="vits"),
+    "multidist_tests__vits_p16": Published(recipe="im1k_distill", per_process=64, student="vits"),
 }
