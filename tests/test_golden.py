@@ -1,4 +1,4 @@
-"""Every folder of golden figures, beside this file or under $GOLDEN_DIR, against this project.
+"""Every folder of golden figures, in tests/golden or under $GOLDEN_DIR, against this project.
 
 $GOLDEN_SKIP lists kinds or names of cases to leave out, separated by commas. A case of an unknown
 kind is a failure, and so is one with a value that its check does not use.

@@ -22,7 +22,7 @@ from dinov3_framework.recipes.compose import compose
 from dinov3_framework.recipes.structure import structure_recipe
 from dinov3_framework.training.optimizer import lr_factor
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 RTOL, ATOL = 1e-4, 1e-5
 
 
@@ -95,8 +95,8 @@ def read_case(folder: Path) -> Case:
 
 
 def case_folders(kind: str | None = None) -> list[Path]:
-    """Folders with a case.json, of one kind or all, under $GOLDEN_DIR, or else beside this file."""
-    root = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")
+    """Folders with a case.json, of one kind or all, under $GOLDEN_DIR, or else tests/golden."""
+    root = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parents[1] / "golden")
     found = sorted(path.parent for path in root.glob("*/case.json"))
     return [folder for folder in found if kind in (None, read_case(folder).kind)]
 
