@@ -11,7 +11,7 @@ import pytest
 import torch
 from loader_support import BATCH, ONE, Numbers, assert_same, loader
 from torch import Tensor
-from trainer_support import pretrain, registry
+from trainer_support import dataset_of, pretrain, registry
 
 from dinov3_framework import Augmentation, DataError, Dataset, Sample, View
 from dinov3_framework.data.loader import BatchMaker, Layout
@@ -50,7 +50,7 @@ def test_workers_and_start_change_nothing(workers: int, start: int) -> None:
 
 def test_workers_change_nothing_with_real_parts() -> None:
     task = pretrain()
-    parts, dataset = task._parts(), task._dataset()
+    parts, dataset = task.method.prepare(), dataset_of(task)
     made = BatchMaker(dataset, parts.augmentation, ONE, seed=0, workers=2)
     _, batches = loader(made, 1, 3, workers=2)
     for batch in batches:
@@ -80,7 +80,7 @@ def test_splits_share_out_the_same_step(world: int, passes: int) -> None:
 
 def test_splits_share_out_the_same_masks_of_the_real_augmentation() -> None:
     task = pretrain()
-    augmentation, dataset = task._parts().augmentation, task._dataset()
+    augmentation, dataset = task.method.prepare().augmentation, dataset_of(task)
     whole = BatchMaker(dataset, augmentation, ONE, seed=0, workers=0)[2, 0]
     parts = [
         BatchMaker(dataset, augmentation, Layout(2, rank, 2, BATCH), seed=0, workers=0)[2, micro]

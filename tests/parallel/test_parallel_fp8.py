@@ -197,7 +197,7 @@ def test_a_bias_on_the_keys_stays_masked() -> None:
 
 
 def test_projectors_stay_as_they_are() -> None:
-    head = pretrain()._parts().blueprint.projectors["dino"]
+    head = pretrain().method.prepare().blueprint.projectors["dino"]
     with process_group(CPU, timeout=60):
         placed_head = Sharder(ParallelConfig(fp8="emulated", fp8_filter=""), CPU).place(head)
     linears = [m for m in placed_head.modules() if isinstance(m, nn.Linear)]
