@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from attrs import evolve
+from dinov3_ssl.batches import CropBatches
 from dinov3_ssl.preflight import parts_problems
 from loader_support import ONE, Numbers, assert_same, loader
 from run_support import export_bytes, losses, metrics, two_processes
@@ -20,7 +21,7 @@ from torch import Tensor
 from trainer_support import changed, dataset_of, pretrain, snapshot, steps, trainer
 
 from dinov3_framework import RecipeError, Sample, View
-from dinov3_framework.data.loader import BatchMaker, Layout
+from dinov3_framework.data.loader import Layout
 from dinov3_framework.errors import ExitCode
 
 TABLES = (
@@ -33,9 +34,9 @@ GRAM = ("losses.gram.use=gram", "losses.gram.anchor.period=2")
 SIDES = {28: (28, 14, 42), 42: (42, 21, 63)}
 
 
-def maker(layout: Layout = ONE, workers: int = 0, *overrides: str) -> BatchMaker:
+def maker(layout: Layout = ONE, workers: int = 0, *overrides: str) -> CropBatches:
     task = pretrain(RESOLUTIONS, *overrides)
-    return BatchMaker(dataset_of(task), task.method.prepare().augmentation, layout, 0, workers)
+    return CropBatches(dataset_of(task), task.method.prepare().augmentation, layout, 0, workers)
 
 
 def side(batch: Any) -> int:
@@ -70,10 +71,10 @@ def test_workers_and_start_do_not_change_the_sizes(workers: int, start: int) -> 
     made = maker(ONE, workers)
     _, batches = loader(made, start, 5, workers=workers)
     found = list(batches)
-    assert [batch.step for batch in found] == list(range(start, 5))
+    assert len(found) == 5 - start
     assert {side(batch) for batch in found} == set(SIDES)
-    for batch in found:
-        assert_same(batch, made[batch.step, 0])
+    for step, batch in enumerate(found, start):
+        assert_same(batch, made[step, 0])
 
 
 class Noting(Numbers):
@@ -94,7 +95,7 @@ def test_the_stream_of_images_is_that_of_one_resolution() -> None:
     asked, made = [], []
     for overrides in ((), (f"augmentation.resolutions=[{tables}]",)):
         dataset, augmentation = Noting(), pretrain(*overrides).method.prepare().augmentation
-        of_steps = BatchMaker(dataset, augmentation, ONE, seed=0, workers=0)
+        of_steps = CropBatches(dataset, augmentation, ONE, seed=0, workers=0)
         made.append([of_steps[step, 0] for step in range(6)])
         asked.append(dataset.asked)
     assert asked[0] == asked[1]
