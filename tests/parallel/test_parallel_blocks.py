@@ -18,7 +18,7 @@ from trainer_support import pretrain, registry, snapshot, steps, trainer
 
 from dinov3_framework import Problem, RecipeError
 from dinov3_framework.parallel import ParallelConfig, compiling
-from dinov3_framework.parallel.check import backbone_problems
+from dinov3_framework.parallel.check import network_problems
 from dinov3_framework.parallel.compiling import compiler_complaint
 from dinov3_framework.parallel.sharder import Sharder, initialise
 from dinov3_framework.runtime.processes import process_group
@@ -265,7 +265,7 @@ def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_backbone_without_blocks() -> None:
     def problems(config: ParallelConfig) -> list[Problem]:
-        return list(backbone_problems(config, Tiny(TinyConfig())))
+        return list(network_problems(config, Tiny(TinyConfig())))
 
     assert problems(ParallelConfig()) == []
     found = problems(ParallelConfig(checkpointing="full", compile=True))
