@@ -6,16 +6,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from dinov3_ssl.configs import PretrainConfig
+from dinov3_ssl.batches import CropBatch
+from dinov3_ssl.configs import PretrainConfig, momentum
 from dinov3_ssl.networks import Blueprint, Networks
 from dinov3_ssl.objective import Objective
+from dinov3_ssl.unit import StudentUnit
 from golden_support import Case, assert_close, fill, seeded
 
-from dinov3_framework.data.loader import Batch, Layout
+from dinov3_framework.data.loader import Layout
 from dinov3_framework.parallel.sharder import Sharder
 from dinov3_framework.recipes.structure import structure_component
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime.processes import process_group
+from dinov3_framework.training.clock import StepClock
 from dinov3_framework.training.optimizer import Optimizer
 from dinov3_framework.training.trainer import Trainer
 
@@ -76,6 +79,7 @@ def recipe(case: dict[str, Any], chunk: int | None = None) -> dict[str, Any]:
         "losses": losses,
         "teacher": {"momentum": case["momentum"]},
         "optimizer": {
+            "use": "adamw",
             "lr": case["lr"],
             "weight_decay": case["weight_decay"],
             "freeze_last_layer": case["last_layer_lr"].count(0.0),
@@ -101,11 +105,22 @@ def build_trainer(case: dict[str, Any], chunk: int | None = None) -> Trainer:
     for anchor in networks.anchors.values():
         fill(anchor, seeds["gram_teacher"], prefix="backbone.")
     layout = Layout(1, 0, 1, config.batch_size)
+    unit = StudentUnit(
+        networks,
+        Objective(losses, config.losses, networks, config.images),
+        momentum(config),
+        config.images,
+        registry,
+        size=case["global_size"],
+        notes={},
+        initial=None,
+    )
+    factory = registry.build(config.optimizer)
     return Trainer(
         config=config,
-        networks=networks,
-        objective=Objective(losses, config.losses, networks, config.iterations, config.images),
-        optimizer=Optimizer(dict(networks.student.items()), config.optimizer, config.batch_size),
+        unit=unit,
+        optimizer=Optimizer(unit.networks, config.optimizer, factory, config.batch_size),
+        clock=StepClock(device),
         maker=SimpleNamespace(layout=layout),  # type: ignore[arg-type]
         store=None,  # type: ignore[arg-type]
         observers={},
@@ -113,7 +128,7 @@ def build_trainer(case: dict[str, Any], chunk: int | None = None) -> Trainer:
     )
 
 
-def batch_of(case: dict[str, Any], masks: torch.Tensor, step: int) -> Batch:
+def batch_of(case: dict[str, Any], masks: torch.Tensor, step: int) -> CropBatch:
     size = case["batch_per_rank"]
 
     def crops(key: str, count: int, pixels: int) -> torch.Tensor:
@@ -126,7 +141,7 @@ def batch_of(case: dict[str, Any], masks: torch.Tensor, step: int) -> Batch:
     }
     if case["gram"] is not None:
         views["anchor"] = crops("gram", 2, case["gram_teacher_crop_size"])
-    return Batch(views, masks.unflatten(0, (2, size)), (), step, 0)
+    return CropBatch(views, masks.unflatten(0, (2, size)))
 
 
 def check_train_step(golden: Case, chunk: int | None = None) -> None:
@@ -137,7 +152,7 @@ def check_train_step(golden: Case, chunk: int | None = None) -> None:
         clipped: dict[str, float] = {}
 
         def record_and_step() -> None:
-            for name, parameter in trainer.networks.student.named_parameters():
+            for name, parameter in trainer.unit.placed.student.named_parameters():
                 if parameter.grad is not None:
                     clipped[name] = float(parameter.grad.norm())
             optimizer_step()
@@ -145,11 +160,11 @@ def check_train_step(golden: Case, chunk: int | None = None) -> None:
         trainer.optimizer.step = record_and_step  # type: ignore[method-assign]
         for step, expected in enumerate(case["steps"]):
             batch = batch_of(case, tensors[f"masks{step}"], step)
-            agreement, _ = trainer._step(iter([batch]), stop=False)
+            check = trainer.step(iter([batch])).check
             trainer.done += 1
-            compare_step(agreement.metrics, clipped, expected)
+            compare_step(check.metrics, clipped, expected)
         for role in ("student", "teacher"):
-            network = getattr(trainer.networks, role)
+            network = getattr(trainer.unit.placed, role)
             expected_sums = case[f"{role}_after_sum_abssum"]
             values = dict(network.named_parameters())
             assert values.keys() == expected_sums.keys()

@@ -238,6 +238,9 @@ def check_schedules(case: Case) -> None:
 
 
 def check_param_groups(case: Case) -> None:
+    from dinov3_optimizers import AdamWConfig
+
+    from dinov3_framework import Constant
     from dinov3_framework.training.optimizer import parameter_settings
 
     spec = case.spec
@@ -245,11 +248,9 @@ def check_param_groups(case: Case) -> None:
         ProjectorConfig(n_prototypes=8, bottleneck_dim=4, hidden_dim=6), embed_dim=5
     )
     for name, module in {"backbone": build_vit(spec["config"]), "dino_head": projector}.items():
-        settings = parameter_settings(
-            module,
-            layerwise_decay=spec["layerwise_decay"],
-            patch_embed_lr_mult=spec["patch_embed_lr_mult"],
-        )
+        given = {key: spec[key] for key in ("layerwise_decay", "patch_embed_lr_mult")}
+        config = AdamWConfig(lr=Constant(value=1.0), weight_decay=Constant(value=1.0), **given)
+        settings = parameter_settings(module, config)
         assert settings.keys() == spec[name].keys()
         for parameter, (lr_mult, wd_mult, is_last_layer) in spec[name].items():
             setting = settings[parameter]

@@ -369,7 +369,8 @@ class TrainingLoader(Generic[B]):
             what: str | None = f"no batch came within loader.timeout = {self.config.timeout:g} s"
         else:
             what = WorkerDied.in_message(text)
-            if isinstance(error, ConnectionError | EOFError):
+            raised = "in DataLoader worker process" in text  # by a worker that lives
+            if isinstance(error, ConnectionError | EOFError) and not raised:
                 what = WorkerDied.WORDS
         if what is None:
             return  # the dataset's own error

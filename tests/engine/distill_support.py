@@ -14,6 +14,7 @@ from trainer_support import registry
 from dinov3_framework.recipes.compose import compose
 from dinov3_framework.recipes.structure import structure_recipe
 from dinov3_framework.runtime.processes import process_group
+from dinov3_framework.training.task import TrainingTask
 from dinov3_framework.training.trainer import Trainer
 
 DISTILL = HERE / "tiny_distill.toml"
@@ -28,9 +29,9 @@ TEACHER = (
 HEAD = "losses.dino.teacher_head={n_prototypes=32, bottleneck_dim=8, hidden_dim=20}"
 
 
-def distill(teacher: Path, *overrides: str) -> Distill:
+def distill(teacher: Path, *overrides: str) -> TrainingTask:
     words = [f"teacher.weights={teacher}", *overrides]
-    return Distill(structure_recipe(registry(), compose(DISTILL, words)), registry=registry())
+    return Distill.task(structure_recipe(registry(), compose(DISTILL, words)), registry=registry())
 
 
 @contextmanager
@@ -39,8 +40,8 @@ def student(teacher: Path, output: Path, *overrides: str) -> Iterator[Trainer]:
     task, device = distill(teacher, *overrides), torch.device("cpu")
     output.mkdir(exist_ok=True)
     with process_group(device, timeout=60):
-        parts = task._parts()
-        ours = task._trainer(parts, task._dataset(), output, device)
-        if not task._resume(ours):
-            task._begin(ours, parts)
+        checked = task.check(1).prepared
+        ours = task.trainer(checked.prepared, checked.dataset, output)
+        if not ours.resume():
+            task.method.begin(ours, checked.prepared)
         yield ours

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from trainer_support import pretrain, registry, snapshot, steps, trainer
+from trainer_support import prepared, pretrain, registry, snapshot, steps, trainer
 
 from dinov3_framework import Problem, RecipeError
 from dinov3_framework.parallel import ParallelConfig, compiling
@@ -94,7 +94,7 @@ def test_recomputing_changes_no_bit(tmp_path: Path, kind: str, precision: str) -
     runs = []
     for value in ("none", kind):
         with trainer(tmp_path / value, precision, f"parallel.checkpointing={value}") as ours:
-            assert ours.networks.student["backbone"].blocks[0].drop_path_rate == 0.3
+            assert ours.unit.placed.student["backbone"].blocks[0].drop_path_rate == 0.3
             figures = steps(ours, 2)
             runs.append((figures, {n: whole(tensor) for n, tensor in snapshot(ours).items()}))
     (expected, before), (found, after) = runs
@@ -156,7 +156,7 @@ def test_activations_are_not_kept() -> None:
 def test_only_what_trains_is_recomputed() -> None:
     with process_group(CPU, timeout=60):
         sharder = Sharder(ParallelConfig(checkpointing="full"), CPU)
-        blueprint = pretrain()._parts().blueprint.backbone
+        blueprint = prepared().blueprint.backbone
         kind = type(blueprint.blocks[0])
         frozen: Any = sharder.place(blueprint, trains=False)
     assert {type(block) for block in frozen.blocks} == {kind}

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from trainer_support import pretrain, registry
+from trainer_support import prepared, pretrain, registry
 
 from dinov3_framework import Problem, RecipeError
 from dinov3_framework.parallel import ParallelConfig
@@ -197,7 +197,7 @@ def test_a_bias_on_the_keys_stays_masked() -> None:
 
 
 def test_projectors_stay_as_they_are() -> None:
-    head = pretrain()._parts().blueprint.projectors["dino"]
+    head = prepared().blueprint.projectors["dino"]
     with process_group(CPU, timeout=60):
         placed_head = Sharder(ParallelConfig(fp8="emulated", fp8_filter=""), CPU).place(head)
     linears = [m for m in placed_head.modules() if isinstance(m, nn.Linear)]

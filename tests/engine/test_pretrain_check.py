@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from run_support import TINY, environment
-from trainer_support import NO_LOSSES, pretrain, tiny_config
+from trainer_support import NO_LOSSES, prepared, pretrain, tiny_config
 
 from dinov3_framework import Plan, RecipeError
 from dinov3_framework.cli import main
@@ -34,7 +34,7 @@ def test_a_sound_recipe() -> None:
     assert row(report, "data", "images seen") == "72"
     assert row(report, "data", "passes over the data") == "0.01"
     assert "5,000 images" in row(report, "data", "dataset")
-    backbone = pretrain()._parts().blueprint.backbone
+    backbone = prepared().blueprint.backbone
     count = sum(parameter.numel() for parameter in backbone.parameters())
     assert row(report, "parameters", "backbone") == f"{count:,}"
 

@@ -58,7 +58,7 @@ def test_a_gradient_alone_can_be_poisoned(tmp_path: Path, caplog: pytest.LogCapt
     with trainer(tmp_path) as ours:
         steps(ours, 1)
         before = snapshot(ours)
-        norm = ours.networks.student["backbone"].norm
+        norm = ours.unit.placed.student["backbone"].norm
         hook = norm.weight.register_hook(lambda gradient: gradient / 0)
         (figures,) = steps(ours, 1)
         hook.remove()
@@ -131,7 +131,7 @@ class Statistics(nn.Module):
 
 def test_a_students_buffers_are_restored_too(tmp_path: Path) -> None:
     with trainer(tmp_path, *poison("[2]")) as ours:
-        backbone = ours.networks.student["backbone"]
+        backbone = ours.unit.placed.student["backbone"]
         backbone.norm = Statistics(backbone.norm)
         steps(ours, 1)
         before = backbone.norm.mean.clone()
@@ -150,8 +150,8 @@ def test_an_anchor_is_refreshed_in_a_skipped_step_too(tmp_path: Path) -> None:
 
 
 def distance_to_anchor(ours: Trainer) -> float:
-    anchor = dict(ours.networks.anchors["gram"].named_parameters())
-    teacher = ours.networks.teacher["backbone"].named_parameters()
+    anchor = dict(ours.unit.placed.anchors["gram"].named_parameters())
+    teacher = ours.unit.placed.teacher["backbone"].named_parameters()
     return max(float((anchor[name] - value).abs().max()) for name, value in teacher)
 
 
@@ -188,7 +188,7 @@ def test_out_of_memory_names_the_knobs(tmp_path: Path) -> None:
             ours.train()
         assert ours.done == 1
     message = str(caught.value)
-    assert "6 images per process and pass (2 x 28 px, 2 x 14 px each)" in message
+    assert "6 images per process and micro-batch (2 x 28 px, 2 x 14 px each)" in message
     assert "tried to allocate 1.5 TiB" in message
     helps = [
         'parallel.checkpointing = "full"',

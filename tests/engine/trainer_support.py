@@ -10,15 +10,17 @@ from pathlib import Path
 
 import torch
 from dinov3_ssl.configs import PretrainConfig
+from dinov3_ssl.preflight import Parts
 from dinov3_ssl.pretrain import Pretrain
 from run_support import HERE, TINY
 from torch import Tensor
 
-from dinov3_framework import Registry
+from dinov3_framework import Dataset, Registry
 from dinov3_framework.data.loader import TrainingLoader
 from dinov3_framework.recipes.compose import compose
 from dinov3_framework.recipes.structure import structure_recipe
 from dinov3_framework.runtime.processes import process_group
+from dinov3_framework.training.task import TrainingTask
 from dinov3_framework.training.trainer import Trainer
 
 torch.set_num_threads(1)
@@ -43,8 +45,20 @@ def tiny_config(*overrides: str) -> PretrainConfig:
     return config
 
 
-def pretrain(*overrides: str) -> Pretrain:
-    return Pretrain(tiny_config(*overrides), registry=registry())
+def pretrain(*overrides: str) -> TrainingTask:
+    return Pretrain.task(tiny_config(*overrides), registry=registry())
+
+
+def prepared(*overrides: str) -> Parts:
+    """What a check prepares of the tiny recipe: augmentation, losses, blueprint."""
+    parts: Parts = pretrain(*overrides).method.prepare()
+    return parts
+
+
+def dataset() -> Dataset:
+    """The tiny recipe's."""
+    checked: Dataset = pretrain().check(1).prepared.dataset
+    return checked
 
 
 @contextmanager
@@ -53,7 +67,8 @@ def trainer(output: Path, *overrides: str) -> Iterator[Trainer]:
     task, device = pretrain(*overrides), torch.device("cpu")
     output.mkdir(exist_ok=True)
     with process_group(device, timeout=60):
-        yield task._trainer(task._parts(), task._dataset(), output, device)
+        checked = task.check(1).prepared
+        yield task.trainer(checked.prepared, checked.dataset, output)
 
 
 def steps(trainer: Trainer, count: int) -> list[dict[str, float]]:
@@ -63,9 +78,8 @@ def steps(trainer: Trainer, count: int) -> list[dict[str, float]]:
     )
     batches, figures = iter(loader), []
     for _ in range(count):
-        agreement, _ = trainer._step(batches, stop=False)
+        figures.append(trainer.step(batches).check.metrics)
         trainer.done += 1
-        figures.append(agreement.metrics)
     return figures
 
 

@@ -46,8 +46,9 @@ def train(folder: Path, *overrides: str) -> Results:
     from trainer_support import pretrain, steps
 
     task = pretrain(*RECIPE, *overrides)
-    trainer = task._trainer(task._parts(), task._dataset(), folder, torch.device("cpu"))
-    for network in (trainer.networks.student, trainer.networks.teacher):
+    checked = task.check(1).prepared
+    trainer = task.trainer(checked.prepared, checked.dataset, folder)
+    for network in (trainer.unit.placed.student, trainer.unit.placed.teacher):
         for name, parameter in network.named_parameters():
             if name.endswith("weight") and "_head." in name:
                 parameter.data.mul_(SPREAD)
@@ -56,7 +57,7 @@ def train(folder: Path, *overrides: str) -> Results:
     optimizer_step = trainer.optimizer.step
 
     def record_and_step() -> None:
-        found = {n: p.grad for n, p in trainer.networks.student.named_parameters()}
+        found = {n: p.grad for n, p in trainer.unit.placed.student.named_parameters()}
         assert all(isinstance(gradient, DTensor) for gradient in found.values())
         gradients.append({n: gradient.to_local().clone() for n, gradient in found.items()})
         optimizer_step()
@@ -65,7 +66,7 @@ def train(folder: Path, *overrides: str) -> Results:
         masked.append(len(inputs[0].masked_patches()))
 
     trainer.optimizer.step = record_and_step  # type: ignore[method-assign]
-    trainer.objective.losses["ibot"].register_forward_pre_hook(count)
+    trainer.unit.objective.losses["ibot"].register_forward_pre_hook(count)
     return {"figures": steps(trainer, STEPS), "gradients": gradients[0], "masked": masked}
 
 

@@ -41,6 +41,11 @@ class Silent:
     def on_end(self, run: Any) -> None:
         return None
 
+    follows_metrics = False
+
+    def on_checkpoint(self, run: Any, iteration: int, path: Any) -> None: ...
+    def on_close(self, run: Any, error: Any) -> None: ...
+
 
 class SignalAt(Silent):
     def __init__(self, config: SignalAtConfig) -> None:
