@@ -34,12 +34,6 @@ def without_none(declared: Any) -> Any:
 NONE = "none"  # how a recipe says None; TOML has no null
 
 
-def says_none(value: Any, declared: Any) -> bool:
-    """Whether a recipe turns an optional field off, whatever its default or inherited value is."""
-    inner = without_none(declared)
-    return inner is not declared and inner is not str and value == NONE
-
-
 def type_name(declared: Any) -> str:
     """A type for people; ``TypeError`` if a recipe cannot spell it."""
     inner = without_none(declared)
@@ -62,7 +56,7 @@ def type_name(declared: Any) -> str:
         return _array_name(parts)
     if origin in (dict, Mapping) and parts[0] is str:
         return f"table of name = {type_name(parts[1])}"
-    raise TypeError(f"{declared} cannot be spelt in a recipe")
+    raise TypeError(f"{declared} cannot be spelled in a recipe")
 
 
 def _array_name(parts: tuple[Any, ...]) -> str:
@@ -78,7 +72,7 @@ def _plural(declared: Any) -> str:
     return f"{name}s" if declared in _WORDS or name == "table" else f"({name})"
 
 
-def found(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """What stands where something else was expected."""
     if isinstance(value, Mapping):
         return "a table"
