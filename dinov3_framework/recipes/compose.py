@@ -7,6 +7,7 @@ A table called ``recipe`` is a recipe inside a recipe and may say all that a fil
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from dinov3_framework.recipes.toml_text import to_toml as to_toml
 
 COMMAND_LINE = Source(Path("command line"), "command line")
 NESTED = "recipe"  # a table of this name holds a whole recipe
+NO_TASK = "missing, so this is an overlay: name a recipe before it, or give it a task (--list task)"
 
 
 @frozen
@@ -83,7 +85,7 @@ def is_override(word: str) -> bool:
     It is if it begins like ``key.path=``, unless there is a file of that name.
     """
     _, rest = split_key(word) or ((), "")
-    return rest.startswith("=") and not Path(word).is_file()
+    return rest.startswith("=") and not os.path.isfile(word)
 
 
 def compose(recipes: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Composed:
@@ -110,9 +112,8 @@ def compose(recipes: str | Path | Sequence[str | Path], overrides: Sequence[str]
     for table in files:
         _put(whole, table, (), problems)
         starts.append("task" in whole.items)
-    if starts[-1] and not starts[0]:
-        message = "has no task, so it is an overlay: it goes after a recipe, not before"
-        problems.append(Problem("", message, "", files[0].origin))
+    if not starts[0] and (starts[-1] or problems):
+        problems = [Problem("task", NO_TASK, "", files[0].origin)]
     _put(whole, last, (), problems)
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))

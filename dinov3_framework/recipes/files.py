@@ -53,7 +53,7 @@ class Source:
 def find_recipe(recipe: str | Path) -> Source:
     """The file meant by a path, an installed recipe's name or ``package:recipe``."""
     text = os.fspath(recipe)
-    if Path(text).is_file():
+    if os.path.isfile(text):  # Path.is_file refuses what is too long for a name
         return Source(Path(text), text)
     if match := _IN_PACKAGE.fullmatch(text):
         return _in_package(match[1], match[2])
@@ -70,7 +70,7 @@ def find_recipe(recipe: str | Path) -> Source:
 def find_base(base: str, extending: Source) -> Source:
     """The file that ``extending`` means by an entry of its ``extends``."""
     path = extending.path.parent / base
-    if path.is_file():
+    if os.path.isfile(path):
         if not extending.package:
             label = os.path.normpath(os.path.join(os.path.dirname(extending.label), base))
             return Source(path, label)
@@ -127,10 +127,10 @@ def _formerly(package: str, name: str) -> str | None:
 
 def _not_found(text: str, path: Path, hints: list[str], how: str = "") -> Mistake:
     """What to say of a file that is not there: near files first, then installed recipes."""
-    if path.is_dir():
+    if os.path.isdir(path):
         hints.append("that is a folder; name a file in it")
     shown = os.path.dirname(text) or "."
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         hints.append(f"there is no folder {shown}")
     elif neighbours := [file.name for file in path.parent.glob("*.toml")]:
         hints.append(f"recipes in {shown}: {_nearest_first(path.name, neighbours)}")

@@ -19,7 +19,7 @@ from cattrs import Converter
 from dinov3_framework.configs import InvalidOption
 from dinov3_framework.errors import Problem, RecipeError, suggest
 from dinov3_framework.kinds import KINDS, TaskConfig
-from dinov3_framework.recipes.compose import Composed
+from dinov3_framework.recipes.compose import NO_TASK, Composed
 from dinov3_framework.recipes.option_types import (
     NONE,
     describe_value,
@@ -41,11 +41,7 @@ Fault = tuple[KeyPath, str, str]  # keys that lead to a mistake, what is wrong t
 def structure_recipe(registry: Components, composed: Composed) -> TaskConfig:
     """The typed config of a whole recipe; its key ``task`` says of which class."""
     if "task" not in composed.data:
-        message = (
-            "missing, so this is an overlay: name a recipe before it, or give it a task "
-            f"({', '.join(registry.names('task'))})"
-        )
-        raise RecipeError([Problem("task", message, "", composed.source)])
+        raise RecipeError([Problem("task", NO_TASK, "", composed.source)])
     config: TaskConfig = _structure(
         registry, composed.data, TaskConfig, composed.origins, composed.source
     )
@@ -240,7 +236,8 @@ def _meant(key: str, fields: Mapping[str, attrs.Attribute[Any]]) -> str:
         if key in attribute.metadata.get("formerly", ()):
             table = nested_config(attribute.type)
             moved = table is not None and key in attrs.fields_dict(table)
-            return f"it is called {f'{name}.{key}' if moved else name!r} now"
+            now = f"{name}.{key}" if moved else name
+            return f"it is called {now!r} now"
     return suggest(key, list(fields), "keys here")
 
 
