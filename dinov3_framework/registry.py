@@ -101,11 +101,12 @@ class Registry:
         if isinstance(offer, Layout):
             self.layouts.append(offer)
             return
-        table, key = {
+        tables: dict[str, tuple[dict[str, Any], str]] = {
             "dinov3_published": (self.published, "name"),
             "dinov3_weights_writers": (self.weights_writers, "format"),
             "dinov3_flags": (self.flags, "name"),
-        }[hook]
+        }
+        table, key = tables[hook]
         taken = getattr(offer, key)
         if taken in table:
             raise PluginError(

@@ -108,11 +108,11 @@ def compose(recipes: str | Path | Sequence[str | Path], overrides: Sequence[str]
     if problems:  # what is found from here on might only be a consequence
         raise RecipeError(list(dict.fromkeys(problems)))  # a file may be extended twice
     whole = _Table("")
-    starts = []  # with a recipe, after each file
+    has_task = []  # after each file
     for table in files:
         _put(whole, table, (), problems)
-        starts.append("task" in whole.items)
-    if not starts[0] and (starts[-1] or problems):
+        has_task.append("task" in whole.items)
+    if not has_task[0] and (has_task[-1] or problems):
         problems = [Problem("task", NO_TASK, "", files[0].origin)]
     _put(whole, last, (), problems)
     if problems:

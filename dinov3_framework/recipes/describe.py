@@ -109,29 +109,22 @@ def listing(registry: Components, kind: str | None) -> str:
 def description(found: Description) -> str:
     """One component: its doc, and every field with type, default and doc."""
     title = f"{found.kind} {found.name}, of plugin {found.plugin!r} ({found.distribution})"
-    parts = [title]
-    if found.doc:
-        parts.append(textwrap.indent(found.doc, "  "))
-    width = _name_width(found.fields, 2) + 2
-    parts.append("\n".join(_fields(found.fields, 2, width)) or "  It has no options.")
-    return "\n\n".join(parts)
-
-
-def _name_width(fields: Iterable[FieldInfo], indent: int) -> int:
-    """How far names reach; those of a nested table stand further in."""
-    reach = [
-        max(indent + len(field.name), _name_width(field.fields, indent + 2)) for field in fields
-    ]
-    return max(reach, default=0)
-
-
-def _fields(fields: Iterable[FieldInfo], indent: int, width: int) -> Iterator[str]:
-    margin = " " * width
-    for each in fields:
+    doc = [textwrap.indent(found.doc, "  ")] if found.doc else []
+    rows = list(_rows(found.fields, 2))
+    width = max((len(indented) for indented, _ in rows), default=0) + 2
+    margin, lines = " " * width, []
+    for indented, each in rows:
         default = each.default if each.default == "required" else f"default {each.default}"
-        yield f"{' ' * indent + each.name:{width}}{each.type}; {default}"
-        yield from textwrap.wrap(each.doc, _WIDTH, initial_indent=margin, subsequent_indent=margin)
-        yield from _fields(each.fields, indent + 2, width)
+        lines.append(f"{indented:{width}}{each.type}; {default}")
+        lines += textwrap.wrap(each.doc, _WIDTH, initial_indent=margin, subsequent_indent=margin)
+    return "\n\n".join([title, *doc, "\n".join(lines) or "  It has no options."])
+
+
+def _rows(fields: Iterable[FieldInfo], indent: int) -> Iterator[tuple[str, FieldInfo]]:
+    """Each field with its name, those of a nested table further in."""
+    for each in fields:
+        yield " " * indent + each.name, each
+        yield from _rows(each.fields, indent + 2)
 
 
 def report_text(report: Plan) -> str:

@@ -1,4 +1,4 @@
-"""The types that a config's field may have, in words."""
+"""Name the types that a config's field may have, and the values that stand where they should."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from dinov3_framework.errors import PluginError
 from dinov3_framework.kinds import KINDS
 from dinov3_framework.recipes.toml_text import inline
 from dinov3_framework.schedules import Schedule
+
+NONE = "none"  # how a recipe says None; TOML has no null
 
 _WORDS: dict[Any, str] = {int: "integer", float: "number", bool: "boolean", str: "string"}
 
@@ -31,16 +33,11 @@ def without_none(declared: Any) -> Any:
     return declared
 
 
-NONE = "none"  # how a recipe says None; TOML has no null
-
-
 def type_name(declared: Any) -> str:
     """A type for people; ``TypeError`` if a recipe cannot spell it."""
     inner = without_none(declared)
     if inner is not declared:
-        return (
-            f"{type_name(inner)}, optional" if inner is str else f'{type_name(inner)} or "{NONE}"'
-        )
+        return type_name(inner) + (", optional" if inner is str else f' or "{NONE}"')
     if declared in _WORDS:
         return _WORDS[declared]
     if declared is Schedule:

@@ -1,4 +1,4 @@
-"""Configs as plain TOML values: the way back from a typed recipe to its text."""
+"""Turn configs into plain TOML values: the way back from a typed recipe to its text."""
 
 from __future__ import annotations
 

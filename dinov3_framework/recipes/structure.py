@@ -157,7 +157,7 @@ def _converter(registry: Components) -> Converter:
     return converter
 
 
-def _scalar(value: Any, declared: type) -> Any:
+def _scalar(value: Any, declared: Any) -> Any:
     if declared is float and type(value) is int:
         return float(value)
     if type(value) is not declared:
@@ -212,11 +212,12 @@ def _table(value: Any, cls: Any, converter: Converter) -> Any:
     if not isinstance(value, Mapping):
         raise _mismatch("table", value)
     fields = {attribute.name: attribute for attribute in resolved_fields(cls)}
-    collector, values = _Collector(), {}
+    collector = _Collector()
+    values: dict[str, Any] = {}
     for name, attribute in fields.items():
         if name in value:
             with collector.below(name):
-                values[name] = converter.structure(value[name], attribute.type)
+                values[name] = converter.structure(value[name], typing.cast(type, attribute.type))
                 if attribute.validator is not None:
                     attribute.validator(None, attribute, values[name])
         elif attribute.default is attrs.NOTHING:
