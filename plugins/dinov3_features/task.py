@@ -12,7 +12,7 @@ from dinov3_features.check import Estimate, Look, mib, output_shapes, problems
 from dinov3_features.configs import FeaturesTaskConfig
 from dinov3_features.loop import DTYPES, Extraction, extract_parts
 from dinov3_features.merge import Summary, merge, summarise, write_tables
-from dinov3_features.parts import FOLDER, PartStore, Plan, digest
+from dinov3_features.parts import FOLDER, PartPlan, PartStore, digest
 from dinov3_features.placing import placed_subject
 from dinov3_framework.contracts.data import Dataset
 from dinov3_framework.contracts.running import Plan, Task
@@ -190,7 +190,7 @@ class FeaturesTask(Task):
 
     # ------------------------------------------------------------------ parts of it
     def _prepared(self, output_dir: Path, dataset: Dataset, weights: str) -> PartStore:
-        plan = Plan.of(dataset, self.config.rows_per_part, weights)
+        plan = PartPlan.of(dataset, self.config.rows_per_part, weights)
         store = PartStore(output_dir, plan)
         store.prepare()
         return store
