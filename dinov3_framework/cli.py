@@ -134,8 +134,10 @@ def _dispatch(options: argparse.Namespace, registry: Registry) -> int:
 
 def _recipe(options: argparse.Namespace, registry: Registry) -> int:
     from dinov3_framework.configs import replace
-    from dinov3_framework.recipes.compose import annotated_toml, compose
-    from dinov3_framework.recipes.structure import structure_recipe, unstructure
+    from dinov3_framework.recipes.compose import compose
+    from dinov3_framework.recipes.plain import unstructure
+    from dinov3_framework.recipes.structure import structure_recipe
+    from dinov3_framework.recipes.toml_text import annotated_toml
 
     composed = compose(options.recipes, _overrides(options))
     config = structure_recipe(registry, composed)

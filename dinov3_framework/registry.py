@@ -123,7 +123,7 @@ class Registry:
 
     def values_of(self, config: Any) -> tuple[str, dict[str, Any]]:
         """(name, plain values) of a component's config: what :meth:`config_of` takes."""
-        from dinov3_framework.recipes.structure import unstructure
+        from dinov3_framework.recipes.plain import unstructure
 
         values = unstructure(self, config)
         return values.pop("use"), values

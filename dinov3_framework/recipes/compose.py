@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,6 @@ from attrs import define, field, frozen
 from dinov3_framework.errors import Problem, RecipeError, suggest
 from dinov3_framework.recipes.files import Mistake, Source, find_base, find_recipe
 from dinov3_framework.recipes.toml_text import KeyPath, dotted, inline, split_key
-from dinov3_framework.recipes.toml_text import annotated_toml as annotated_toml
-from dinov3_framework.recipes.toml_text import to_toml as to_toml
 
 COMMAND_LINE = Source(Path("command line"), "command line")
 NESTED = "recipe"  # a table of this name holds a whole recipe
@@ -44,6 +42,9 @@ class _Value:
     content: Any
     origin: str
 
+    def plain(self) -> Any:
+        return copy.deepcopy(self.content)
+
 
 @define
 class _Table:
@@ -59,24 +60,17 @@ class _Table:
         use = self.items.get("use")
         return use.content if isinstance(use, _Value) else None
 
-    def plain(self, origins: dict[KeyPath, str], path: KeyPath = ()) -> dict[str, Any]:
-        """The same as a dict; notes the origin of everything in it."""
-        data: dict[str, Any] = {}
-        for key, item in self.items.items():
-            here = (*path, key)
-            origins[here] = item.origin
-            if isinstance(item, _Table):
-                data[key] = item.plain(origins, here)
-            else:
-                data[key] = copy.deepcopy(item.content)
-        return data
+    def plain(self) -> dict[str, Any]:
+        return {key: item.plain() for key, item in self.items.items()}
 
-    def paths(self, path: KeyPath = ()) -> Iterator[KeyPath]:
-        """The path of every value and table."""
+    def origins(self, path: KeyPath = ()) -> dict[KeyPath, str]:
+        """Who set what, of every value and table."""
+        found: dict[KeyPath, str] = {}
         for key, item in self.items.items():
-            yield (*path, key)
+            found[*path, key] = item.origin
             if isinstance(item, _Table):
-                yield from item.paths((*path, key))
+                found |= item.origins((*path, key))
+        return found
 
 
 def is_override(word: str) -> bool:
@@ -117,9 +111,7 @@ def compose(recipes: str | Path | Sequence[str | Path], overrides: Sequence[str]
     _put(whole, last, (), problems)
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
-    origins: dict[KeyPath, str] = {}
-    data = whole.plain(origins)
-    return Composed(data, origins, sources[0].path.stem, sources[0].label)
+    return Composed(whole.plain(), whole.origins(), sources[0].path.stem, sources[0].label)
 
 
 # --------------------------------------------------------------------------- reading
@@ -186,7 +178,7 @@ def _put(below: _Table, above: _Table, path: KeyPath, problems: list[Problem]) -
             below.items[key] = item
             continue
         if isinstance(old, _Value) and item.use is None:
-            inner = next(item.paths(here), here)
+            inner = next(iter(item.origins(here)), here)
             problems.append(_no_keys(inner, here, old.content, old.origin).problem(item.origin))
             continue
         if not isinstance(old, _Table) or (None not in (item.use, old.use) and item.use != old.use):
@@ -208,9 +200,9 @@ def _no_keys(path: KeyPath, known: KeyPath, value: Any, origin: str) -> Mistake:
 def _drop(table: _Table, text: str, origin: str, path: KeyPath, problems: list[Problem]) -> None:
     """Remove the key that ``drop`` names by its path from the recipe's table on, in place."""
     keys, rest = split_key(text) or ((), text)
-    known = list(table.paths())
+    known = table.origins()
     if rest or keys not in known:
-        names = [dotted(inner) for inner in known]
+        names = list(map(dotted, known))
         hint = suggest(text, names, "inherited keys") if names else "nothing is inherited"
         message = f"no inherited key is {text!r}"
         problems.append(Problem(dotted((*path, "drop")), message, hint, origin))

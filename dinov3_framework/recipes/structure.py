@@ -31,7 +31,6 @@ from dinov3_framework.recipes.option_types import (
     without_none,
 )
 from dinov3_framework.recipes.plain import Components
-from dinov3_framework.recipes.plain import unstructure as unstructure
 from dinov3_framework.recipes.toml_text import KeyPath, dotted
 from dinov3_framework.schedules import SCHEDULES, Constant, Schedule
 

@@ -10,14 +10,8 @@ import pytest
 import tomli
 
 from dinov3_framework.errors import ExitCode, RecipeError
-from dinov3_framework.recipes.compose import (
-    Composed,
-    annotated_toml,
-    compose,
-    is_override,
-    to_toml,
-)
-from dinov3_framework.recipes.toml_text import dotted, inline, split_key
+from dinov3_framework.recipes.compose import Composed, compose, is_override
+from dinov3_framework.recipes.toml_text import annotated_toml, dotted, inline, split_key, to_toml
 
 Write = Callable[[str, str], Path]
 

@@ -27,10 +27,11 @@ from dinov3_framework import (
 )
 from dinov3_framework.errors import UnknownNameError
 from dinov3_framework.plugins import BrokenPlugin
-from dinov3_framework.recipes.compose import Composed, annotated_toml, to_toml
+from dinov3_framework.recipes.compose import Composed
 from dinov3_framework.recipes.option_types import type_name
-from dinov3_framework.recipes.plain import to_toml_value
-from dinov3_framework.recipes.structure import structure_component, structure_recipe, unstructure
+from dinov3_framework.recipes.plain import to_toml_value, unstructure
+from dinov3_framework.recipes.structure import structure_component, structure_recipe
+from dinov3_framework.recipes.toml_text import annotated_toml, to_toml
 
 MINIMAL = 'task = "toy"\niterations = 5\nlr = 0.1\nbackbone = { use = "tiny" }\n'
 
