@@ -188,7 +188,7 @@ class TaskConfig:
     """Base of every task's config, and so of every recipe: the keys that all recipes share."""
 
     output_dir: str | None = option(
-        "folder of all that the run writes; left out, runs/<name of the recipe>", default=None
+        "folder of all that the run writes; left out, runs/<name of the first recipe>", default=None
     )
     seed: int = option("seed of everything random", default=0, check=not_negative)
     launcher: LauncherConfig | None = option(

@@ -6,7 +6,6 @@ A table called ``recipe`` is a recipe inside a recipe and may say all that a fil
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -43,7 +42,7 @@ class _Value:
     origin: str
 
     def plain(self) -> Any:
-        return copy.deepcopy(self.content)
+        return self.content
 
 
 @define
