@@ -7,27 +7,22 @@ it, so their number never changes what is learnt, and a resumed run starts its l
 from __future__ import annotations
 
 import logging
-import signal
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
 
 import torch
 from attrs import evolve, frozen
 from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info
-from torch.utils.data import Dataset as TorchDataset
 
 from dinov3_framework.contracts.data import Augmentation, Dataset
 from dinov3_framework.data import LoaderConfig
 from dinov3_framework.data.sampling import ShuffledStream
-from dinov3_framework.errors import CorruptSampleError, DataError, UserError
+from dinov3_framework.data.workers import ReadingLog, WorkerLoader
+from dinov3_framework.errors import CorruptSampleError, DataError
 from dinov3_framework.randomness import keyed_rng
 
 log = logging.getLogger(__name__)
 
-# Parts of torch's messages.
-_DEAD_WORKER = ("exited unexpectedly", "is killed by signal")
-_NO_BATCH, _RAISED_BY_WORKER = "DataLoader timed out", "in DataLoader worker process"
-_GRACE = 60  # seconds that a worker goes on after SIGTERM
 _SUBSTITUTES = 20  # samples tried in place of a corrupt one before the dataset is given up
 
 
@@ -79,7 +74,7 @@ class Batch:
         )
 
 
-class BatchMaker(TorchDataset[Batch]):
+class BatchMaker:
     """Makes the batch of any (step, pass), by the augmentation's variant for the step."""
 
     def __init__(
@@ -96,8 +91,7 @@ class BatchMaker(TorchDataset[Batch]):
         self.layout, self.seed = layout, seed
         self.masks_of = masks_of or layout
         self.stream = ShuffledStream(len(dataset), seed)
-        # What each worker is reading, for the message if it dies or hangs.
-        self.reading = torch.full((max(workers, 1),), -1, dtype=torch.int64).share_memory_()
+        self.reading = ReadingLog(workers)
 
     def __getitem__(self, key: tuple[int, int]) -> Batch:
         step, micro = key
@@ -120,7 +114,7 @@ class BatchMaker(TorchDataset[Batch]):
         index = self.stream[place]
         rng = keyed_rng(self.seed, "crops", place)
         for attempt in range(_SUBSTITUTES):
-            self._note(index)
+            self.reading.note(index)
             try:
                 image = self.dataset[index].image
             except CorruptSampleError as error:
@@ -134,10 +128,6 @@ class BatchMaker(TorchDataset[Batch]):
             "    the dataset seems to be damaged or of another format"
         )
 
-    def _note(self, index: int) -> None:
-        worker = get_worker_info()
-        self.reading[worker.id if worker is not None else 0] = index
-
     def _masks(self, augmentation: Augmentation, step: int, places: range) -> Tensor | None:
         if not augmentation.makes_masks:
             return None
@@ -149,75 +139,32 @@ class BatchMaker(TorchDataset[Batch]):
         return unflat
 
 
-@frozen
-class _Unmade:
-    """Why a batch could not be made."""
-
-    error: UserError
-
-
-class _ForLoader(TorchDataset[Batch | _Unmade]):
-    """A :class:`BatchMaker` whose complaints to the user arrive as they are.
-
-    Raised in a worker, torch would wrap them in a traceback.
-    """
-
-    def __init__(self, maker: BatchMaker) -> None:
-        self.maker = maker
-
-    def __getitem__(self, key: tuple[int, int]) -> Batch | _Unmade:
-        try:
-            return self.maker[key]
-        except UserError as error:
-            return _Unmade(error)
-
-
 class TrainingLoader:
     """Iterates over the batches of the steps ``start`` .. ``stop``, passes in order."""
 
     def __init__(
         self, maker: BatchMaker, config: LoaderConfig, start: int, stop: int, pin_memory: bool
     ) -> None:
-        self.maker, self.config = maker, config
+        self.config = config
         self.corrupt = 0
-        passes = maker.layout.accumulation_steps
-        keys = _Keys([range(start, stop), range(passes)])
-        workers = config.workers
-        self._loader: DataLoader[Batch | _Unmade] = DataLoader(
-            _ForLoader(maker),
-            batch_size=None,
-            sampler=keys,
-            num_workers=workers,
-            timeout=config.timeout if workers else 0,
-            prefetch_factor=config.prefetch if workers else None,
-            worker_init_fn=_start_worker,
+        self._loader = WorkerLoader(
+            maker.__getitem__,
+            _Keys([range(start, stop), range(maker.layout.accumulation_steps)]),
+            workers=config.workers,
+            timeout=config.timeout,
+            limit=f"loader.timeout = {config.timeout:g} s",
+            reading=maker.reading,
+            prefetch=config.prefetch,
             pin_memory=pin_memory,
         )
+        self.explain = self._loader.explain
 
     def __iter__(self) -> Generator[Batch, None, None]:
         """Close it, or run it to its end, and its workers are gone."""
-        batches = iter(self._loader)
-        try:
-            while True:
-                try:
-                    batch = next(batches)
-                except StopIteration:
-                    return
-                except (RuntimeError, OSError, EOFError) as error:
-                    self.explain(error)
-                    raise
-                if isinstance(batch, _Unmade):
-                    raise batch.error
+        with closing(iter(self._loader)) as batches:
+            for batch in batches:
                 self._count(batch)
                 yield batch
-        finally:
-            # Not left to the garbage collector: an error's traceback keeps the iterator alive, and
-            # workers that Python kills when it ends look to torch like workers that died.
-            shut_down = getattr(batches, "_shutdown_workers", None)
-            if shut_down is not None:
-                shut_down()
-                for worker in batches._workers:  # type: ignore[attr-defined]
-                    worker.kill()  # one that hangs
 
     def _count(self, batch: Batch) -> None:
         for name in batch.corrupt:
@@ -228,31 +175,6 @@ class TrainingLoader:
                 f"{self.corrupt} samples could not be decoded, the last: {batch.corrupt[-1]}\n"
                 f"    loader.max_corrupt = {self.config.max_corrupt} are allowed"
             )
-
-    def explain(self, error: Exception) -> None:
-        """Raise a ``DataError`` with worker and sample if ``error`` is of a worker's end or delay.
-
-        A killed worker is noticed by a signal handler, so the error may come up anywhere in a step.
-        """
-        text = str(error)
-        if not self.config.workers or _RAISED_BY_WORKER in text:
-            return  # the dataset's own error
-        if _NO_BATCH in text:
-            what = f"no batch came within loader.timeout = {self.config.timeout:g} s"
-        elif any(sign in text for sign in _DEAD_WORKER) or isinstance(
-            error, ConnectionError | EOFError
-        ):
-            what = "a loader worker died (killed, or out of memory)"
-        else:
-            return
-        reading = [
-            f"worker {worker}: sample {index}"
-            for worker, index in enumerate(self.maker.reading.tolist())
-            if index >= 0
-        ]
-        raise DataError(
-            f"{what}; last read by {', '.join(reading) or 'none'}\n    {text}"
-        ) from error
 
 
 class _Keys:
@@ -266,13 +188,3 @@ class _Keys:
 
     def __len__(self) -> int:
         return len(self.steps) * len(self.passes)
-
-
-def _start_worker(_: int) -> None:
-    # Ctrl-C, schedulers and timeout(1) signal the whole group; the trainer alone decides when to
-    # stop, and until then it needs batches.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
-    torch.set_num_threads(1)

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from dinov3_datasets.configs import ImageFolderConfig
-from dinov3_datasets.decoding import MODES, decode
 from dinov3_datasets.listing import FileList, image_files
 from dinov3_framework import DataError, Dataset, Sample
+from dinov3_framework.data.pictures import MODES, read_image
 
 
 class ImageFolder(Dataset):
@@ -43,7 +43,7 @@ class ImageFolder(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]  # negative ones, and IndexError past the end
-        image = decode(self.root / self.files[index], self.channels, self.config.max_pixels)
+        image = read_image(self.root / self.files[index], self.channels, self.config.max_pixels)
         return Sample(image, None if self.labels is None else int(self.labels[index]))
 
     def name(self, index: int) -> str:

@@ -1,0 +1,144 @@
+"""Loader worker processes: what they make, how they start and end, and why one died."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Generator, Iterable
+from typing import Any, Generic, TypeVar
+
+import torch
+from attrs import frozen
+from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import Dataset as TorchDataset
+
+from dinov3_framework.errors import DataError, UserError
+
+T = TypeVar("T")
+
+# Parts of torch's messages.
+_DEAD_WORKER = ("exited unexpectedly", "is killed by signal")
+_NO_BATCH, _RAISED_BY_WORKER = "DataLoader timed out", "in DataLoader worker process"
+_GRACE = 60  # seconds that a worker goes on after SIGTERM
+
+
+class ReadingLog:
+    """The sample that each worker is reading, for the message if the worker dies or hangs."""
+
+    def __init__(self, workers: int) -> None:
+        self._samples = torch.full((max(workers, 1),), -1, dtype=torch.int64).share_memory_()
+
+    def note(self, index: int) -> None:
+        """To be called before a sample is read, by whoever reads it."""
+        worker = get_worker_info()
+        self._samples[worker.id if worker is not None else 0] = index
+
+    def describe(self) -> str:
+        read = enumerate(self._samples.tolist())
+        return ", ".join(f"worker {worker}: sample {i}" for worker, i in read if i >= 0) or "none"
+
+
+class WorkerLoader(Generic[T]):
+    """``make(key)`` for each of ``keys`` in order, computed by ``workers`` processes ahead of time.
+
+    A ``UserError`` that ``make`` raises arrives as it is. ``limit`` says in messages what
+    ``timeout`` (seconds to wait for a batch) comes from; ``reading`` is what ``make`` notes.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Any], T],
+        keys: Iterable[Any],
+        *,
+        workers: int,
+        timeout: float,
+        limit: str,
+        reading: ReadingLog,
+        prefetch: int = 2,
+        pin_memory: bool = False,
+    ) -> None:
+        self.limit, self.reading = limit, reading
+        self._loader: DataLoader[T | _Unmade] = DataLoader(
+            _Maker(make),
+            batch_size=None,
+            sampler=keys,
+            num_workers=workers,
+            collate_fn=_unchanged,
+            timeout=timeout if workers else 0,
+            prefetch_factor=prefetch if workers else None,
+            worker_init_fn=_start_worker,
+            pin_memory=pin_memory,
+        )
+
+    def __iter__(self) -> Generator[T, None, None]:
+        """Close it, or run it to its end, and its workers are gone."""
+        made = iter(self._loader)
+        try:
+            while True:
+                try:
+                    item = next(made)
+                except StopIteration:
+                    return
+                except (RuntimeError, OSError, EOFError) as error:
+                    self.explain(error)
+                    raise
+                if isinstance(item, _Unmade):
+                    raise item.error
+                yield item
+        finally:
+            # Not left to the garbage collector: an error's traceback keeps the iterator alive, and
+            # workers that Python kills when it ends look to torch like workers that died.
+            shut_down = getattr(made, "_shutdown_workers", None)
+            if shut_down is not None:
+                shut_down()
+                for worker in made._workers:  # type: ignore[attr-defined]
+                    worker.kill()  # one that hangs
+
+    def explain(self, error: Exception) -> None:
+        """Raise a ``DataError`` with worker and sample if ``error`` is of a worker's end or delay.
+
+        A killed worker is noticed by a signal handler, so the error may come up anywhere in a step.
+        """
+        text = str(error)
+        if not self._loader.num_workers or _RAISED_BY_WORKER in text:
+            return  # an error of the dataset's own
+        if _NO_BATCH in text:
+            what = f"no batch came within {self.limit}"
+        elif any(sign in text for sign in _DEAD_WORKER) or isinstance(
+            error, ConnectionError | EOFError
+        ):
+            what = "a loader worker died (killed, or out of memory)"
+        else:
+            return
+        raise DataError(f"{what}; last read by {self.reading.describe()}\n    {text}") from error
+
+
+@frozen
+class _Unmade:
+    """Why something could not be made; raised in a worker, torch would wrap it in a traceback."""
+
+    error: UserError
+
+
+class _Maker(TorchDataset[T | _Unmade]):
+    def __init__(self, make: Callable[[Any], T]) -> None:
+        self.make = make
+
+    def __getitem__(self, key: Any) -> T | _Unmade:
+        try:
+            return self.make(key)
+        except UserError as error:
+            return _Unmade(error)
+
+
+def _unchanged(item: T) -> T:
+    return item
+
+
+def _start_worker(_: int) -> None:
+    # Ctrl-C, schedulers and timeout(1) signal the whole group; the process that reads alone decides
+    # when to stop, and until then it needs batches.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
+    torch.set_num_threads(1)
