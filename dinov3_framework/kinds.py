@@ -270,7 +270,7 @@ _ROWS = (
     Kind(
         "optimizer",
         OptimizerConfig,
-        "dinov3_framework.training.optimizer:OptimizerFactory",
+        f"{_CONTRACTS}.optimizers:OptimizerFactory",
         "",
         "Ways of changing parameters by their gradients.",
     ),

@@ -104,9 +104,7 @@ def _bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def _header(
-    specs: Specs, metadata: Mapping[str, str]
-) -> tuple[bytes, dict[str, tuple[int, int]]]:
+def _header(specs: Specs, metadata: Mapping[str, str]) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """The file's beginning, and where each tensor's bytes lie after it: (start, stop), in order."""
     # The widest types first, so that every tensor is aligned to its own.
     order = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))

@@ -63,9 +63,7 @@ class Sight:
         """Raises ``DataError`` for an image that the backbone cannot take."""
         count = min(len(dataset), _LOOKED_AT)
         indices = [place * len(dataset) // count for place in range(count)]
-        loader = InferenceLoader(
-            dataset, FitSamples(fit), [indices], collate=FittedImages.collate
-        )
+        loader = InferenceLoader(dataset, FitSamples(fit), [indices], collate=FittedImages.collate)
         (batch,) = loader
         for index, error in batch.refused.items():
             raise DataError(f"{dataset.name(index)}: {error}")

@@ -70,7 +70,7 @@ def extract_parts(extraction: Extraction, store: PartStore) -> None:
     mine = {
         part: [indices[start : start + size] for start in range(0, len(indices), size)]
         for part in todo[rank::world]
-        for indices in [store.plan.indices(part)]
+        for indices in [store.partition.indices(part)]
     }
     loader = InferenceLoader(
         extraction.dataset,
@@ -105,7 +105,7 @@ class _PartMaker:
         self.batches, self.stop = batches, stop
         parameter = next(extraction.reader.parameters(), None)
         self.input_dtype = torch.float32 if parameter is None else parameter.dtype
-        self.progress = _Progress(sum(len(store.plan.indices(part)) for part in mine))
+        self.progress = _Progress(sum(len(store.partition.indices(part)) for part in mine))
 
     def make(self, part: int | None) -> None:
         """Make a part; None: take part in the others' forward passes."""
@@ -140,12 +140,12 @@ class _PartMaker:
                 features += self._features(batch.data, seen)
                 rows += seen
         self.store.write(part, self._stacked(features), rows, skipped)
-        self.progress.add(len(self.store.plan.indices(part)))
+        self.progress.add(len(self.store.partition.indices(part)))
 
     def _stopped(self) -> StopRequested:
         stopped = StopRequested(
-            f"Stopped; {self.store.plan.parts - len(self.store.missing())} of "
-            f"{self.store.plan.parts} parts are written, the same command goes on from there."
+            f"Stopped; {self.store.partition.parts - len(self.store.missing())} of "
+            f"{self.store.partition.parts} parts are written, the same command goes on from there."
         )
         if self.stop.received == signal.SIGINT:
             stopped.exit_code = ExitCode.INTERRUPTED

@@ -56,7 +56,7 @@ class Skipped(NamedTuple):
 
 
 @frozen
-class Plan:
+class Partition:
     """How a dataset is cut into parts; what every part of a run has to agree with."""
 
     images: int
@@ -65,7 +65,9 @@ class Plan:
     weights: str  # a digest of the backbone
 
     @classmethod
-    def of(cls, dataset: Dataset, rows_per_part: int, tensors: Iterable[tuple[str, Tensor]]) -> Plan:
+    def of(
+        cls, dataset: Dataset, rows_per_part: int, tensors: Iterable[tuple[str, Tensor]]
+    ) -> Partition:
         """``tensors`` are those of the backbone; training changes the first values of each."""
         names, weights = hashlib.sha256(), hashlib.sha256()
         for index in range(len(dataset)):
@@ -87,15 +89,15 @@ class Plan:
 class PartStore:
     """The parts below an output folder."""
 
-    def __init__(self, output_dir: Path, plan: Plan) -> None:
-        self.folder, self.plan = output_dir / FOLDER, plan
+    def __init__(self, output_dir: Path, partition: Partition) -> None:
+        self.folder, self.partition = output_dir / FOLDER, partition
 
     def prepare(self) -> None:
-        """Make the folder, or find that it is this plan's; by one process.
+        """Make the folder, or find that it is this partition's; by one process.
 
         Raises ``OutputError`` if the parts there are of other images or other weights.
         """
-        path, plan = self.folder / PLAN, asdict(self.plan)
+        path, wanted = self.folder / PLAN, asdict(self.partition)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # What a killed run was writing; nobody else writes here now.
@@ -108,9 +110,9 @@ class PartStore:
         except ValueError as error:
             raise OutputError(f"{path} is damaged; delete {self.folder} and run again") from error
         if before is None:
-            write_aside(path, json.dumps(plan, indent=2) + "\n")
-        elif before != plan:
-            changed = [key for key in plan if before.get(key) != plan[key]]
+            write_aside(path, json.dumps(wanted, indent=2) + "\n")
+        elif before != wanted:
+            changed = [key for key in wanted if before.get(key) != wanted[key]]
             what = " and ".join({"names": "the images' names"}.get(key, key) for key in changed)
             raise OutputError(
                 f"{self.folder} holds parts from before {what} changed; choose another "
@@ -121,7 +123,7 @@ class PartStore:
         return self.folder / f"part-{part:05}.safetensors"
 
     def missing(self) -> list[int]:
-        return [part for part in range(self.plan.parts) if not self.path(part).exists()]
+        return [part for part in range(self.partition.parts) if not self.path(part).exists()]
 
     def write(
         self,
@@ -138,7 +140,7 @@ class PartStore:
 
     def parts(self) -> Iterator[Part]:
         """All parts, in order; raises ``OutputError`` for one that is not there or not whole."""
-        return (Part(self.path(part)) for part in range(self.plan.parts))
+        return (Part(self.path(part)) for part in range(self.partition.parts))
 
     def remove(self) -> None:
         """Delete all parts, which are in other files by now."""
@@ -165,7 +167,8 @@ class Part:
                 f"{path} is damaged ({error}); delete it and run again, it will be made anew"
             ) from error
         types = {code: dtype for dtype, code in CODES.items()}
-        slices = {name: self.file.get_slice(name) for name in self.file.keys()}
+        names = self.file.keys()
+        slices = {name: self.file.get_slice(name) for name in names}
         self.specs: dict[str, Spec] = {
             name: (types[each.get_dtype()], tuple(each.get_shape()))
             for name, each in slices.items()
@@ -260,7 +263,9 @@ def write_tables(store: PartStore, output_dir: Path, merged: bool) -> None:
     part and rows count from 0 in each. Raises ``OutputError`` where they cannot be written.
     """
     placed = (
-        (part.path.name, place, row) for part in store.parts() for place, row in enumerate(part.rows)
+        (part.path.name, place, row)
+        for part in store.parts()
+        for place, row in enumerate(part.rows)
     )
     index: Iterator[tuple[Any, ...]]
     if merged:

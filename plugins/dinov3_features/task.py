@@ -13,9 +13,9 @@ import torch
 from dinov3_features.check import Sight, feature_rows, problems
 from dinov3_features.configs import FeaturesTaskConfig
 from dinov3_features.extract import DTYPES, Extraction, extract_parts, log
-from dinov3_features.parts import FOLDER, PartStore, Plan, merge, summarize, write_tables
+from dinov3_features.parts import FOLDER, Partition, PartStore, merge, summarize, write_tables
 from dinov3_framework.contracts.data import Dataset
-from dinov3_framework.contracts.running import Report, Task
+from dinov3_framework.contracts.running import Plan, Task
 from dinov3_framework.data.images import SQUARE, ImageFit
 from dinov3_framework.data.tokens import TokenReader
 from dinov3_framework.errors import DataError, RecipeError
@@ -38,7 +38,7 @@ class FeaturesTask(Task):
         self.config, self.registry = config, registry
 
     # ------------------------------------------------------------------ checking
-    def check(self, world_size: int) -> Report:
+    def check(self, world_size: int) -> Plan:
         config = self.config
         subject = Subject.described(config, self.registry)
         fit = self._fit(subject)
@@ -47,6 +47,7 @@ class FeaturesTask(Task):
             raise RecipeError(found)
         pick_device(config.parallel.device)
         reader = self._reader(subject)
+        dataset: Dataset | None = None
         missing: list[str] = []
         images: list[tuple[str, str]] = []
         features: list[tuple[str, str]] = []
@@ -61,34 +62,37 @@ class FeaturesTask(Task):
         parameters = sum(parameter.numel() for parameter in subject.backbone.parameters())
         sharded = f"sharded over {world_size}" if config.sharded else "whole in each process"
         size = "each image's own size" if fit.size is None else f"{fit.size} px"
-        return Report(
+        return Plan(
             {
                 "backbone": [*subject.origin, ("parameters", f"{parameters:,}, {sharded}")],
                 "images": [*images, ("fit", f"{config.fit}, {size}")],
                 "features": features,
             },
             missing,
+            prepared=dataset,
         )
 
     # ------------------------------------------------------------------ running
-    def run(self, output_dir: Path) -> None:
+    def run(self, output_dir: Path, plan: Plan | None = None) -> None:
         try:
-            self._run(output_dir)
+            self._run(output_dir, plan)
         except RankFailure as failure:
             raise failure.for_process() from failure.own
 
-    def _run(self, output_dir: Path) -> None:
+    def _run(self, output_dir: Path, plan: Plan | None) -> None:
         config = self.config
         device = pick_device(config.parallel.device)
         subject = self._placed(device)
-        dataset = self._dataset(subject)
+        dataset = (plan and plan.prepared) or self._dataset(subject)
         # Of every process: a sharded backbone gives its values only to all of them.
-        plan = Plan.of(dataset, config.rows_per_part, full_tensors(subject.backbone))
-        store = PartStore(output_dir, plan)
+        tensors = full_tensors(subject.backbone)
+        partition = Partition.of(dataset, config.rows_per_part, tensors)
+        store = PartStore(output_dir, partition)
         from_main(store.prepare)
         left = len(from_main(store.missing))
-        if left < plan.parts:
-            log.info("Going on: %d of %d parts are there.", plan.parts - left, plan.parts)
+        if left < partition.parts:
+            done = partition.parts - left
+            log.info("Going on: %d of %d parts are there.", done, partition.parts)
         if left:
             extraction = Extraction(
                 reader=self._reader(subject),
@@ -139,7 +143,7 @@ class FeaturesTask(Task):
             written = merge(store, summary, output_dir, config.format, {"format": "pt", **values})
             files = [path.name for path in written]
         else:
-            files = [f"{FOLDER}/{store.path(part).name}" for part in range(store.plan.parts)]
+            files = [f"{FOLDER}/{store.path(part).name}" for part in range(store.partition.parts)]
         write_tables(store, output_dir, config.merge)
         results: dict[str, Any] = {
             "task": "features",
@@ -162,7 +166,7 @@ class FeaturesTask(Task):
             log.warning(
                 "%d of %d images cannot be read and were left out: %s",
                 summary.skipped,
-                store.plan.images,
+                store.partition.images,
                 output_dir / "skipped.csv",
             )
         log.info("Features of %d images: %s", summary.rows, output_dir)

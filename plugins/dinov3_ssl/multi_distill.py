@@ -19,7 +19,7 @@ from torch import nn
 from dinov3_framework.checkpoints.store import CheckpointStore
 from dinov3_framework.configs import replace
 from dinov3_framework.contracts.data import Dataset
-from dinov3_framework.contracts.running import Report, Task
+from dinov3_framework.contracts.running import Plan, Task
 from dinov3_framework.data.loader import BatchMaker, Layout
 from dinov3_framework.errors import CheckpointError, Problem, RecipeError
 from dinov3_framework.recipes.compose import to_toml
@@ -54,7 +54,7 @@ class MultiDistill(Task):
         self.config, self.registry = config, registry
 
     # ------------------------------------------------------------------ checking
-    def check(self, world_size: int) -> Report:
+    def check(self, world_size: int) -> Plan:
         config = self.config
         problems = list(_own_problems(config))
         if problems:
@@ -81,7 +81,7 @@ class MultiDistill(Task):
                 told.setdefault(title if title in _SHARED else f"{name}: {title}", list(rows))
         if problems:
             raise RecipeError(list(dict.fromkeys(problems)))
-        return Report(told, list(dict.fromkeys(missing)))
+        return Plan(told, list(dict.fromkeys(missing)))
 
     def _student(self, name: str) -> Distill:
         folder = None
@@ -92,7 +92,7 @@ class MultiDistill(Task):
         return student
 
     # ------------------------------------------------------------------ rehearsing
-    def rehearse(self, world_size: int, accelerator: str) -> Report:
+    def rehearse(self, world_size: int, accelerator: str) -> Plan:
         from dinov3_estimate.accelerators import accelerator as known
         from dinov3_estimate.several import rehearse_students
 
@@ -101,10 +101,10 @@ class MultiDistill(Task):
         task.rehearses = True
         checked = task.check(world_size)
         told = rehearse_students(task.config, self.registry, spans, machine)
-        return Report(told, checked.missing)
+        return Plan(told, checked.missing)
 
     # ------------------------------------------------------------------ running
-    def run(self, output_dir: Path) -> None:
+    def run(self, output_dir: Path, plan: Plan | None = None) -> None:
         world, rank = dist.get_world_size(), dist.get_rank()
         spans = spans_of(self.config, world)
         groups = subgroups([list(span) for span in spans.values()], self.config.parallel.timeout)

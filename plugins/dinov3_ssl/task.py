@@ -18,7 +18,7 @@ import torch
 from dinov3_framework.checkpoints.store import CheckpointStore
 from dinov3_framework.configs import replace
 from dinov3_framework.contracts.data import Augmentation, Dataset
-from dinov3_framework.contracts.running import Report, Task
+from dinov3_framework.contracts.running import Plan, Task
 from dinov3_framework.data.loader import BatchMaker, Layout
 from dinov3_framework.errors import DataError, Problem, RecipeError, UserError
 from dinov3_framework.parallel.check import machine_problems
@@ -99,7 +99,7 @@ class TrainingTask(Task):
         return True
 
     # ------------------------------------------------------------------ checking
-    def check(self, world_size: int) -> Report:
+    def check(self, world_size: int) -> Plan:
         config = self.config
         problems = config_problems(config, world_size)
         if problems:
@@ -130,7 +130,7 @@ class TrainingTask(Task):
         if problems:
             raise RecipeError(problems)
         told = sections(config, parts, dataset, world_size) | self._told(parts)
-        return Report(told | ({"init_from": start} if start else {}), missing)
+        return Plan(told | ({"init_from": start} if start else {}), missing)
 
     def _start(self, parts: Parts) -> list[tuple[str, str]]:
         """What a check says of ``[init_from]``; raises ``RecipeError`` if it does not fit."""
@@ -230,7 +230,7 @@ class TrainingTask(Task):
             except UserError as error:
                 raise RecipeError([Problem(f"observers.{name}", str(error))]) from error
 
-    def stand_in(self, folder: Path) -> bool:
+    def write_expected_artifacts(self, folder: Path) -> bool:
         parts = self._parts(self._unseen_weights())
         write_stand_in(folder, self.config, parts, self.registry, self._begun())
         return True
@@ -240,7 +240,7 @@ class TrainingTask(Task):
         return 0
 
     # ------------------------------------------------------------------ rehearsing
-    def rehearse(self, world_size: int, accelerator: str) -> Report:
+    def rehearse(self, world_size: int, accelerator: str) -> Plan:
         from dinov3_estimate.accelerators import accelerator as known
         from dinov3_estimate.report import sections as told
         from dinov3_estimate.stage import Seat
@@ -250,7 +250,7 @@ class TrainingTask(Task):
         task.rehearses = True
         checked = task.check(world_size)
         findings = task.rehearsed(Seat(world_size))
-        return Report(told(self.config, findings, machine, task.teacher_rows()), checked.missing)
+        return Plan(told(self.config, findings, machine, task.teacher_rows()), checked.missing)
 
     def rehearsed(self, seat: Seat) -> Findings:
         """What a step is to one process; of a task that ``rehearses``."""
@@ -271,7 +271,7 @@ class TrainingTask(Task):
         return []
 
     # ------------------------------------------------------------------ running
-    def run(self, output_dir: Path) -> None:
+    def run(self, output_dir: Path, plan: Plan | None = None) -> None:
         started = time.time()
         device = pick_device(self.config.parallel.device)
         dataset = self._load_dataset()

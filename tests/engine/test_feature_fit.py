@@ -12,8 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from dinov3_framework.configs import ImagesConfig
-from dinov3_framework.data.fit import EvaluationTransform, ImageFit
-from dinov3_framework.data.images import evaluation_image, normalize
+from dinov3_framework.data.images import EvaluationTransform, ImageFit, evaluation_image, normalize
 from dinov3_framework.errors import DataError
 
 IMAGES = ImagesConfig(channels=2, mean=(0.25, 0.5), std=(0.2, 0.4))
