@@ -48,6 +48,10 @@ class Shardable(nn.Module, abc.ABC):
         """
         return 0, 0
 
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether weight decay acts on a parameter: by default not on biases, norms and scales."""
+        return parameter.ndim > 1
+
     def role_of(self, name: str) -> str | None:
         """What a parameter is for, where an optimizer treats it in its own way.
 

@@ -1,24 +1,36 @@
-"""Loader worker processes: what they make, how they start and end, and why one died."""
+"""Loader worker processes: how they start and end, and why one died."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 import torch
 from attrs import frozen
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
 from dinov3_framework.errors import DataError, UserError
 
 T = TypeVar("T")
 
-# Parts of torch's messages.
-_DEAD_WORKER = ("exited unexpectedly", "is killed by signal")
-_NO_BATCH, _RAISED_BY_WORKER = "DataLoader timed out", "in DataLoader worker process"
 _GRACE = 60  # seconds that a worker goes on after SIGTERM
+
+
+class WorkerError(DataError):
+    """A loader worker that died or hangs."""
+
+    @classmethod
+    def of(cls, error: BaseException) -> str | None:
+        """What to say if ``error`` is torch's of a worker's end, and not raised by one itself."""
+        text = str(error)
+        if "in DataLoader worker process" in text:
+            return None
+        signs = ("exited unexpectedly", "is killed by signal")  # parts of torch's messages
+        if any(sign in text for sign in signs) or isinstance(error, ConnectionError | EOFError):
+            return "a loader worker died (killed, or out of memory)"
+        return None
 
 
 class ReadingLog:
@@ -38,16 +50,17 @@ class ReadingLog:
 
 
 class WorkerLoader(Generic[T]):
-    """``make(key)`` for each of ``keys`` in order, computed by ``workers`` processes ahead of time.
+    """Iterates over what ``workers`` processes make ahead of time, in order.
 
-    A ``UserError`` that ``make`` raises arrives as it is. ``limit`` says in messages what
-    ``timeout`` (seconds to wait for a batch) comes from; ``reading`` is what ``make`` notes.
+    That is ``make(key)`` for each of ``keys``, or without keys what ``make(worker)`` yields in each
+    worker, in turns. A ``UserError`` raised there arrives as it is. ``limit`` says in messages what
+    ``timeout`` (seconds to wait) comes from; ``reading`` is where ``make`` notes what it reads.
     """
 
     def __init__(
         self,
-        make: Callable[[Any], T],
-        keys: Iterable[Any],
+        make: Callable[[Any], Any],
+        keys: Iterable[Any] | None,
         *,
         workers: int,
         timeout: float,
@@ -57,8 +70,8 @@ class WorkerLoader(Generic[T]):
         pin_memory: bool = False,
     ) -> None:
         self.limit, self.reading = limit, reading
-        self._loader: DataLoader[T | _Unmade] = DataLoader(
-            _Maker(make),
+        self._loader: DataLoader[Any] = DataLoader(
+            _Yielded(make) if keys is None else _Made(make),
             batch_size=None,
             sampler=keys,
             num_workers=workers,
@@ -94,22 +107,19 @@ class WorkerLoader(Generic[T]):
                     worker.kill()  # one that hangs
 
     def explain(self, error: Exception) -> None:
-        """Raise a ``DataError`` with worker and sample if ``error`` is of a worker's end or delay.
+        """Raise a ``WorkerError`` that names the sample if ``error`` is of a worker's end or delay.
 
         A killed worker is noticed by a signal handler, so the error may come up anywhere in a step.
         """
-        text = str(error)
-        if not self._loader.num_workers or _RAISED_BY_WORKER in text:
-            return  # an error of the dataset's own
-        if _NO_BATCH in text:
-            what = f"no batch came within {self.limit}"
-        elif any(sign in text for sign in _DEAD_WORKER) or isinstance(
-            error, ConnectionError | EOFError
-        ):
-            what = "a loader worker died (killed, or out of memory)"
-        else:
+        if not self._loader.num_workers:
             return
-        raise DataError(f"{what}; last read by {self.reading.describe()}\n    {text}") from error
+        what = WorkerError.of(error)
+        if "DataLoader timed out" in str(error):
+            what = f"no batch came within {self.limit}"
+        if what is not None:
+            raise WorkerError(
+                f"{what}; last read by {self.reading.describe()}\n    {error}"
+            ) from error
 
 
 @frozen
@@ -119,15 +129,27 @@ class _Unmade:
     error: UserError
 
 
-class _Maker(TorchDataset[T | _Unmade]):
-    def __init__(self, make: Callable[[Any], T]) -> None:
+class _Made(TorchDataset[Any]):
+    def __init__(self, make: Callable[[Any], Any]) -> None:
         self.make = make
 
-    def __getitem__(self, key: Any) -> T | _Unmade:
+    def __getitem__(self, key: Any) -> Any:
         try:
             return self.make(key)
         except UserError as error:
             return _Unmade(error)
+
+
+class _Yielded(IterableDataset[Any]):
+    def __init__(self, make: Callable[[int], Iterable[Any]]) -> None:
+        self.make = make
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        try:
+            yield from self.make(0 if worker is None else worker.id)
+        except UserError as error:
+            yield _Unmade(error)
 
 
 def _unchanged(item: T) -> T:

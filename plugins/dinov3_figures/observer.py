@@ -182,3 +182,8 @@ def _warn(path: Path, reason: str) -> None:
 
 def _say(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+def _patch(run: Run) -> int:
+    patch: int = run.model().backbone.patch_size
+    return patch

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3_framework.configs import ImagesConfig, config, option
-from dinov3_framework.contracts.data import Dataset, Sample
+from dinov3_framework.contracts.data import Dataset, Sample, Target
 from dinov3_framework.contracts.networks import Backbone
 from dinov3_framework.errors import CorruptSampleError, DataError
 from dinov3_framework.kinds import BackboneConfig, Component, DatasetConfig
@@ -30,7 +30,7 @@ class Memory(Dataset):
         self.images = images
         self.labels = labels if labels is not None else [None] * len(images)
         known = [label for label in self.labels if label is not None]
-        self.n_classes = max(known) + 1 if known else None
+        self.targets = {"label": Target("class", max(known) + 1)} if known else {}
 
     def __len__(self) -> int:
         return len(self.images)
@@ -108,8 +108,8 @@ class Clusters(Dataset):
         noise = rng.normal(0, 40, (config.count, channels, 4, 4))
         pixels = (patterns[self.labels] + noise).clip(0, 255).astype(np.uint8)
         self.images = torch.from_numpy(pixels)
-        self.labelled, self.classes = config.labelled, config.names
-        self.n_classes = 4 if config.labelled else None
+        self.labelled = config.labelled
+        self.targets = {"label": Target("class", classes=config.names)} if config.labelled else {}
 
     def __len__(self) -> int:
         return len(self.images)
