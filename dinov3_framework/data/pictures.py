@@ -171,17 +171,19 @@ def as_tensor(picture: Any, channels: int) -> Tensor:
             "an image must be a path, a PIL image, a uint8 tensor [C, H, W] or a uint8 array "
             f"[H, W, C], is {type(picture).__name__}"
         )
+    name = fspath(picture) if is_file else "a PIL image"
+    if channels not in (1, 3) and not name.endswith(".npy"):
+        # Pillow would make up an alpha channel of 255, which a backbone of 4 hardly means.
+        raise DataError(
+            f"{name} gives 1 or 3 channels, the backbone takes {channels}; give a uint8 tensor "
+            f"[{channels}, H, W]"
+        )
     try:
-        if is_file:
-            return read_image(picture, channels)
-        if channels not in MODES:
-            hint = f"give a uint8 tensor [{channels}, H, W]"
-            raise DataError(f"a PIL image gives 1 to 4 channels, not {channels}; {hint}")
-        return _from_pil(picture, channels, "a PIL image")
+        return read_image(name, channels) if is_file else _from_pil(picture, channels, name)
     except CorruptSampleError as error:
         if isinstance(error.__cause__, FileNotFoundError):
-            raise DataError(f"there is no image {picture}") from None
-        raise DataError(f"{error.name} cannot be read as an image: {error.reason}") from error
+            raise DataError(f"there is no image {name}") from None
+        raise DataError(f"{name} cannot be read as an image: {error.reason}") from error
 
 
 def _from_tensor(image: Tensor, channels: int) -> Tensor:
