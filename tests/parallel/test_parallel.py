@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from dinov3_vit.rope import RotaryTable
-from run_support import is_timing, metrics, outside_torchrun, run_here, two_processes
+from run_support import is_timing, metrics, outside_torchrun, run_here, saved, two_processes
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from trainer_support import snapshot, steps, trainer
-
-from dinov3_framework.checkpoints.store import CheckpointStore
 
 # KoLeo looks at one process's samples, and drop path picks among them.
 SAME = ("backbone.drop_path_rate=0.0", "backbone.pos_embed_rope_rescale_coords=1.0")
@@ -46,16 +44,6 @@ def assert_same_figures(one: Path, other: Path, rel: float) -> None:
             assert actual[name] == pytest.approx(expected[name], rel=rel, abs=1e-7), (
                 f"{name} at iteration {expected['iteration']}"
             )
-
-
-def saved(output: Path, step: int, scratch: Path) -> dict[str, Tensor]:
-    """All tensors of the checkpoint of one step, whole."""
-    folder = scratch / f"step{step}-{output.parent.name}"
-    folder.mkdir()
-    (folder / f"step_{step:08}").symlink_to(output / "checkpoints" / f"step_{step:08}")
-    tensors, restored = CheckpointStore(folder).read()
-    assert restored.step == step
-    return tensors
 
 
 @pytest.mark.slow

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_support import metrics, processes_with, run, two_processes
-from test_parallel import saved
+from run_support import metrics, processes_with, run, saved, two_processes
 
 from dinov3_framework import ExitCode
 from dinov3_framework.runtime.output import locked

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from dinov3_framework.checkpoints.store import CheckpointStore
 from dinov3_framework.cli import main
 
 HERE = Path(__file__).parent
@@ -125,3 +127,13 @@ def losses(output: Path) -> list[tuple[int, str]]:
 
 def export_bytes(output: Path) -> bytes:
     return (output / "exports" / "teacher_backbone.safetensors").read_bytes()
+
+
+def saved(output: Path, step: int, scratch: Path) -> dict[str, Tensor]:
+    """All tensors of the checkpoint of one step, whole."""
+    folder = scratch / f"step{step}-{output.parent.name}"
+    folder.mkdir()
+    (folder / f"step_{step:08}").symlink_to(output / "checkpoints" / f"step_{step:08}")
+    tensors, restored = CheckpointStore(folder).read()
+    assert restored.step == step
+    return tensors
