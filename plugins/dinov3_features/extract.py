@@ -2,7 +2,7 @@
 
 Parts are dealt to the processes and computed in the same batches whoever computes them, so that
 the files do not depend on the number of processes. A sharded backbone wants every process in each
-of its passes: those that have no images left see blank ones until the others are done.
+of its forward passes: those that have no images left see blank ones until the others are done.
 """
 
 from __future__ import annotations
@@ -10,23 +10,29 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 
 import torch
-from attrs import Factory, define, frozen
+from attrs import frozen
 from torch import Tensor
 
 from dinov3_features.parts import PartStore, Row, Skipped, patch_offsets
-from dinov3_features.reading import ReadBatch, batches
 from dinov3_framework.contracts.data import Dataset
-from dinov3_framework.data.fit import ImageFit
-from dinov3_framework.data.images import normalize
+from dinov3_framework.data.images import ImageFit, normalize
+from dinov3_framework.data.inference import (
+    FitSamples,
+    FittedImages,
+    InferenceBatch,
+    InferenceLoader,
+)
 from dinov3_framework.data.tokens import TokenReader
 from dinov3_framework.errors import DataError, ExitCode, StopRequested
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.agreement import RankFailure, from_main, together
 from dinov3_framework.runtime.stopping import StopFlag
 
+# Below the framework's logger, whose handlers write run.log.
 log = logging.getLogger("dinov3_framework.features")
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -51,15 +57,6 @@ class _FailedElsewhere(Exception):
     """Another process cannot go on; it says itself why."""
 
 
-@define
-class _Collected:
-    """What a part will hold."""
-
-    tensors: list[dict[str, Tensor]] = Factory(list)  # by row
-    rows: list[Row] = Factory(list)
-    skipped: list[Skipped] = Factory(list)
-
-
 def extract_parts(extraction: Extraction, store: PartStore) -> None:
     """Write every part that is missing; to be called by all processes.
 
@@ -69,14 +66,26 @@ def extract_parts(extraction: Extraction, store: PartStore) -> None:
     """
     todo = from_main(store.missing)
     world, rank = collectives.world_size(), collectives.rank()
-    mine = todo[rank::world]
-    with StopFlag() as stop, torch.no_grad():
-        maker = _PartMaker(extraction, store, stop, mine)
+    size = extraction.batch_size
+    mine = {
+        part: [indices[start : start + size] for start in range(0, len(indices), size)]
+        for part in todo[rank::world]
+        for indices in [store.partition.indices(part)]
+    }
+    loader = InferenceLoader(
+        extraction.dataset,
+        FitSamples(extraction.fit),
+        [indices for batches in mine.values() for indices in batches],
+        collate=FittedImages.collate,
+        workers=extraction.workers,
+    )
+    with StopFlag() as stop, torch.no_grad(), closing(iter(loader)) as batches:
+        maker = _PartMaker(extraction, store, mine, batches, stop)
         # In turns, so that nobody waits in a collective for longer than a part takes.
+        turns: list[int | None] = [*mine, None]
         for turn in range(-(-len(todo) // world)):
-            part = mine[turn] if turn < len(mine) else None
             try:
-                together(maker.make, part)
+                together(maker.make, turns[turn])
             except RankFailure as failure:
                 raise failure.for_process() from failure.own
 
@@ -85,23 +94,21 @@ class _PartMaker:
     """Makes this process's parts, in order."""
 
     def __init__(
-        self, extraction: Extraction, store: PartStore, stop: StopFlag, parts: Sequence[int]
+        self,
+        extraction: Extraction,
+        store: PartStore,
+        mine: Mapping[int, Sequence[range]],
+        batches: Generator[InferenceBatch[FittedImages], None, None],
+        stop: StopFlag,
     ) -> None:
-        self.extraction, self.store, self.stop = extraction, store, stop
+        self.extraction, self.store, self.mine = extraction, store, mine
+        self.batches, self.stop = batches, stop
         parameter = next(extraction.reader.parameters(), None)
         self.input_dtype = torch.float32 if parameter is None else parameter.dtype
-        self.indices = {part: self._batches_of(part) for part in parts}
-        flat = [indices for part in parts for indices in self.indices[part]]
-        loader = batches(extraction.dataset, extraction.fit, flat, extraction.workers)
-        self.loader = iter(loader)
-        self.progress = _Progress(sum(map(len, flat)))
-
-    def _batches_of(self, part: int) -> list[range]:
-        indices, size = self.store.plan.indices(part), self.extraction.batch_size
-        return [indices[start : start + size] for start in range(0, len(indices), size)]
+        self.progress = _Progress(sum(len(store.partition.indices(part)) for part in mine))
 
     def make(self, part: int | None) -> None:
-        """Make a part; None: take part in the others' passes."""
+        """Make a part; None: take part in the others' forward passes."""
         error: Exception | None = None
         try:
             if part is not None:
@@ -117,54 +124,59 @@ class _PartMaker:
             raise error
 
     def _make(self, part: int) -> None:
-        collected = _Collected()
-        for _ in self.indices[part]:
-            batch = self._next_batch()
-            if batch.misfit is not None:
-                raise DataError(batch.misfit)
-            self._add(collected, batch)
-        self.store.write(part, self._stacked(collected), collected.rows, collected.skipped)
-        self.progress.add(len(self.store.plan.indices(part)))
-
-    def _next_batch(self) -> ReadBatch:
-        try:
-            batch: ReadBatch = next(self.loader)
-        except RuntimeError as error:
-            if not self.stop:  # a signal to the whole group ends loader workers first
-                raise DataError(f"the images could not be read: {error}") from error
-        if self.stop:
-            raise self._stopped()
-        return batch
+        features: list[dict[str, Tensor]] = []
+        rows: list[Row] = []
+        skipped: list[Skipped] = []
+        for _ in self.mine[part]:
+            batch = next(self.batches)
+            if self.stop:
+                raise self._stopped()
+            name = self.extraction.dataset.name
+            for index, error in batch.refused.items():
+                raise DataError(f"{name(index)}: {error}")
+            skipped += [Skipped(i, name(i), error.reason) for i, error in batch.corrupt.items()]
+            if batch.data is not None:
+                seen = self._rows(batch, batch.data)
+                features += self._features(batch.data, seen)
+                rows += seen
+        self.store.write(part, self._stacked(features), rows, skipped)
+        self.progress.add(len(self.store.partition.indices(part)))
 
     def _stopped(self) -> StopRequested:
         stopped = StopRequested(
-            f"Stopped; {self.store.plan.parts - len(self.store.missing())} of "
-            f"{self.store.plan.parts} parts are written, the same command goes on from there."
+            f"Stopped; {self.store.partition.parts - len(self.store.missing())} of "
+            f"{self.store.partition.parts} parts are written, the same command goes on from there."
         )
         if self.stop.received == signal.SIGINT:
             stopped.exit_code = ExitCode.INTERRUPTED
         return stopped
 
-    def _add(self, collected: _Collected, batch: ReadBatch) -> None:
-        rows: list[dict[str, Tensor]] = [{} for _ in batch.rows]
-        for places, images in batch.by_shape():
+    def _rows(self, batch: InferenceBatch[FittedImages], images: FittedImages) -> list[Row]:
+        dataset, patch = self.extraction.dataset, self.extraction.fit.patch_size
+        rows = []
+        for place, size, (_, height, width), targets in zip(
+            batch.places, images.sizes, images.shapes, images.targets, strict=True
+        ):
+            index, label = batch.indices[place], targets.get("label")
+            label = None if label is None else int(label)
+            rows.append(
+                Row(index, dataset.name(index), label, *size, height // patch, width // patch)
+            )
+        return rows
+
+    def _features(self, images: FittedImages, rows: Sequence[Row]) -> list[dict[str, Tensor]]:
+        """Of each image, by name; images of one shape pass the backbone together."""
+        found: list[dict[str, Tensor]] = [{} for _ in rows]
+        for places, pixels in images.by_shape():
             if self.extraction.sharded:
                 self._anybody(has_images=True, failed=False)
-            for name, tensor in self._features(images, [batch.rows[i] for i in places]).items():
-                for place, values in zip(places, tensor, strict=True):
-                    rows[place][name] = values
-        collected.tensors += rows
-        collected.rows += batch.rows
-        collected.skipped += batch.skipped
-
-    def _features(self, images: Tensor, rows: Sequence[Row]) -> dict[str, Tensor]:
-        features = {}
-        for name, tensor in self._read(images).items():
-            stored = tensor.to(self.extraction.dtype)
-            if not stored.isfinite().all():
-                raise DataError(_not_finite(name, tensor, rows))
-            features[name] = stored.cpu()
-        return features
+            for name, tensor in self._read(pixels).items():
+                stored = tensor.to(self.extraction.dtype)
+                if not stored.isfinite().all():
+                    raise DataError(_not_finite(name, tensor, [rows[place] for place in places]))
+                for place, values in zip(places, stored.cpu(), strict=True):
+                    found[place][name] = values
+        return found
 
     def _read(self, images: Tensor) -> dict[str, Tensor]:
         try:
@@ -180,7 +192,7 @@ class _PartMaker:
 
     # ------------------------------------------------------------------ sharded
     def _anybody(self, *, has_images: bool, failed: bool) -> bool:
-        """Before each pass of a sharded backbone: whether there is one.
+        """Before each forward pass of a sharded backbone: whether there is one.
 
         Raises ``_FailedElsewhere`` on those that could go on but for another process.
         """
@@ -196,13 +208,11 @@ class _PartMaker:
         self._read(torch.zeros(1, fit.images.channels, side, side, dtype=torch.uint8))
 
     # ------------------------------------------------------------------ parts
-    def _stacked(self, collected: _Collected) -> dict[str, Tensor]:
+    def _stacked(self, features: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors of a part; grids that differ become one sequence of patches."""
-        if not collected.tensors:
-            return {}
         stacked = {}
-        for name in collected.tensors[0]:
-            values = [row[name] for row in collected.tensors]
+        for name in features[0] if features else ():
+            values = [each[name] for each in features]
             if name.endswith("patches") and self.extraction.fit.ragged:
                 grids = torch.tensor([value.shape[:2] for value in values])
                 prefix = name.removesuffix("patches")
