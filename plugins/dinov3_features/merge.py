@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from torch import Tensor
 from dinov3_features.files import TensorSpec, tensor_bytes, write_npy, write_safetensors
 from dinov3_features.parts import PartStore, patch_offsets
 from dinov3_framework.errors import DataError, OutputError
-from dinov3_framework.runtime.durable import written_aside
-from dinov3_framework.runtime.output import unwritable
+from dinov3_framework.runtime.output import output_file
 
 INDEX, SKIPPED = "index.csv", "skipped.csv"
 _COLUMNS = ("row", "path", "label", "height", "width", "grid_height", "grid_width")
@@ -92,13 +90,13 @@ def merge(
 
     path = output_dir / "features.safetensors"
     if format == "safetensors":
-        with _writable(path) as aside:
+        with output_file(path) as aside:
             write_safetensors(aside, summary.specs, chunks, metadata)
         return [path]
     paths = []
     for name, spec in summary.specs.items():
         paths.append(output_dir / f"features.{name}.npy")
-        with _writable(paths[-1]) as aside:
+        with output_file(paths[-1]) as aside:
             write_npy(aside, spec, chunks(name))
     return paths
 
@@ -117,7 +115,7 @@ def write_tables(store: PartStore, output_dir: Path, merged: bool) -> None:
     ):
         # Names of files may hold bytes that are no UTF-8; they come out as they are.
         with (
-            _writable(output_dir / name) as aside,
+            output_file(output_dir / name) as aside,
             aside.open("x", encoding="utf-8", errors="surrogateescape", newline="") as stream,
         ):
             writer = csv.writer(stream, lineterminator="\n")
@@ -142,12 +140,3 @@ def _merged_rows(store: PartStore) -> Iterator[tuple[Any, ...]]:
 def _skipped_rows(store: PartStore) -> Iterator[tuple[Any, ...]]:
     for index in range(store.plan.parts):
         yield from ((each.index, each.name, each.reason) for each in store.read(index).skipped)
-
-
-@contextmanager
-def _writable(path: Path) -> Iterator[Path]:
-    try:
-        with written_aside(path) as aside:
-            yield aside
-    except OSError as error:
-        raise unwritable(error, path) from error

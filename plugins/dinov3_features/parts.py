@@ -21,8 +21,7 @@ from torch import Tensor
 from dinov3_features.files import TensorFile, TensorSpec, tensor_bytes, write_safetensors
 from dinov3_framework.contracts.data import Dataset
 from dinov3_framework.errors import OutputError
-from dinov3_framework.runtime.durable import written_aside
-from dinov3_framework.runtime.output import unwritable, write_aside
+from dinov3_framework.runtime.output import output_file, unwritable, write_aside
 
 FOLDER, PLAN = "features", "plan.json"
 _VALUES = 64  # of each tensor, that tell weights apart
@@ -140,11 +139,8 @@ class PartStore:
         }
         specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
         path = self.path(part)
-        try:
-            with written_aside(path) as aside:
-                write_safetensors(aside, specs, lambda n: [tensor_bytes(tensors[n])], metadata)
-        except OSError as error:
-            raise unwritable(error, path) from error
+        with output_file(path) as aside:
+            write_safetensors(aside, specs, lambda n: [tensor_bytes(tensors[n])], metadata)
 
     def remove(self) -> None:
         """Delete all parts, which are in other files by now."""

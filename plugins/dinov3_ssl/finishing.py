@@ -8,7 +8,7 @@ from typing import Any
 
 from dinov3_framework.contracts.data import Augmentation
 from dinov3_framework.registry import Registry
-from dinov3_framework.runtime.console import print_table
+from dinov3_framework.runtime.results import print_results
 from dinov3_framework.weights.gathered_export import export_gathered
 from dinov3_framework.weights.info import BackboneInfo
 from dinov3_ssl.configs import TrainingConfig, resolved_backbone
@@ -37,7 +37,7 @@ def say_goodbye(results: Mapping[str, Any], output_dir: Path, export: Path) -> N
     """Show tables of results, and what to do with them."""
     for name, value in results.items():
         if isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
-            print_table(name, value)
+            print_results(name, value)
     print(f"\nDone. Everything is in {output_dir}:")
     for entry in sorted(output_dir.iterdir()):
         if not entry.name.startswith("."):

@@ -26,8 +26,8 @@ from dinov3_framework.parallel.sharder import Sharder
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.agreement import RankFailure, from_main, together
-from dinov3_framework.runtime.output import write_results
 from dinov3_framework.runtime.processes import pick_device
+from dinov3_framework.runtime.results import write_results
 from dinov3_framework.training.clock import StepClock
 from dinov3_framework.training.optimizer import Optimizer
 from dinov3_framework.training.run import TrainingRun
