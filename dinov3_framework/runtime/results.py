@@ -48,7 +48,7 @@ def write_results(output_dir: Path, results: Mapping[str, Any], rows: Sequence[R
     differ in their keys. Raises ``OutputError`` where the folder cannot be written.
     """
     if rows:
-        flat, columns = _table(rows)
+        flat, columns = tabulated(rows)
         # Paths may hold bytes that are no UTF-8; they come out as they are.
         with (
             output_file(output_dir / TABLE) as aside,
@@ -66,7 +66,7 @@ def print_results(title: str, rows: Sequence[Row]) -> None:
 
     Of records, what they have in common is left out: data, say, or the protocol.
     """
-    flat, columns = _table(rows)
+    flat, columns = tabulated(rows)
     if all(isinstance(row, Record) for row in rows):
         always = ("evaluation", "metric", "value")
         columns = [
@@ -80,17 +80,17 @@ def print_results(title: str, rows: Sequence[Row]) -> None:
         table.add_column(Text(name), justify="right" if is_number else "left", overflow="fold")
     for row in flat:
         # As Text: what stands in brackets, in a path say, is no markup.
-        table.add_row(*(Text(_shown(row.get(name, ""))) for name in columns))
+        table.add_row(*(Text(format_value(row.get(name, ""))) for name in columns))
     Console(highlight=False).print(table)
 
 
-def _table(rows: Sequence[Row]) -> tuple[list[Mapping[str, Any]], list[str]]:
+def tabulated(rows: Sequence[Row]) -> tuple[list[Mapping[str, Any]], list[str]]:
     """Flat rows, and all their columns in order of appearance."""
     flat = [row.row() if isinstance(row, Record) else row for row in rows]
     return flat, list(dict.fromkeys(name for row in flat for name in row))
 
 
-def _shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     text = str(float(f"{value:.6g}") if isinstance(value, float) else value)
     return text.encode("utf-8", "replace").decode("utf-8")
 
