@@ -28,16 +28,16 @@ from dinov3_framework.contracts.layouts import Renamed as Renamed
 from dinov3_framework.contracts.layouts import Rule as Rule
 from dinov3_framework.contracts.losses import Anchor as Anchor
 from dinov3_framework.contracts.losses import Loss as Loss
-from dinov3_framework.contracts.losses import LossResult as LossResult
 from dinov3_framework.contracts.losses import StepOutputs as StepOutputs
 from dinov3_framework.contracts.losses import ViewFeatures as ViewFeatures
 from dinov3_framework.contracts.networks import Backbone as Backbone
 from dinov3_framework.contracts.networks import Head as Head
+from dinov3_framework.contracts.networks import LossResult as LossResult
 from dinov3_framework.contracts.networks import Projector as Projector
 from dinov3_framework.contracts.running import Job as Job
 from dinov3_framework.contracts.running import Launcher as Launcher
 from dinov3_framework.contracts.running import Observer as Observer
-from dinov3_framework.contracts.running import Report as Report
+from dinov3_framework.contracts.running import Plan as Plan
 from dinov3_framework.contracts.running import Run as Run
 from dinov3_framework.contracts.running import StepRecord as StepRecord
 from dinov3_framework.contracts.running import Task as Task
@@ -82,5 +82,24 @@ from dinov3_framework.weights.loading import load_backbone as load_backbone
 from dinov3_framework.weights.subject import Subject as Subject
 
 __version__: str
+from dinov3_framework.contracts.data import SampleBatch as SampleBatch
+from dinov3_framework.contracts.data import StreamDataset as StreamDataset
+from dinov3_framework.contracts.data import Target as Target
+from dinov3_framework.contracts.data import Transform as Transform
+from dinov3_framework.contracts.networks import FeatureInfo as FeatureInfo
+from dinov3_framework.contracts.networks import FeatureNeeds as FeatureNeeds
+from dinov3_framework.contracts.networks import HeadFeatures as HeadFeatures
+from dinov3_framework.contracts.networks import Shardable as Shardable
+from dinov3_framework.contracts.optimizers import OptimizerFactory as OptimizerFactory
+from dinov3_framework.contracts.running import Evaluation as Evaluation
+from dinov3_framework.contracts.running import JobHandle as JobHandle
+from dinov3_framework.contracts.running import Model as Model
+from dinov3_framework.contracts.running import Resources as Resources
+from dinov3_framework.contracts.training import Step as Step
+from dinov3_framework.contracts.training import StepResult as StepResult
+from dinov3_framework.contracts.training import TrainUnit as TrainUnit
+from dinov3_framework.kinds import EvaluationConfig as EvaluationConfig
 from dinov3_framework.kinds import Flag as Flag
+from dinov3_framework.kinds import OptimizerConfig as OptimizerConfig
+from dinov3_framework.kinds import TransformConfig as TransformConfig
 from dinov3_framework.kinds import WeightsWriter as WeightsWriter

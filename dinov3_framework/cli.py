@@ -10,6 +10,7 @@ import argparse
 import os
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from dinov3_framework.errors import DataError, ExitCode, UserError
 from dinov3_framework.kinds import resolve
 
 if TYPE_CHECKING:
-    from dinov3_framework.contracts.running import Job, Launcher, Task
+    from dinov3_framework.contracts.running import Job, Launcher, Plan, Task
     from dinov3_framework.kinds import Flag, TaskConfig
     from dinov3_framework.recipes.compose import Composed
     from dinov3_framework.registry import Registry
@@ -143,15 +144,27 @@ def _recipe(options: argparse.Namespace, registry: Registry) -> int:
     for flag in registry.flags.values():
         if _given(options, flag.name):
             return _show(_flag(flag, task, launcher, options))
+    plan: Plan | None = None
+
+    def run() -> int:
+        from dinov3_framework.runtime import session
+
+        parallel = getattr(config, "parallel", None)
+        chosen = {"device": parallel.device, "timeout": parallel.timeout} if parallel else {}
+        return int(session.run_task(task, config, registry, output_dir, plan, **chosen))
+
+    job = _job(output_dir, options.block_plugin, run)
     if not _is_launched(composed, output_dir):
-        text = _check(task, launcher, may_miss=options.check)
+        plan = _check(task, launcher, may_miss=options.check)
         if _rank() in (None, 0):
-            code = _show(text)
+            code = _show(_plan_text(plan, launcher, job))
             if options.check:
                 return code
     if options.check:
         return ExitCode.OK
-    return _run(task, config, registry, output_dir, launcher, options.block_plugin)
+    if launcher is None:
+        return run()
+    return _submit(launcher, job, config, registry)
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
@@ -186,17 +199,22 @@ def _is_launched(composed: Composed, output_dir: Path) -> bool:
     return _rank() is not None and composed.path.resolve() == written.resolve()
 
 
-def _check(task: Task, launcher: Launcher | None, may_miss: bool) -> str:
-    """What the task says of itself; what this machine lacks is an error unless it ``may_miss``."""
+def _check(task: Task, launcher: Launcher | None, may_miss: bool) -> Plan:
+    """What the task would do; what this machine lacks is an error unless it ``may_miss``."""
+    outside = int(os.environ["WORLD_SIZE"]) if _rank() is not None else 1
+    plan = task.check(launcher.world_size() if launcher else outside)
+    if plan.missing and not may_miss:
+        raise DataError("\n".join(plan.missing))
+    return plan
+
+
+def _plan_text(plan: Plan, launcher: Launcher | None, job: Job) -> str:
     from dinov3_framework.recipes.describe import report_text
 
-    outside = int(os.environ["WORLD_SIZE"]) if _rank() is not None else 1
-    world = launcher.world_size() if launcher else outside
-    report = task.check(world)
-    if report.missing and not may_miss:
-        raise DataError("\n".join(report.missing))
-    text = report_text(report)
-    return f"{text}\n\nlauncher\n  {launcher.describe()}" if launcher else text
+    text = report_text(plan)
+    if launcher is None:
+        return text
+    return f"{text}\n\nlauncher\n{textwrap.indent(launcher.preview(job), '  ')}"
 
 
 def _flag(flag: Flag, task: Task, launcher: Launcher | None, options: argparse.Namespace) -> str:
@@ -210,25 +228,15 @@ def _flag(flag: Flag, task: Task, launcher: Launcher | None, options: argparse.N
     return str(act(task, **({"world_size": world} | values)))
 
 
-def _run(
-    task: Task,
-    config: TaskConfig,
-    registry: Registry,
-    output_dir: Path,
-    launcher: Launcher | None,
-    blocked: Sequence[str],
-) -> int:
+def _submit(launcher: Launcher, job: Job, config: TaskConfig, registry: Registry) -> int:
+    """Hand a job to its launcher and wait for it, where that is what the launcher does."""
     from dinov3_framework.runtime import session
 
-    def run() -> int:
-        parallel = getattr(config, "parallel", None)
-        chosen = {"device": parallel.device, "timeout": parallel.timeout} if parallel else {}
-        return int(session.run_task(task, config, registry, output_dir, **chosen))
-
-    if launcher is None:
-        return run()
-    session.prepare_output(config, registry, output_dir)
-    return int(launcher.launch(_job(output_dir, blocked, run)))
+    session.prepare_output(config, registry, job.output_dir)
+    handle = launcher.submit(job)
+    if text := handle.describe():
+        print(text, flush=True)
+    return int(handle.wait())
 
 
 def _job(output_dir: Path, blocked: Sequence[str], run: Any) -> Job:
@@ -237,7 +245,7 @@ def _job(output_dir: Path, blocked: Sequence[str], run: Any) -> Job:
     command = [sys.executable, "-m", "dinov3_framework", str(output_dir / "recipe.toml")]
     for name in blocked:
         command += ["--block-plugin", name]
-    return Job(command=command, output_dir=output_dir, run=run)
+    return Job(command=command, output_dir=output_dir, run=run, name=output_dir.name)
 
 
 # --------------------------------------------------------------------------- printing

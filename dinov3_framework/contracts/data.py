@@ -6,25 +6,85 @@ The letters in shapes: B samples, G crops of a view, C channels, H and W pixels,
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import attrs
 import numpy as np
+import torch
 from torch import Tensor
+
+TargetKind = Literal["class", "mask", "map", "boxes", "instances", "number", "text"]
+
+
+@attrs.frozen
+class Target:
+    """What a dataset's target of one name is.
+
+    - ``class``: an int from 0;
+    - ``mask``: class ids by pixel, ``tv_tensors.Mask`` [H, W], integers;
+    - ``map``: numbers by pixel, ``tv_tensors.Mask`` [H, W], float32, in ``unit`` (depth in "m");
+    - ``boxes``: ``tv_tensors.BoundingBoxes`` [n, 4], float32, XYXY in pixels of the image;
+    - ``instances``: masks of objects, ``tv_tensors.Mask`` [n, H, W], bool;
+    - ``number``, ``text``: a float, a string.
+
+    Targets of one sample that describe the same objects share their first axis.
+    """
+
+    kind: TargetKind
+    n_classes: int | None = None  # of ids, where there are any
+    classes: tuple[str, ...] | None = None  # their names
+    ignore_index: int | None = None  # the id of what counts for nothing
+    unit: str = ""
+    palette: tuple[tuple[int, int, int], ...] | None = None  # RGB by id, for pictures
+
+    def __attrs_post_init__(self) -> None:
+        if self.classes is not None and self.n_classes not in (None, len(self.classes)):
+            raise ValueError(f"{len(self.classes)} class names for n_classes = {self.n_classes}")
+
+    @property
+    def count(self) -> int | None:
+        """How many classes there are."""
+        return self.n_classes if self.classes is None else len(self.classes)
 
 
 @attrs.frozen
 class Sample:
-    """One image, uint8 [C, H, W], and its label (None where there is none)."""
+    """One image, and what is known of it by name.
+
+    The image is [C, H, W]: uint8, uint16, or floating point in 0..1. What each target is, its
+    dataset's ``targets`` say.
+    """
 
     image: Tensor
-    label: int | None = None
+    targets: Mapping[str, Any] = attrs.field(factory=dict)
+
+    @property
+    def label(self) -> int | None:
+        """The target ``label``, if there is one."""
+        return self.targets.get("label")
 
 
-class Dataset(abc.ABC):
-    """Images by index."""
+class _Described:
+    """What datasets with and without an index have in common."""
 
-    n_classes: int | None = None
+    targets: Mapping[str, Target] = {}
+
+    @property
+    def n_classes(self) -> int | None:
+        """How many classes the target ``label`` has; None without labels."""
+        label = self.targets.get("label")
+        return None if label is None else label.count
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The names of the classes of ``label``, where they are known."""
+        label = self.targets.get("label")
+        return None if label is None else label.classes
+
+
+class Dataset(_Described, abc.ABC):
+    """Samples by index."""
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -40,6 +100,69 @@ class Dataset(abc.ABC):
     def describe(self) -> str:
         """One line for the summary of a run."""
         return f"{type(self).__name__}, {len(self):,} images"
+
+
+class StreamDataset(_Described, abc.ABC):
+    """Samples in an order of its own, without an index: archives read from end to end, a queue."""
+
+    @abc.abstractmethod
+    def open(
+        self, *, part: int, parts: int, seed: int, state: Any = None
+    ) -> Iterator[tuple[Sample, Any]]:
+        """The samples of one of ``parts`` disjoint parts, without end.
+
+        There is a part for each loader worker of each process. Each sample comes with a value that
+        JSON can hold, from which, given as ``state``, the same iteration goes on after it: it is
+        saved in checkpoints. A sample that cannot be decoded is a ``CorruptSampleError`` in place
+        of the ``Sample``.
+        """
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """One line for the summary of a run, with what is promised of order and of resuming."""
+
+
+@attrs.frozen
+class SampleBatch:
+    """Samples of a batch: images [B, C, H, W], or a list where their sizes differ, and targets."""
+
+    images: Tensor | list[Tensor]
+    targets: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+class Transform(abc.ABC):
+    """Changes an image and its targets together, and makes batches of them.
+
+    Built as ``factory(config, images=ImagesConfig, targets=schema)``. Whatever is random is drawn
+    from torch's global generator, which is seeded before each call by the sample's place in the
+    stream alone: transforms of torchvision v2 do as they are.
+    """
+
+    @abc.abstractmethod
+    def __call__(self, sample: Sample) -> Sample:
+        """A sample as the network is to see it: float32, normalized."""
+
+    def collate(self, samples: Sequence[Sample]) -> SampleBatch:
+        """A batch; by default tensors of one shape are stacked, numbers become tensors."""
+        return SampleBatch(
+            images=_stacked([sample.image for sample in samples]),
+            targets={
+                name: _stacked([sample.targets[name] for sample in samples])
+                for name in samples[0].targets
+            },
+        )
+
+
+def _stacked(values: list[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, bool | int | float):
+        return torch.tensor(values)
+    if isinstance(first, Tensor) and all(value.shape == first.shape for value in values):
+        return torch.stack([value.as_subclass(Tensor) for value in values])
+    return values
 
 
 @attrs.frozen

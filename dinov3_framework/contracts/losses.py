@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dinov3_framework.configs import AnchorConfig
 from dinov3_framework.contracts.data import Augmentation
-from dinov3_framework.contracts.networks import Projector
+from dinov3_framework.contracts.networks import LossResult, Projector
 from dinov3_framework.errors import Problem
 from dinov3_framework.schedules import Schedule
 
@@ -71,14 +71,6 @@ class StepOutputs:
     def value(self, schedule: Schedule) -> float:
         """A schedule's value in this step."""
         return schedule.at(self.iteration, self.total_iterations)
-
-
-@attrs.frozen
-class LossResult:
-    """A scalar to minimise, before its weight, and figures to log by name."""
-
-    loss: Tensor
-    metrics: Mapping[str, Tensor | float] = attrs.field(factory=dict)
 
 
 class Loss(nn.Module, abc.ABC):

@@ -6,16 +6,61 @@ The letters in shapes: B samples, C channels, H and W pixels, P patches, R stora
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import attrs
 from torch import Tensor, nn
 
 from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.errors import UserError
 
 
-class Backbone(nn.Module, abc.ABC):
+@attrs.frozen
+class FeatureInfo:
+    """The features of one layer of a backbone."""
+
+    channels: int
+    stride: int  # pixels along the side of what one position stands for
+
+
+class Shardable(nn.Module, abc.ABC):
+    """A network that is placed on processes: allocated, sharded, recomputed and compiled.
+
+    It is built on the meta device.
+    """
+
+    # Methods besides ``forward`` that compute with the network's own parameters.
+    forward_methods: tuple[str, ...] = ()
+
+    @abc.abstractmethod
+    def init_weights(self) -> None:
+        """Give every parameter *and buffer* its initial value (they come from the meta device)."""
+
+    def blocks_to_shard(self) -> Iterable[nn.Module]:
+        """The submodules that are sharded, recomputed and compiled as units; by default none."""
+        return ()
+
+    def layer_of(self, name: str) -> tuple[int, int]:
+        """(layer, layers) of a parameter, for layer-wise learning-rate decay.
+
+        0 is the embedding, ``layers`` what comes after the last block. By default no decay.
+        """
+        return 0, 0
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether weight decay acts on a parameter: by default not on biases, norms and scales."""
+        return parameter.ndim > 1
+
+    def role_of(self, name: str) -> str | None:
+        """What a parameter is for, where an optimizer treats it in its own way.
+
+        ``patch_embed`` (an own factor of the learning rate), ``prototypes`` (frozen at first).
+        """
+        return None
+
+
+class Backbone(Shardable):
     """A network from images to tokens."""
 
     embed_dim: int
@@ -24,10 +69,12 @@ class Backbone(nn.Module, abc.ABC):
     n_layers: int = 1  # what get_intermediate_layers counts
     takes_masks: bool = True  # whether masked patches can be replaced; if not, masks are refused
     images: ImagesConfig | None = None  # what its weights were trained on, where that is known
+    forward_methods = ("forward_features", "get_intermediate_layers")
 
-    @abc.abstractmethod
-    def init_weights(self) -> None:
-        """Give every parameter *and buffer* its initial value (they come from the meta device)."""
+    @property
+    def feature_info(self) -> tuple[FeatureInfo, ...]:
+        """Channels and stride of each of the ``n_layers`` layers; by default all are alike."""
+        return (FeatureInfo(self.embed_dim, self.patch_size),) * self.n_layers
 
     @abc.abstractmethod
     def forward_features(
@@ -86,23 +133,9 @@ class Backbone(nn.Module, abc.ABC):
             parts.append(tokens["x_storage_tokens"])
         return (tuple(parts) if len(parts) > 1 else patches,)
 
-    def layer_of(self, name: str) -> tuple[int, int]:
-        """(layer, layers) of a parameter, for layer-wise learning-rate decay.
 
-        0 is the embedding, ``layers`` what comes after the last block. By default no decay.
-        """
-        return 0, 0
-
-    def blocks_to_shard(self) -> Iterable[nn.Module]:
-        """The submodules that are sharded (and recomputed, and compiled) as units."""
-        return ()
-
-
-class Projector(nn.Module, abc.ABC):
+class Projector(Shardable):
     """A loss's own network on top of tokens; the engine makes its momentum twin."""
-
-    @abc.abstractmethod
-    def init_weights(self) -> None: ...
 
     def fit(self, tokens: Tensor) -> bool:
         """Make the projector of a frozen teacher that came without one say something of its tokens.
@@ -114,8 +147,53 @@ class Projector(nn.Module, abc.ABC):
         return False
 
 
-class Head(nn.Module, abc.ABC):
-    """An evaluation head on top of a backbone's features."""
+@attrs.frozen
+class FeatureNeeds:
+    """What a head wants of a backbone."""
+
+    layers: tuple[int, ...] = (-1,)  # indices, from 0 or from -1 for the last backwards
+    class_token: bool = False
+    norm: bool = True  # whether the final norm is applied
+
+
+@attrs.frozen
+class HeadFeatures:
+    """A backbone's features of a batch, a tensor for each of the layers that a head needs."""
+
+    maps: Sequence[Tensor]  # [B, D, h, w]
+    cls: Sequence[Tensor]  # [B, D]; empty unless needed
+    image_size: tuple[int, int]  # pixels, height and width
+
+
+class Head(Shardable):
+    """A network on a backbone's features, with the loss that trains it and what it predicts.
+
+    Built as ``factory(config, features=backbone.feature_info, targets=schema)`` on the meta device.
+    Its state-dict names are those of its official files, where there are any.
+    """
+
+    needs: FeatureNeeds
 
     @abc.abstractmethod
-    def init_weights(self) -> None: ...
+    def forward(self, features: HeadFeatures) -> Any:
+        """Outputs in the form that ``loss`` and ``predict`` take."""
+
+    @abc.abstractmethod
+    def loss(self, outputs: Any, targets: Mapping[str, Any]) -> LossResult:
+        """What training minimizes; ``targets`` are those of the batch, on the device."""
+
+    @abc.abstractmethod
+    def predict(self, outputs: Any, size: tuple[int, int]) -> Mapping[str, Any]:
+        """Predictions by the names of the targets they stand for, for images of ``size`` pixels.
+
+        Of a ``class``: scores [B, classes]; of a ``mask``: scores [B, classes, H, W]; of a ``map``:
+        values [B, H, W]; of ``boxes``: for each image a dict of boxes, scores and labels.
+        """
+
+
+@attrs.frozen
+class LossResult:
+    """A scalar to minimize, before its weight, and metrics to log by name."""
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor | float] = attrs.field(factory=dict)

@@ -1,4 +1,4 @@
-"""Tasks, launchers and observers."""
+"""Tasks, launchers, evaluations and observers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from dinov3_framework.configs import ImagesConfig
-from dinov3_framework.contracts.networks import Backbone
-from dinov3_framework.errors import UserError
+from dinov3_framework.contracts.networks import Backbone, Head
+
+Build = Callable[..., Any]  # Registry.build: any component from its config
+Rows = Sequence[tuple[str, str]]  # (label, value)
 
 
+# --------------------------------------------------------------------------- launchers
 @attrs.frozen
 class Job:
     """What a launcher is to get done."""
@@ -23,17 +26,45 @@ class Job:
     command: Sequence[str]  # runs one process of the job, found by its environment variables
     output_dir: Path
     run: Callable[[], int]  # the same, in this process
+    name: str = "dinov3"
+
+
+@attrs.frozen
+class Resources:
+    """What a job needs; what is left out is as the launcher's config says."""
+
+    nodes: int | None = None
+    processes_per_node: int | None = None
+
+
+class JobHandle(abc.ABC):
+    """A job that was submitted."""
+
+    id: str = ""  # by which others can wait for it, where the launcher has such names
+
+    @abc.abstractmethod
+    def wait(self) -> int:
+        """Wait for its end; the exit code. A job that was handed over to a queue is 0 at once."""
+
+    def describe(self) -> str:
+        """What to tell a person: where logs are, how to watch and to cancel it; "" for nothing."""
+        return ""
+
+    def cancel(self) -> None:
+        """End it, if it can be."""
 
 
 class Launcher(abc.ABC):
     """Gets processes for a job."""
 
     @abc.abstractmethod
-    def launch(self, job: Job) -> int:
-        """Run the job to its end (or hand it over) and return the exit code."""
+    def submit(
+        self, job: Job, resources: Resources | None = None, *, after: Sequence[JobHandle] = ()
+    ) -> JobHandle:
+        """Start a job, or hand it over to a queue; it begins when all ``after`` ended well."""
 
-    def describe(self) -> str:
-        """One line: what would be started."""
+    def preview(self, job: Job, resources: Resources | None = None) -> str:
+        """What would be started, for ``--check``: one line, or the text of a batch script."""
         return type(self).__name__
 
     def world_size(self) -> int:
@@ -41,40 +72,36 @@ class Launcher(abc.ABC):
         return 1
 
 
+# --------------------------------------------------------------------------- tasks
 @attrs.frozen
-class Report:
-    """What a task has to say of itself before it runs: sections of (label, value) rows.
+class Plan:
+    """What a check came to: sections of (label, value) rows, and what ``run`` need not make again.
 
     ``missing`` lists what the recipe may well be right about and this machine does not have, such
-    as a dataset: a check says so, a run refuses to start.
+    as a dataset: a check reports it, a run refuses to start.
     """
 
-    sections: Mapping[str, Sequence[tuple[str, str]]]
+    sections: Mapping[str, Rows]
     missing: Sequence[str] = ()
+    prepared: Any = attrs.field(default=None, eq=False, repr=False)  # the task's own business
 
 
 class Task(abc.ABC):
     """What a recipe runs."""
 
     @abc.abstractmethod
-    def check(self, world_size: int) -> Report:
+    def check(self, world_size: int) -> Plan:
         """Build everything on the meta device, raise every mistake, write and allocate nothing."""
 
-    def rehearse(self, world_size: int, accelerator: str) -> Report:
-        """Say what a step on so many processes takes, without doing it; only training can.
-
-        ``accelerator`` names what times are estimated for. Mistakes are raised as by ``check``.
-        """
-        raise UserError(
-            f"a {type(self).__name__} cannot be rehearsed: only tasks that train can; --check says "
-            "what this recipe would do"
-        )
-
     @abc.abstractmethod
-    def run(self, output_dir: Path) -> None:
-        """Do the work. Called in each process, after the process group is up."""
+    def run(self, output_dir: Path, plan: Plan | None = None) -> None:
+        """Do the work. Called in each process, after the process group is up.
 
-    def stand_in(self, folder: Path) -> bool:
+        ``plan`` is what :meth:`check` gave in this process; None in a process that was launched
+        after a check elsewhere.
+        """
+
+    def write_expected_artifacts(self, folder: Path) -> bool:
         """Put into an empty folder what the run will leave for others, all but tensors' values.
 
         Names, shapes and types are right, so that a recipe that reads the run's folder can be
@@ -84,11 +111,56 @@ class Task(abc.ABC):
         return False
 
 
+# --------------------------------------------------------------------------- evaluations
+@attrs.frozen
+class Model:
+    """A backbone that is evaluated, alone or with a head on it, in eval mode."""
+
+    backbone: Backbone
+    images: ImagesConfig
+    head: Head | None = None
+    size: int | None = None  # pixels of its training, where that is known
+    name: str = "backbone"
+
+
+class Evaluation(abc.ABC):
+    """Measures a model. Called on every process; results are the same on all of them."""
+
+    @abc.abstractmethod
+    def prepare(self, build: Build, images: ImagesConfig) -> None:
+        """Build the data; called once, before anything else.
+
+        Raises ``DataError`` for data that this machine lacks and ``RecipeError`` for a mistake.
+        """
+
+    @abc.abstractmethod
+    def run(self, model: Model) -> Mapping[str, float]:
+        """Metrics by name. No sample counts twice, however many processes there are."""
+
+    def protocol(self, model: Model) -> Mapping[str, Any]:
+        """Every switch that changes what the metrics mean, for the record of results."""
+        return {}
+
+    def data(self) -> str:
+        """One line on what is measured on."""
+        return ""
+
+    def baselines(self, model: Model) -> Mapping[str, Mapping[str, float]]:
+        """Metrics, by name, of what any model has to beat, such as raw pixels."""
+        return {}
+
+
+# --------------------------------------------------------------------------- observers
 class Run(Protocol):
     """A training run as an observer sees it: to read, not to change."""
 
     @property
     def output_dir(self) -> Path: ...
+    @property
+    def config(self) -> Any:
+        """The whole recipe, a ``TrainingConfig``."""
+        ...
+
     @property
     def images(self) -> ImagesConfig: ...
     @property
@@ -100,25 +172,25 @@ class Run(Protocol):
 
     @property
     def device(self) -> torch.device: ...
-    @property
-    def patch_size(self) -> int: ...
 
     def build(self, config: Any, **runtime: Any) -> Any:
         """Build any component, as ``Registry.build`` does."""
         ...
 
-    def teacher_backbone(self) -> Backbone:
-        """The momentum teacher's backbone, in eval mode; call it on every process or on none."""
+    def model(self) -> Model:
+        """What is trained, as it is evaluated now; call it on every process or on none."""
         ...
 
-    def initial_backbone(self) -> Backbone:
-        """A backbone as it was before the first iteration, whole, in eval mode."""
+    def initial_model(self) -> Model:
+        """The same as it was before the first iteration, whole."""
         ...
 
     def sample_batch(self, count: int) -> Mapping[str, Tensor]:
-        """The crops of the stream's first ``count`` samples, [crops, count, C, size, size] by view
-        (uint8 or normalised float, as the augmentation of step 0 gives them), and ``masks`` if
-        any."""
+        """What the training makes of the stream's first ``count`` samples, by name.
+
+        Of self-supervision the crops by view, [crops, count, C, size, size] (uint8 or normalized
+        float), and ``masks`` if any.
+        """
         ...
 
 
@@ -131,9 +203,14 @@ class StepRecord:
 
 
 class Observer:
-    """Watches a training run. Every method is called on every process; each may be left out."""
+    """Watches a training run. Every method is called on every process; each may be left out.
 
-    def check(self, build: Callable[..., Any], images: ImagesConfig) -> None:
+    An observer that ``follows_metrics`` comes after all others and sees what they added, too.
+    """
+
+    follows_metrics: bool = False
+
+    def check(self, build: Build, images: ImagesConfig) -> None:
         """Before anything is written: raise ``UserError`` for what would fail later.
 
         ``build`` is ``Registry.build``; data that this machine lacks are a ``DataError``.
@@ -145,8 +222,14 @@ class Observer:
     def on_step(self, run: Run, step: StepRecord) -> Mapping[str, float] | None:
         """After every ``every``-th step and the last; what it returns is added to the metrics."""
 
+    def on_checkpoint(self, run: Run, iteration: int, path: Path) -> None:
+        """After a checkpoint was written."""
+
     def on_end(self, run: Run) -> Mapping[str, Any] | None:
         """After the last step; what it returns is added to ``results.json``.
 
         A value that is a list of flat dicts is shown as a table at the end of the run.
         """
+
+    def on_close(self, run: Run, error: BaseException | None) -> None:
+        """When the run ends in this process, well (``error`` is None) or not; last of all."""

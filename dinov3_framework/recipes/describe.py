@@ -16,7 +16,7 @@ from dinov3_framework.recipes.plain import to_toml_value
 from dinov3_framework.recipes.protocol import Components
 
 if TYPE_CHECKING:  # contracts import torch, and listing shall not wait for it
-    from dinov3_framework.contracts.running import Report
+    from dinov3_framework.contracts.running import Plan
 
 _WIDTH = 100
 
@@ -141,7 +141,7 @@ def _fields(fields: Iterable[FieldInfo], indent: int, width: int) -> Iterator[st
         yield from _fields(each.fields, indent + 2, width)
 
 
-def report_text(report: Report) -> str:
+def report_text(report: Plan) -> str:
     """What a task says of itself before it runs."""
     width = max((len(label) for rows in report.sections.values() for label, _ in rows), default=0)
     blocks = [

@@ -12,7 +12,7 @@ from typing import cast
 
 import torch.distributed as dist
 
-from dinov3_framework.contracts.running import Task
+from dinov3_framework.contracts.running import Plan, Task
 from dinov3_framework.errors import ExitCode, PeerError, UserError
 from dinov3_framework.kinds import TaskConfig
 from dinov3_framework.recipes.toml_text import KeyPath
@@ -36,6 +36,7 @@ def run_task(
     config: TaskConfig,
     registry: Registry,
     output_dir: Path,
+    plan: Plan | None = None,
     *,
     device: str = "auto",
     timeout: float = 600.0,
@@ -46,7 +47,7 @@ def run_task(
     (seconds) holds for every collective.
     """
     with process_group(pick_device(device), timeout), _console(), _peers(timeout):
-        run_here(task, config, registry, output_dir)
+        run_here(task, config, registry, output_dir, plan=plan)
     return ExitCode.OK
 
 
@@ -56,6 +57,7 @@ def run_here(
     registry: Registry,
     output_dir: Path,
     inherited: Iterable[KeyPath] = (),
+    plan: Plan | None = None,
 ) -> None:
     """Run a checked task in the process group that is open, in a folder and with a log of its own.
 
@@ -74,7 +76,7 @@ def run_here(
         if told is not None:
             told.shared = True
             raise told
-        task.run(output_dir)
+        task.run(output_dir, plan)
 
 
 @contextmanager

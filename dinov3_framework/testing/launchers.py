@@ -42,8 +42,9 @@ def check_launcher(
     """
     subject = Subject.of("launcher", config, registry, factory)
     launcher: Launcher = subject.built(Launcher)
-    with subject.doing("describe()"):
-        subject.one_line("describe()", launcher.describe())
+    job = Job(command=("true",), output_dir=output_dir, run=lambda: 0)
+    with subject.doing("preview()"):
+        subject.require(bool(launcher.preview(job).strip()), "preview() gives no text")
     with subject.doing("world_size()"):
         world = launcher.world_size()
     subject.require(
@@ -67,7 +68,7 @@ def _check_launch(
 
     command = (sys.executable, str(script), str(folder), str(int(code)))
     with subject.doing("launch()"), contextlib.redirect_stderr(io.StringIO()):
-        given = launcher.launch(Job(command=command, output_dir=folder, run=run))
+        given = launcher.submit(Job(command=command, output_dir=folder, run=run)).wait()
     ranks = {path.name: path.read_text() for path in folder.iterdir()}
     wanted = {str(rank): str(world) for rank in range(world)}
     if code == ExitCode.OK:  # where processes fail, some may be stopped before they begin

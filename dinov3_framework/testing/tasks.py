@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dinov3_framework.contracts.running import Report, Task
+from dinov3_framework.contracts.running import Plan, Task
 from dinov3_framework.kinds import TaskConfig
 from dinov3_framework.registry import Registry
 from dinov3_framework.testing.subject import Subject
@@ -21,7 +21,7 @@ def check_task(
 ) -> None:
     """Check what a task says of a recipe that is right; it is not run.
 
-    Promises: ``check(world_size)`` gives a ``Report`` of sections of (label, value) rows, says the
+    Promises: ``check(world_size)`` gives a ``Plan`` of sections of (label, value) rows, says the
     same when asked again, and writes nothing into the working directory or ``output_dir``.
     """
     known = registry if registry is not None else Registry.load()
@@ -35,7 +35,7 @@ def check_task(
         before == [_entries(folder) for folder in folders],
         f"check() wrote into {' or '.join(map(str, folders))}",
     )
-    subject.require(isinstance(report, Report), f"check() must give a Report, gave {report!r}")
+    subject.require(isinstance(report, Plan), f"check() must give a Plan, gave {report!r}")
     for section, rows in report.sections.items():
         subject.require(
             all(len(row) == 2 and all(isinstance(text, str) for text in row) for row in rows),

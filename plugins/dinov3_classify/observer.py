@@ -35,7 +35,7 @@ class KnnObserver(Observer):
         trained = self._evaluate(run, run.total_iterations)
         pixels = evaluation.raw_pixels()
         rows = [] if pixels is None else [pixels.row("raw pixels")]
-        untrained = evaluation.backbone(run.initial_backbone())
+        untrained = evaluation.backbone(run.initial_model().backbone)
         rows += [untrained.row("backbone before training"), trained.row("trained teacher")]
         return {"knn": rows}
 
@@ -48,6 +48,6 @@ class KnnObserver(Observer):
     def _evaluate(self, run: Run, iteration: int) -> KnnResult:
         """The teacher after ``iteration`` steps; not twice if nothing happened in between."""
         if self._latest is None or self._latest[0] != iteration:
-            result = self._get_evaluation(run).backbone(run.teacher_backbone())
+            result = self._get_evaluation(run).backbone(run.model().backbone)
             self._latest = (iteration, result)
         return self._latest[1]

@@ -7,7 +7,7 @@ from typing import Any
 
 from dinov3_classify.configs import KnnTaskConfig
 from dinov3_classify.evaluation import KnnEvaluation
-from dinov3_framework import DataError, Problem, RecipeError, Registry, Report, Subject, Task
+from dinov3_framework import DataError, Plan, Problem, RecipeError, Registry, Subject, Task
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.results import print_results, write_results
 
@@ -18,7 +18,7 @@ class KnnTask(Task):
     def __init__(self, config: KnnTaskConfig, *, registry: Registry) -> None:
         self.config, self.registry = config, registry
 
-    def check(self, world_size: int) -> Report:
+    def check(self, world_size: int) -> Plan:
         config = self.config
         subject = Subject.described(config, self.registry)
         _raise(_size_problems(config, subject))
@@ -32,7 +32,7 @@ class KnnTask(Task):
         else:
             data = [("train", evaluation.train.describe()), ("test", evaluation.test.describe())]
         size = config.size or subject.size
-        return Report(
+        return Plan(
             {
                 "backbone": [*subject.origin, ("parameters", f"{parameters:,}")],
                 "data": [*data, ("images", f"{size} px" if size else "as they are")],
@@ -45,7 +45,7 @@ class KnnTask(Task):
             missing,
         )
 
-    def run(self, output_dir: Path) -> None:
+    def run(self, output_dir: Path, plan: Plan | None = None) -> None:
         subject = Subject.opened(self.config, self.registry)
         evaluation = self._evaluation(subject)
         pixels = evaluation.raw_pixels()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import resources
+from types import MappingProxyType
 
 import numpy as np
 import torch
 
 from dinov3_datasets.configs import FashionMnistConfig
-from dinov3_framework import DataError, Dataset, Sample
+from dinov3_framework import DataError, Dataset, Sample, Target
 
 CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
@@ -28,8 +29,7 @@ def _arrays(split: str) -> tuple[np.ndarray, np.ndarray]:
 class FashionMnist(Dataset):
     """5,000 training or 1,000 test images, uint8 [channels, 28, 28], in 10 balanced classes."""
 
-    n_classes = len(CLASSES)
-    classes = CLASSES
+    targets = MappingProxyType({"label": Target("class", classes=CLASSES)})
 
     def __init__(self, config: FashionMnistConfig, *, channels: int) -> None:
         if channels not in (1, 3):
@@ -45,7 +45,7 @@ class FashionMnist(Dataset):
         images, labels = _arrays(self.split)
         # repeat copies, so that nobody can write into the shared array
         image = torch.from_numpy(images[index]).repeat(self.channels, 1, 1)
-        return Sample(image, int(labels[index]))
+        return Sample(image, {"label": int(labels[index])})
 
     def describe(self) -> str:
         return (

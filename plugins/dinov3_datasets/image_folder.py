@@ -10,7 +10,7 @@ import numpy as np
 from dinov3_datasets.configs import ImageFolderConfig
 from dinov3_datasets.decoding import MODES, decode
 from dinov3_datasets.listing import FileList, image_files
-from dinov3_framework import DataError, Dataset, Sample
+from dinov3_framework import DataError, Dataset, Sample, Target
 
 
 class ImageFolder(Dataset):
@@ -19,8 +19,6 @@ class ImageFolder(Dataset):
     ``n_classes`` and ``classes`` (names, by label) are None without labels. Raises ``DataError``
     for a folder that is missing, empty, or has not the layout that ``labels`` asks for.
     """
-
-    classes: tuple[str, ...] | None = None
 
     def __init__(self, config: ImageFolderConfig, *, channels: int) -> None:
         self.config, self.channels = config, channels
@@ -44,7 +42,7 @@ class ImageFolder(Dataset):
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]  # negative ones, and IndexError past the end
         image = decode(self.root / self.files[index], self.channels, self.config.max_pixels)
-        return Sample(image, None if self.labels is None else int(self.labels[index]))
+        return Sample(image, {} if self.labels is None else {"label": int(self.labels[index])})
 
     def name(self, index: int) -> str:
         return self.files[range(len(self))[index]]
@@ -80,9 +78,9 @@ class ImageFolder(Dataset):
                 f'image_folder: labels = "folders", but {self.root / stray} lies in no class '
                 'folder; move it into one, or set labels = "none"'
             )
-        self.classes = self.config.classes or tuple(name for name, _ in runs)
-        self.n_classes = len(self.classes)
-        label_of = {name: label for label, name in enumerate(self.classes)}
+        classes = self.config.classes or tuple(name for name, _ in runs)
+        self.targets = {"label": Target("class", classes=classes)}
+        label_of = {name: label for label, name in enumerate(classes)}
         labels = np.array([label_of[name] for name, _ in runs], dtype=np.int32)
         return np.repeat(labels, [count for _, count in runs])
 

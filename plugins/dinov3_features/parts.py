@@ -50,7 +50,7 @@ class Skipped:
 
 
 @frozen
-class Plan:
+class PartPlan:
     """How a dataset is cut into parts; what every part of a run has to agree with."""
 
     images: int
@@ -59,7 +59,7 @@ class Plan:
     weights: str  # a digest of the backbone
 
     @classmethod
-    def of(cls, dataset: Dataset, rows_per_part: int, weights: str) -> Plan:
+    def of(cls, dataset: Dataset, rows_per_part: int, weights: str) -> PartPlan:
         """``weights`` is the :func:`digest` of the backbone."""
         names = hashlib.sha256()
         for index in range(len(dataset)):
@@ -87,7 +87,7 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
 class PartStore:
     """The parts below an output folder."""
 
-    def __init__(self, output_dir: Path, plan: Plan) -> None:
+    def __init__(self, output_dir: Path, plan: PartPlan) -> None:
         self.folder, self.plan = output_dir / FOLDER, plan
 
     def prepare(self) -> None:

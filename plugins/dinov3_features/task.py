@@ -12,10 +12,10 @@ from dinov3_features.check import Estimate, Look, mib, output_shapes, problems
 from dinov3_features.configs import FeaturesTaskConfig
 from dinov3_features.loop import DTYPES, Extraction, extract_parts
 from dinov3_features.merge import Summary, merge, summarise, write_tables
-from dinov3_features.parts import FOLDER, PartStore, Plan, digest
+from dinov3_features.parts import FOLDER, PartPlan, PartStore, digest
 from dinov3_features.placing import placed_subject
 from dinov3_framework.contracts.data import Dataset
-from dinov3_framework.contracts.running import Report, Task
+from dinov3_framework.contracts.running import Plan, Task
 from dinov3_framework.data.fit import ImageFit
 from dinov3_framework.data.tokens import TokenReader
 from dinov3_framework.errors import DataError, RecipeError
@@ -37,7 +37,7 @@ class FeaturesTask(Task):
         self.config, self.registry = config, registry
 
     # ------------------------------------------------------------------ checking
-    def check(self, world_size: int) -> Report:
+    def check(self, world_size: int) -> Plan:
         config = self.config
         subject = Subject.described(config, self.registry)
         fit = self._fit(subject)
@@ -59,7 +59,7 @@ class FeaturesTask(Task):
             features = self._feature_rows(reader, fit, look, len(dataset))
         parameters = sum(parameter.numel() for parameter in subject.backbone.parameters())
         sharded = f"sharded over {world_size}" if config.sharded else "whole in each process"
-        return Report(
+        return Plan(
             {
                 "backbone": [*subject.origin, ("parameters", f"{parameters:,}, {sharded}")],
                 "images": [*images, ("fit", f"{config.fit}, {_size_text(fit)}")],
@@ -98,7 +98,7 @@ class FeaturesTask(Task):
         ]
 
     # ------------------------------------------------------------------ running
-    def run(self, output_dir: Path) -> None:
+    def run(self, output_dir: Path, plan: Plan | None = None) -> None:
         try:
             self._run(output_dir)
         except RankFailure as failure:
@@ -190,7 +190,7 @@ class FeaturesTask(Task):
 
     # ------------------------------------------------------------------ parts of it
     def _prepared(self, output_dir: Path, dataset: Dataset, weights: str) -> PartStore:
-        plan = Plan.of(dataset, self.config.rows_per_part, weights)
+        plan = PartPlan.of(dataset, self.config.rows_per_part, weights)
         store = PartStore(output_dir, plan)
         store.prepare()
         return store

@@ -73,7 +73,9 @@ class Figures(Observer):
 
     # ------------------------------------------------------------------ crops
     def _crops(self, run: Run) -> Figure:
-        return crops_figure(run.sample_batch(self.config.images), run.images, run.patch_size)
+        return crops_figure(
+            run.sample_batch(self.config.images), run.images, run.model().backbone.patch_size
+        )
 
     # ------------------------------------------------------------------ patch features
     def _draw_patch_pca(self, run: Run) -> None:
@@ -133,7 +135,7 @@ def _features(run: Run, images: Tensor, upscale: int, path: Path) -> dict[int, T
 
     Called on every process; the colours are left to the one that draws.
     """
-    backbone, seen = run.teacher_backbone(), normalize(images.to(run.device), run.images)
+    backbone, seen = run.model().backbone, normalize(images.to(run.device), run.images)
     features: dict[int, Tensor] = {}
     for scale in sorted({1, upscale}):
         try:
@@ -180,3 +182,8 @@ def _warn(path: Path, reason: str) -> None:
 
 def _say(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+def _patch(run: Run) -> int:
+    patch: int = run.model().backbone.patch_size
+    return patch

@@ -21,10 +21,10 @@ from dinov3_framework import (
     DataError,
     Dataset,
     OutputError,
+    Plan,
     Problem,
     RecipeError,
     Registry,
-    Report,
     Subject,
     Task,
 )
@@ -44,7 +44,7 @@ class Visualize(Task):
     def __init__(self, config: VisualizeConfig, *, registry: Registry) -> None:
         self.config, self.registry = config, registry
 
-    def check(self, world_size: int) -> Report:
+    def check(self, world_size: int) -> Plan:
         config = self.config
         subject = Subject.described(config, self.registry)
         _raise(_problems(config, subject))
@@ -59,7 +59,7 @@ class Visualize(Task):
             missing.append(str(error))
         else:
             data = [("dataset", dataset.describe()), ("images", f"{len(choice):,}")]
-        return Report(
+        return Plan(
             {
                 "backbone": [*subject.origin, ("parameters", f"{parameters:,}")],
                 "data": [*data, ("size", self._size(subject))],
@@ -73,7 +73,7 @@ class Visualize(Task):
             missing,
         )
 
-    def run(self, output_dir: Path) -> None:
+    def run(self, output_dir: Path, plan: Plan | None = None) -> None:
         config = self.config
         subject = Subject.opened(config, self.registry)
         _raise(_problems(config, subject))

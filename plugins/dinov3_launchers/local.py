@@ -7,14 +7,16 @@ import logging
 import signal
 import sys
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from attrs import frozen
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from dinov3_framework import ExitCode, Job, Launcher
+from dinov3_framework import ExitCode, Job, JobHandle, Launcher, Resources
 from dinov3_launchers import LocalConfig
 
 # Exit codes by which a process says that it has explained itself.
@@ -32,11 +34,17 @@ class LocalLauncher(Launcher):
             return self.config.processes
         return max(torch.cuda.device_count(), 1)
 
-    def describe(self) -> str:
+    def preview(self, job: Job, resources: Resources | None = None) -> str:
         count = self.world_size()
         return "this process" if count == 1 else f"{count} processes of this machine (torchrun)"
 
+    def submit(
+        self, job: Job, resources: Resources | None = None, *, after: Sequence[JobHandle] = ()
+    ) -> JobHandle:
+        return _LocalJob(self, job, after)
+
     def launch(self, job: Job) -> int:
+        """Run a job to its end; its exit code."""
         if self.world_size() == 1:
             return job.run()
         # Its warnings repeat in a page what one line of ours says.
@@ -67,6 +75,21 @@ class LocalLauncher(Launcher):
             signals_to_handle="SIGTERM,SIGINT,SIGUSR2",
             **{key: value for key, value in optional.items() if key in known},
         )
+
+
+@frozen
+class _LocalJob(JobHandle):
+    """A job that runs while somebody waits for it."""
+
+    launcher: LocalLauncher
+    job: Job
+    after: Sequence[JobHandle]
+
+    def wait(self) -> int:
+        for earlier in self.after:
+            if code := earlier.wait():
+                return code
+        return self.launcher.launch(self.job)
 
 
 def _exit_code(failed: ChildFailedError) -> int:

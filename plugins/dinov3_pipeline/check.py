@@ -14,7 +14,7 @@ from pathlib import Path
 from attrs import define, field
 
 from dinov3_framework.configs import replace
-from dinov3_framework.contracts.running import Report, Task
+from dinov3_framework.contracts.running import Plan, Task
 from dinov3_framework.errors import Problem, RecipeError, UserError, suggest
 from dinov3_framework.kinds import TaskConfig
 from dinov3_framework.recipes.toml_text import KeyPath, dotted
@@ -29,7 +29,7 @@ _NAME = re.compile(r"\w[\w-]*")
 
 def check_pipeline(
     config: PipelineConfig, registry: Registry, output_dir: Path, world_size: int
-) -> Report:
+) -> Plan:
     """What the stages say of themselves; raises ``RecipeError`` with the mistakes of all of them.
 
     Nothing is written into ``output_dir``.
@@ -41,7 +41,7 @@ def check_pipeline(
             check.stage(name)
         if check.problems:
             raise RecipeError(check.problems)
-        return Report({"stages": check.rows} | check.sections, check.missing)
+        return Plan({"stages": check.rows} | check.sections, check.missing)
 
 
 # ---------------------------------------------------------------------- the chain as such
@@ -193,7 +193,7 @@ class _Check:
         folder = self.temporary / name
         folder.mkdir()
         try:
-            made = task.stand_in(folder)
+            made = task.write_expected_artifacts(folder)
         except UserError:  # of a recipe whose mistakes have just been told
             made = False
         if made:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dinov3_framework.contracts.running import Report, Task
+from dinov3_framework.contracts.running import Plan, Task
 from dinov3_framework.kinds import InnerRun
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
@@ -38,11 +38,11 @@ class Pipeline(Task):
     def __init__(self, config: PipelineConfig, *, registry: Registry) -> None:
         self.config, self.registry = config, registry
 
-    def check(self, world_size: int) -> Report:
+    def check(self, world_size: int) -> Plan:
         output_dir = Path(self.config.output_dir or "runs")
         return check_pipeline(self.config, self.registry, output_dir, world_size)
 
-    def run(self, output_dir: Path) -> None:
+    def run(self, output_dir: Path, plan: Plan | None = None) -> None:
         runs = self.config.inner_runs(output_dir)
         with LateSignal() as late:
             for number, run in enumerate(runs, 1):

@@ -26,7 +26,6 @@ from dinov3_framework.weights.hub import published_file
 from dinov3_framework.weights.info import BackboneInfo
 from dinov3_framework.weights.opening import open_backbone
 from dinov3_framework.weights.recognition import built
-from dinov3_ssl.teaching import Teaching
 
 
 @frozen
@@ -51,15 +50,6 @@ class FrozenWeights:
         told.append(("backbone", f"{self.info.component}, {parameters:,} parameters"))
         told += [(k, v) for k, v in self.info.provenance.items() if k != "format"]
         return told
-
-
-@frozen
-class FrozenTeacher:
-    """A placed teacher that does not learn: what it teaches, with which networks."""
-
-    teaching: Teaching
-    networks: nn.ModuleDict  # its backbone and projectors
-    weights: FrozenWeights
 
 
 def described(
@@ -165,3 +155,15 @@ def fingerprint(network: nn.Module) -> float:
         size = parameter.detach().abs().sum(dtype=torch.float64)
         total += (size.full_tensor() if isinstance(size, DTensor) else size).cpu()
     return float(total)
+
+
+_CLOSE = 1e-5  # relative difference of fingerprints that rounding explains
+
+
+def require_same(before: float, now: float, weights: str) -> None:
+    """Raise ``CheckpointError`` where a fingerprint is not what it was."""
+    if abs(before - now) > _CLOSE * abs(before):
+        raise CheckpointError(
+            f"{weights} is not the teacher that this run has learnt from: bring that one back, or "
+            "start in another output folder"
+        )

@@ -23,7 +23,7 @@ from dinov3_framework.weights.filling import initial_values
 from dinov3_framework.weights.matching import Match, match, patterns_for
 from dinov3_framework.weights.opening import open_backbone
 from dinov3_framework.weights.recognition import BACKBONE, Recognised, built
-from dinov3_ssl.configs import InitFromConfig, TrainingConfig, resolved_backbone
+from dinov3_ssl.configs import InitFromConfig, StudentTrainingConfig, resolved_backbone
 from dinov3_ssl.init_check import image_problems, setting_problems
 from dinov3_ssl.networks import Blueprint
 
@@ -128,7 +128,7 @@ def _is_finite(tensor: Tensor) -> bool:
 # --------------------------------------------------------------------------- opening
 @contextmanager
 def open_weights(
-    config: TrainingConfig, blueprint: Blueprint, registry: Registry
+    config: StudentTrainingConfig, blueprint: Blueprint, registry: Registry
 ) -> Iterator[InitialWeights]:
     """The weights of ``[init_from]``, compared with the run's networks.
 
@@ -164,7 +164,7 @@ def open_weights(
 
 
 def _opened(
-    stack: ExitStack, config: TrainingConfig, init: InitFromConfig, registry: Registry
+    stack: ExitStack, config: StudentTrainingConfig, init: InitFromConfig, registry: Registry
 ) -> Recognised:
     try:
         opened = open_backbone(
@@ -185,7 +185,7 @@ def _opened(
     return stack.enter_context(opened)
 
 
-def _unusable(error: CheckpointError, config: TrainingConfig) -> Problem:
+def _unusable(error: CheckpointError, config: StudentTrainingConfig) -> Problem:
     hint = ""
     if config.images.channels != 3:
         hint = (

@@ -39,7 +39,7 @@ class Memory(Dataset):
         image = self.images[index]
         if image is None:
             raise CorruptSampleError(f"image {index}", "half of it is missing")
-        return Sample(image, self.labels[index])
+        return Sample(image, {"label": self.labels[index]})
 
 
 def grey_images(count: int, seed: int = 0, size: int = 4) -> list[Tensor | None]:
@@ -115,7 +115,7 @@ class Clusters(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:
-        return Sample(self.images[index], self.labels[index] if self.labelled else None)
+        return Sample(self.images[index], {"label": self.labels[index]} if self.labelled else {})
 
     def describe(self) -> str:
         return f"clusters, {len(self)} images"

@@ -269,7 +269,9 @@ class SoundDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         if index % 3 == 2:
             raise CorruptSampleError(f"image {index}", "as every third")
-        return Sample(torch.full((self.channels, 5, 6), index, dtype=torch.uint8), index % 4)
+        return Sample(
+            torch.full((self.channels, 5, 6), index, dtype=torch.uint8), {"label": index % 4}
+        )
 
 
 class Empty(SoundDataset):
@@ -294,12 +296,12 @@ class Grey(SoundDataset):
 
 class TensorLabel(SoundDataset):
     def __getitem__(self, index: int) -> Sample:
-        return Sample(super().__getitem__(index).image, torch.tensor(1))  # type: ignore[arg-type]
+        return Sample(super().__getitem__(index).image, {"label": torch.tensor(1)})
 
 
 class HighLabel(SoundDataset):
     def __getitem__(self, index: int) -> Sample:
-        return Sample(super().__getitem__(index).image, 4)
+        return Sample(super().__getitem__(index).image, {"label": 4})
 
 
 class Tuples(SoundDataset):

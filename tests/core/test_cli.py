@@ -13,7 +13,7 @@ import tomli
 from attrs import define, evolve, field
 from toy_configs import HereConfig, ToyConfig
 
-from dinov3_framework import DataError, ExitCode, Registry, Report, __version__
+from dinov3_framework import DataError, ExitCode, Plan, Registry, __version__
 from dinov3_framework.cli import main
 from dinov3_framework.contracts.running import Job
 from dinov3_framework.errors import DivergenceError, StopRequested
@@ -48,11 +48,11 @@ def trace(registry: Registry, write: Write, monkeypatch: pytest.MonkeyPatch) -> 
     trace = Trace()
 
     class Task:
-        def check(self, world: int) -> Report:
+        def check(self, world: int) -> Plan:
             trace.worlds.append(world)
             if trace.check_error:
                 raise trace.check_error
-            return Report({"model": [("parameters", "1,234"), ("width", "8")], "empty": []})
+            return Plan({"model": [("parameters", "1,234"), ("width", "8")], "empty": []})
 
     class Launcher:
         def __init__(self, config: HereConfig) -> None:

@@ -17,8 +17,8 @@ from dinov3_framework import (
     LauncherConfig,
     Observer,
     ObserverConfig,
+    Plan,
     Registry,
-    Report,
     Run,
     StepRecord,
     Task,
@@ -91,19 +91,19 @@ class SoundObserver(Observer):
 
     def on_end(self, run: Run) -> Mapping[str, Any]:
         crops = run.sample_batch(2)["global"]
-        tokens = run.teacher_backbone()(crops[0].float())
-        same = torch.equal(tokens, run.initial_backbone()(crops[0].float()))
+        tokens = run.model().backbone(crops[0].float())
+        same = torch.equal(tokens, run.initial_model().backbone(crops[0].float()))
         return {"rows": [{"differs": not same}]}
 
 
 class ChangesTeacher(SoundObserver):
     def on_start(self, run: Run, iteration: int) -> None:
-        next(run.teacher_backbone().parameters()).data.fill_(1)
+        next(run.model().backbone.parameters()).data.fill_(1)
 
 
 class LeavesTraining(SoundObserver):
     def on_start(self, run: Run, iteration: int) -> None:
-        run.teacher_backbone().train()
+        run.model().backbone.train()
 
 
 class WritesEverywhere(SoundObserver):
@@ -191,28 +191,28 @@ class SoundTask(Task):
     def __init__(self, config: ToyTaskConfig, *, registry: Registry) -> None:
         self.checks = 0
 
-    def check(self, world_size: int) -> Report:
-        return Report({"split": [("processes", str(world_size))]})
+    def check(self, world_size: int) -> Plan:
+        return Plan({"split": [("processes", str(world_size))]})
 
-    def run(self, output_dir: Path) -> None:
+    def run(self, output_dir: Path, plan: Plan | None = None) -> None:
         raise RuntimeError("a check must not run the task")
 
 
 class Litters(SoundTask):
-    def check(self, world_size: int) -> Report:
+    def check(self, world_size: int) -> Plan:
         Path("left_behind").touch()
         return super().check(world_size)
 
 
 class Wavers(SoundTask):
-    def check(self, world_size: int) -> Report:
+    def check(self, world_size: int) -> Plan:
         self.checks += 1
-        return Report({"checks": [("so far", str(self.checks))]})
+        return Plan({"checks": [("so far", str(self.checks))]})
 
 
 class Numbers(SoundTask):
-    def check(self, world_size: int) -> Report:
-        return Report({"split": [("processes", world_size)]})  # type: ignore[list-item]
+    def check(self, world_size: int) -> Plan:
+        return Plan({"split": [("processes", world_size)]})  # type: ignore[list-item]
 
 
 def test_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

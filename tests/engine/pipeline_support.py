@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from trainer_support import registry
 
-from dinov3_framework.contracts.running import Report
+from dinov3_framework.contracts.running import Plan
 from dinov3_framework.recipes.compose import compose
 from dinov3_framework.recipes.structure import structure_recipe
 
@@ -56,7 +56,7 @@ def chain_config(recipe: Path, *overrides: str) -> PipelineConfig:
     return config
 
 
-def checked(recipe: Path, *overrides: str, world_size: int = 1) -> Report:
+def checked(recipe: Path, *overrides: str, world_size: int = 1) -> Plan:
     """What the check says of a chain that writes beside its recipe."""
     overrides = (*overrides, f'output_dir="{recipe.parent}/out"')
     config = chain_config(recipe, *overrides)

@@ -46,7 +46,7 @@ def test_the_teacher_begins_with_the_features_of_its_source(kind: str, tmp_path:
         assert torch.equal(features(networks.teacher["backbone"]), expected)
         assert torch.equal(features(networks.student["backbone"]), expected)
         assert torch.equal(features(networks.anchors["gram"]), expected)
-        initial = ours.run.initial_backbone()
+        initial = ours.run.initial_model().backbone
         assert torch.equal(features(initial), expected)
         assert not initial.training
         assert not any(parameter.requires_grad for parameter in initial.parameters())
@@ -54,13 +54,13 @@ def test_the_teacher_begins_with_the_features_of_its_source(kind: str, tmp_path:
         assert not networks.teacher.training
         steps(ours, 2)
         assert not torch.equal(features(networks.teacher["backbone"]), expected)
-        assert torch.equal(features(ours.run.initial_backbone()), expected)
+        assert torch.equal(features(ours.run.initial_model().backbone), expected)
 
 
 def test_a_run_without_it_still_begins_at_random(tmp_path: Path) -> None:
     with trainer(tmp_path) as ours:
         drawn = ours.networks.initial_backbone().state_dict()
-        assert_same(ours.run.initial_backbone().state_dict(), drawn)
+        assert_same(ours.run.initial_model().backbone.state_dict(), drawn)
         assert_same(dict(ours.networks.teacher["backbone"].state_dict()), drawn)
         assert not (tmp_path / "exports").exists()
 
@@ -75,7 +75,7 @@ def test_into_one_network_alone(into: str, tmp_path: Path) -> None:
         assert_same(whole(networks[into]["backbone"]), vit().state_dict())
         assert_same(whole(other["backbone"]), drawn)
         assert_same(whole(other["dino_head"]), whole(networks[into]["dino_head"]))
-        initial = ours.run.initial_backbone().state_dict()
+        initial = ours.run.initial_model().backbone.state_dict()
         assert_same(initial, drawn if into == "student" else vit().state_dict())
 
 
@@ -119,7 +119,7 @@ def test_new_tensors_are_drawn_and_the_rest_is_loaded(tmp_path: Path) -> None:
         with trainer(tmp_path / name, *overrides) as ours:
             found.append(whole(ours.networks.teacher["backbone"]))
             assert_same(whole(ours.networks.student["backbone"]), found[-1])
-            assert_same(ours.run.initial_backbone().state_dict(), found[-1])
+            assert_same(ours.run.initial_model().backbone.state_dict(), found[-1])
     tokens = [state.pop("storage_tokens") for state in found]
     assert tokens[0].std() == pytest.approx(0.02, rel=0.5)
     assert torch.equal(tokens[0], tokens[1])
@@ -167,7 +167,7 @@ def test_sharded_in_bfloat16(tmp_path: Path) -> None:
         assert all(isinstance(parameter, DTensor) for parameter in parameters)
         assert_same(whole(networks.teacher["backbone"]), vit().state_dict())
         assert_same(whole(networks.student["backbone"]), vit().state_dict())
-        assert_same(ours.run.initial_backbone().state_dict(), vit().state_dict())
+        assert_same(ours.run.initial_model().backbone.state_dict(), vit().state_dict())
 
 
 def test_weights_in_bfloat16_become_float32(tmp_path: Path) -> None:

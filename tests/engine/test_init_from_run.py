@@ -29,7 +29,7 @@ def test_a_resumed_run_does_not_read_the_weights(tmp_path: Path) -> None:
         assert resumed.done == 1
         assert_same(snapshot(resumed), before)
         assert steps(resumed, 1) == expected
-        assert torch.equal(features(resumed.run.initial_backbone()), features(vit()))
+        assert torch.equal(features(resumed.run.initial_model().backbone), features(vit()))
         assert resumed.origin["init_from"] == str(path)
     report = pretrain(*overrides, f"output_dir={json.dumps(str(output))}").check(1)
     (row,) = report.sections["init_from"]

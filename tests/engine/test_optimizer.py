@@ -11,7 +11,7 @@ from torch import nn
 from trainer_support import registry
 
 from dinov3_framework import Backbone, Constant, Cosine
-from dinov3_framework.training import OptimizerConfig
+from dinov3_framework.kinds import OptimizerConfig
 from dinov3_framework.training.optimizer import Optimizer, lr_factor, parameter_settings
 
 

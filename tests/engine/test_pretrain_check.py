@@ -10,17 +10,17 @@ import pytest
 from run_support import TINY, environment
 from trainer_support import NO_LOSSES, pretrain, tiny_config
 
-from dinov3_framework import RecipeError, Report
+from dinov3_framework import Plan, RecipeError
 from dinov3_framework.cli import main
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-def check(*overrides: str, world: int = 1) -> Report:
+def check(*overrides: str, world: int = 1) -> Plan:
     return pretrain(*overrides).check(world)
 
 
-def row(report: Report, section: str, label: str) -> str:
+def row(report: Plan, section: str, label: str) -> str:
     return dict(report.sections[section])[label]
 
 

@@ -26,7 +26,7 @@ GRAM = (
 def stand_in(tmp_path: Path) -> Path:
     folder = tmp_path / "stand_in"
     folder.mkdir()
-    assert pretrain(*GRAM).stand_in(folder)
+    assert pretrain(*GRAM).write_expected_artifacts(folder)
     return folder
 
 

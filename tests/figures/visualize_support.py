@@ -122,7 +122,7 @@ class Scenes(Dataset):
         shape = (self.channels, height, width)
         image = torch.randint(0, 20, shape, generator=generator, dtype=torch.uint8)
         image[:, SQUARE, SQUARE] += 180
-        return Sample(image if self.config.bright else 255 - image, index % 2)
+        return Sample(image if self.config.bright else 255 - image, {"label": index % 2})
 
 
 def registry() -> Registry:

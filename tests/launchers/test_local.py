@@ -46,7 +46,7 @@ def test_how_many(
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     assert launcher(processes).world_size() == world
-    assert launcher(processes).describe() == words
+    assert launcher(processes).preview(None) == words
 
 
 @pytest.mark.parametrize("code", [0, 2, 75])
