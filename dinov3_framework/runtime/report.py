@@ -126,9 +126,9 @@ style-src 'unsafe-inline'{{ "; script-src 'unsafe-inline'" if script }}">
 </ol></nav>
 {% endif %}
 {% for section in sections %}
-<section{% for key, value in section.data.items() %} data-{{ key }}="{{ value }}"{% endfor %}>
+<section id="section-{{ loop.index }}"{% for key, value in section.data.items() %} data-{{ key }}="{{ value }}"{% endfor %}>
 {% if section.title %}
-<h2 id="section-{{ loop.index }}">{{ section.title }} <small>{{ section.note }}</small></h2>
+<h2>{{ section.title }} <small>{{ section.note }}</small></h2>
 {% endif %}
 {% for block in section.blocks %}
 {% if kind(block) == "text" %}
@@ -187,7 +187,7 @@ table { border-collapse: collapse; margin: 8px 0; font-variant-numeric: tabular-
 th, td { border-bottom: 1px solid var(--faint); padding: 2px 16px 2px 0; text-align: left; }
 .images { display: flex; flex-wrap: wrap; gap: 16px; margin-top: 10px; align-items: flex-start; }
 figure { margin: 0; max-width: 100%; }
-.frame { position: relative; max-width: 100%; background: #eee; overflow: hidden; }
+.frame { position: relative; max-width: 100%; background: #eee; }
 .frame > img, .frame > canvas { display: block; width: 100%; height: 100%; }
 .crisp { image-rendering: pixelated; }
 figcaption { font-size: 13px; line-height: 1.35; margin-top: 4px; }

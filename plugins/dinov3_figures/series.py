@@ -1,9 +1,10 @@
-"""The figures of ``metrics.jsonl`` as series, and which of them belong into one panel."""
+"""The metrics of ``metrics.jsonl`` as series, and which of them belong into one panel."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +13,23 @@ import numpy as np
 
 Array = np.ndarray
 
-# Panels of known figures: title, unit, and the schedules among them drawn without smoothing.
-_KNOWN = {
-    "lr": ("Learning rate", ""),
-    "last_layer_lr": ("Learning rate", ""),
-    "weight_decay": ("Weight decay", ""),
-    "momentum": ("Teacher momentum", ""),
-    "images_per_second": ("Throughput", "images/s"),
-    "data_wait": ("Time of an iteration", "s"),
-    "time/teacher": ("Time of an iteration", "s"),
-    "time/student": ("Time of an iteration", "s"),
-    "time/loss": ("Time of an iteration", "s"),
-    "time/backward": ("Time of an iteration", "s"),
-    "time/optimizer": ("Time of an iteration", "s"),
-}
-_EXACT = ("Learning rate", "Weight decay", "Teacher momentum", "Loss weights")
-_SIMILAR = 20.0  # figures of a loss this many times larger or smaller get a panel of their own
+# Panels of known metrics: title, unit, patterns of names, whether drawn without smoothing.
+_KNOWN = (
+    ("k-NN accuracy", "%", "*knn@*", True),
+    ("Gradient norm", "before clipping", "gradient_norm/*", False),
+    ("Loss weights", "", "*/weight", True),
+    ("Learning rate", "", "lr last_layer_lr", True),
+    ("Weight decay", "", "weight_decay", True),
+    ("Teacher momentum", "", "momentum", True),
+    ("Throughput", "images/s", "images_per_second", False),
+    ("Time of an iteration", "s", "data_wait time/*", False),
+)
+_SIMILAR = 20.0  # metrics of a loss this many times larger or smaller get a panel of their own
 
 
 @attrs.frozen(eq=False)
 class Series:
-    """One figure over the run: iterations [n] and values [n], NaN where it was not finite."""
+    """One metric over the run: iterations [n] and values [n], NaN where it was not finite."""
 
     iterations: Array
     values: Array
@@ -41,6 +38,10 @@ class Series:
     def finite(self) -> Array:
         known: Array = self.values[np.isfinite(self.values)]
         return known
+
+    @property
+    def size(self) -> float:
+        return float(np.median(np.abs(self.finite))) if len(self.finite) else 0.0
 
 
 @attrs.frozen
@@ -64,91 +65,56 @@ class Panel:
 
 
 def read_series(path: Path) -> dict[str, Series]:
-    """Every figure of a ``metrics.jsonl`` by name; {} where there is no file or no line.
+    """Every metric of a ``metrics.jsonl`` by name; {} where there is no file or no line.
 
-    null stands for a figure that was not finite. A line that is no JSON object with an iteration
+    null stands for a number that was not finite. A line that is no JSON object with an iteration
     (the last one of a run that was killed) is left out, and so is what is no number.
     """
     points: dict[str, list[tuple[int, float]]] = {}
-    for line in _lines(path):
-        iteration = line.pop("iteration")
-        for name, value in line.items():
-            if value is None or _is_number(value):
-                number = float("nan") if value is None else float(value)
-                points.setdefault(name, []).append((iteration, number))
-    return {name: _series(pairs) for name, pairs in points.items()}
-
-
-def _lines(path: Path) -> Iterable[dict[str, Any]]:
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8") as file:
-        for text in file:
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(line, dict) and _is_number(line.get("iteration")):
-                yield line
+    for text in path.read_text("utf-8", "replace").splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(line, dict) and _is_number(iteration := line.pop("iteration", None)):
+            for name, value in line.items():
+                if value is None or _is_number(value):
+                    number = float("nan") if value is None else float(value)
+                    points.setdefault(name, []).append((iteration, number))
+    return {name: Series(*map(np.array, zip(*at, strict=True))) for name, at in points.items()}
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _series(pairs: list[tuple[int, float]]) -> Series:
-    iterations, values = zip(*pairs, strict=True)
-    return Series(np.array(iterations, dtype=np.int64), np.array(values, dtype=np.float64))
-
-
 def panels(series: Mapping[str, Series]) -> list[Panel]:
-    """The panels in the order in which one looks at a run: objective, k-NN, norms, the rest."""
+    """The panels in the order in which one looks at a run: losses, known metrics, the rest."""
     losses = [name for name in series if f"{name}/weight" in series]
+    weights = {f"{loss}/weight" for loss in losses}
+    constant = {name for name in weights if len(np.unique(series[name].finite)) <= 1}
+    left = [name for name in series if name not in constant]
     found: list[Panel] = []
+
+    def add(title: str, unit: str, names: list[str], exact: bool = False) -> None:
+        if names:
+            found.append(Panel(title, unit, tuple(names), exact))
+            left[:] = [name for name in left if name not in names]
+
     if "loss" in series:
-        found.append(Panel("Total loss", "", ("loss",)))
+        add("Total loss", "", ["loss"])
     for loss in losses:
-        found += _loss_panels(loss, series)
-    nearest = [name for name in series if "knn@" in name]
-    norms = [name for name in series if name.startswith("gradient_norm/")]
-    weights = [f"{loss}/weight" for loss in losses if _moves(series[f"{loss}/weight"])]
-    if nearest:
-        found.append(Panel("k-NN accuracy", "%", tuple(nearest), exact=True))
-    if norms:
-        found.append(Panel("Gradient norm", "before clipping", tuple(norms)))
-    if weights:
-        found.append(Panel("Loss weights", "", tuple(weights), exact=True))
-    found += _known_panels(series)
-    taken = {name for panel in found for name in panel.names}
-    taken |= {f"{loss}/weight" for loss in losses}
-    return found + [Panel(name, "", (name,)) for name in series if name not in taken]
-
-
-def _loss_panels(loss: str, series: Mapping[str, Series]) -> list[Panel]:
-    """A loss with the metrics of its size; the others each in a panel of their own."""
-    parts = [n for n in series if n.startswith(f"{loss}/") and n != f"{loss}/weight"]
-    size = _size(series[loss]) if loss in series else 0.0
-    together = [n for n in parts if size / _SIMILAR <= _size(series[n]) <= size * _SIMILAR]
-    apart = [Panel(name, "", (name,)) for name in parts if name not in together]
-    if loss not in series:
-        return apart
-    return [Panel(f"Loss “{loss}”", "before its weight", (loss, *together)), *apart]
-
-
-def _known_panels(series: Mapping[str, Series]) -> list[Panel]:
-    grouped: dict[tuple[str, str], list[str]] = {}
-    for name, panel in _KNOWN.items():
-        if name in series:
-            grouped.setdefault(panel, []).append(name)
-    return [
-        Panel(title, unit, tuple(names), exact=title in _EXACT)
-        for (title, unit), names in grouped.items()
-    ]
-
-
-def _size(series: Series) -> float:
-    return float(np.median(np.abs(series.finite))) if len(series.finite) else 0.0
-
-
-def _moves(series: Series) -> bool:
-    return len(np.unique(series.finite)) > 1
+        # With the metrics of its size; the others each have a panel of their own.
+        size = series[loss].size
+        parts = [name for name in left if name.startswith(f"{loss}/") and name not in weights]
+        near = [n for n in parts if size / _SIMILAR <= series[n].size <= size * _SIMILAR]
+        add(f"Loss “{loss}”", "before its weight", [loss, *near])
+        for name in parts:
+            if name not in near:
+                add(name, "", [name])
+    for title, unit, patterns, exact in _KNOWN:
+        every = [n for pattern in patterns.split() for n in left if fnmatchcase(n, pattern)]
+        add(title, unit, every, exact)
+    for name in list(left):
+        add(name, "", [name])
+    return found

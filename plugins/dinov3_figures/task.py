@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dinov3_figures.canvas import save_png, whole_file
 from dinov3_figures.configs import VisualizeConfig
-from dinov3_figures.visualize_images import Seen, choose, look
-from dinov3_figures.visualize_maps import Codes, Maps, encode, maps_of
-from dinov3_figures.visualize_page import Entry, page
-from dinov3_figures.visualize_panels import Shown, overview, panel
-from dinov3_figures.visualize_tiles import tiles_of
+from dinov3_figures.images import Seen, choose, look
+from dinov3_figures.maps import encode, maps_of
+from dinov3_figures.page import Shown, write_page
+from dinov3_figures.sheet import save_png
+from dinov3_figures.tiles import overview, panel, tiles_of
 from dinov3_framework import (
     Backbone,
     DataError,
     Dataset,
-    OutputError,
     Plan,
     Problem,
     RecipeError,
     Registry,
     Subject,
     Task,
+    write_results,
 )
 from dinov3_framework.runtime import collectives
 
-log = logging.getLogger("dinov3_framework.figures")
+log = logging.getLogger("dinov3_framework.plots")
 
 _DIMS = 32  # numbers a patch in the page
 _LONGEST_NAME = 100  # letters of a picture's file name
 _LONGEST_TAIL = 60  # and of the weights' path in a caption
-_OVERVIEW = "overview"
 
 
 class Visualize(Task):
@@ -47,25 +44,22 @@ class Visualize(Task):
     def check(self, world_size: int) -> Plan:
         config = self.config
         subject = Subject.described(config, self.registry)
-        _raise(_problems(config, subject))
-        backbone = subject.backbone
-        parameters = sum(parameter.numel() for parameter in backbone.parameters())
-        data: list[tuple[str, str]] = []
-        missing: list[str] = []
+        _refuse_problems(config, subject.backbone)
+        parameters = sum(parameter.numel() for parameter in subject.backbone.parameters())
+        data, missing = [("size", self._size(subject))], []
         try:
-            dataset = self._dataset(subject)
-            choice = choose(dataset, config.names, config.count)
+            dataset, choice = self._choice(subject)
         except DataError as error:
             missing.append(str(error))
         else:
-            data = [("dataset", dataset.describe()), ("images", f"{len(choice):,}")]
+            data = [("dataset", dataset.describe()), ("images", f"{len(choice):,}"), *data]
         return Plan(
             {
                 "backbone": [*subject.origin, ("parameters", f"{parameters:,}")],
-                "data": [*data, ("size", self._size(subject))],
+                "data": data,
                 "maps": [
                     ("maps", ", ".join(config.maps)),
-                    ("layer", _layer(config, backbone)),
+                    ("layer", _layer(config, subject.backbone)),
                     ("principal components", f"of {_extent(config)}"),
                     ("processes", str(world_size)),
                 ],
@@ -74,73 +68,62 @@ class Visualize(Task):
         )
 
     def run(self, output_dir: Path, plan: Plan | None = None) -> None:
-        config = self.config
-        subject = Subject.opened(config, self.registry)
-        _raise(_problems(config, subject))
-        dataset = self._dataset(subject)
-        choice = choose(dataset, config.names, config.count)
-        seen = look(subject, dataset, choice, config)
-        if not collectives.is_main():
-            return
-        try:
+        subject = Subject.opened(self.config, self.registry)
+        _refuse_problems(self.config, subject.backbone)
+        dataset, choice = self._choice(subject)
+        seen = look(subject, dataset, choice, self.config)
+        if collectives.is_main():
             self._write(output_dir, subject, dataset, seen)
-        except OSError as error:
-            raise OutputError(
-                f"{error.filename or output_dir} cannot be written: {error.strerror or error}"
-            ) from error
 
-    def _dataset(self, subject: Subject) -> Dataset:
-        dataset: Dataset = self.registry.build(
-            self.config.dataset, channels=subject.images.channels
-        )
-        return dataset
+    def _choice(self, subject: Subject) -> tuple[Dataset, list[Sequence[int]]]:
+        config = self.config
+        dataset = self.registry.build(config.dataset, channels=subject.images.channels)
+        return dataset, choose(dataset, config.names, config.count)
 
     def _size(self, subject: Subject) -> str:
         size = self.config.size or subject.size
-        patch = subject.backbone.patch_size
         length = f"{self.config.side} side {size} px" if size else "as they are"
-        return f"{length}, rounded to patches of {patch} px"
+        return f"{length}, rounded to patches of {subject.backbone.patch_size} px"
 
     # ------------------------------------------------------------------ files
     def _write(
         self, output_dir: Path, subject: Subject, dataset: Dataset, seen: Sequence[Seen]
     ) -> None:
-        """All files; results.json, which says that they are complete, last."""
-        maps = maps_of([each.features for each in seen], self.config)
+        """Write all files; results.json, which completes the run, last."""
+        config = self.config
+        maps = maps_of([each.features for each in seen], config)
+        similar = "similarity" in config.maps
+        stems = file_stems([each.name for each in seen], taken=["overview"])
         every = [
             Shown(
-                each.name,
-                each.label,
+                each,
                 found,
-                tiles_of(each, found, subject.images, self.config.maps),
+                tiles_of(each, found, subject.images, config.maps),
+                encode(each.features, _DIMS) if similar else None,
+                f"figures/{stem}.png",
             )
-            for each, found in zip(seen, maps, strict=True)
+            for each, found, stem in zip(seen, maps, stems, strict=True)
         ]
-        codes = [self._codes(each) for each in seen]
-        stems = file_stems([each.name for each in seen], taken=[_OVERVIEW])
-        figures = [f"figures/{stem}.png" for stem in stems]
-        caption = f"{_tail(subject.name)}, layer {_layer(self.config, subject.backbone)}"
-        for shown, figure in zip(every, figures, strict=True):
-            save_png(panel(shown, caption), output_dir / figure)
-        note = f"{caption}; principal components of {_extent(self.config)}"
-        save_png(overview(every, "Patch features", note), output_dir / f"figures/{_OVERVIEW}.png")
+        caption = f"{_tail(subject.name)}, layer {_layer(config, subject.backbone)}"
+        for shown in every:
+            lowest = shown.maps.lowest if shown.maps.marks else None
+            picture = panel(shown.title, caption, shown.tiles, lowest)
+            save_png(picture, output_dir / shown.figure)
+        caption += f"; principal components of {_extent(config)}"
+        picture = overview(caption, [(shown.title, shown.tiles) for shown in every])
+        save_png(picture, output_dir / "figures/overview.png")
         facts = self._facts(subject, dataset, seen)
-        entries = [Entry(*parts) for parts in zip(every, figures, codes, strict=True)]
-        _save_text(page(entries, facts, self._notes(codes)), output_dir / "index.html")
-        images = [_row(*parts) for parts in zip(seen, maps, figures, codes, strict=True)]
+        write_page(output_dir / "index.html", facts, self._notes(every), every)
         results = {
             "task": "visualize",
             "backbone": dict(subject.origin),
             "dataset": dataset.describe(),
-            "layer": self.config.layer % subject.backbone.n_layers,
-            "pca": self.config.pca,
-            "images": images,
+            "layer": config.layer % subject.backbone.n_layers,
+            "pca": config.pca,
+            "images": [_row(shown) for shown in every],
         }
-        _save_text(json.dumps(results, indent=2) + "\n", output_dir / "results.json")
+        write_results(output_dir, results)
         log.info("%d images: %s", len(seen), output_dir / "index.html")
-
-    def _codes(self, seen: Seen) -> Codes | None:
-        return encode(seen.features, _DIMS) if "similarity" in self.config.maps else None
 
     def _facts(self, subject: Subject, dataset: Dataset, seen: Sequence[Seen]) -> dict[str, str]:
         columns, width = seen[0].features.shape[1:]
@@ -154,59 +137,46 @@ class Visualize(Task):
             "images": f"{len(seen):,}; {self._size(subject)}",
         }
 
-    def _notes(self, codes: Sequence[Codes | None]) -> list[str]:
+    def _notes(self, every: Sequence[Shown]) -> list[str]:
         """What the pictures mean."""
-        config = self.config
-        notes = []
-        if "pca" in config.maps:
-            notes.append(
-                "PCA: red, green and blue are the first three principal components of "
-                f"{_extent(config)}; per cent: their share of the variance."
-            )
-        if "foreground" in config.maps:
-            notes.append(
-                "PCA of foreground: patches on one side of a threshold of the first component, and "
-                "the principal components of these alone as colours. The side that is less at the "
-                "images' borders counts as the foreground."
-            )
-        errors = [each.error for each in codes if each is not None]
+        notes = {
+            "pca": "PCA: red, green and blue are the first three principal components of "
+            f"{_extent(self.config)}; percent: their share of the variance.",
+            "foreground": "PCA of foreground: patches on one side of a threshold of the first "
+            "component, and the principal components of these alone as colors. The side that is "
+            "less at the images' borders counts as the foreground.",
+        }
+        errors = [shown.codes.error for shown in every if shown.codes is not None]
         if errors:
-            notes.append(
+            notes["similarity"] = (
                 "Similarity to a marked patch: the cosine between its features and each patch's, "
                 "exact. Move over an image to see similarities to the patch under the pointer; "
                 "click to keep it, or move it with the arrow keys. These are approximate: computed "
                 f"in this page from {_DIMS} numbers of 8 bits a patch, they are off by "
                 f"{max(errors):.2g} (root mean square) in the worst of these images."
             )
-        return notes
+        return [note for name, note in notes.items() if name in self.config.maps]
 
 
 # --------------------------------------------------------------------------- checks
-def _problems(config: VisualizeConfig, subject: Subject) -> list[Problem]:
-    backbone = subject.backbone
+def _refuse_problems(config: VisualizeConfig, backbone: Backbone) -> None:
+    """Raise ``RecipeError`` for what this backbone cannot do."""
     layers, patch = backbone.n_layers, backbone.patch_size
     problems = []
     if config.size is not None and config.size < patch:
         message = f"{config.size} px is less than one patch of {patch} px"
         problems.append(Problem("size", message, f"take {16 * patch} px, say, for 16 patches"))
+    last_only = type(backbone).get_intermediate_layers is Backbone.get_intermediate_layers
     if not -layers <= config.layer < layers:
         message = f"is {config.layer}, the backbone has {layers:,}"
         hint = f"take one of 0 to {layers - 1}, or of -{layers} to -1"
         problems.append(Problem("layer", message, hint))
-    elif _gives_last_only(backbone) and config.layer % layers != layers - 1:
+    elif last_only and config.layer % layers != layers - 1:
         message = f"is {config.layer}, {type(backbone).__name__} gives its last layer alone"
         problems.append(Problem("layer", message, "leave it out"))
     if "similarity" in config.maps and not config.points and not config.typical:
         hint = 'give points or typical, or leave "similarity" out of maps'
         problems.append(Problem("points", "there is no patch to be similar to", hint))
-    return problems
-
-
-def _gives_last_only(backbone: Backbone) -> bool:
-    return type(backbone).get_intermediate_layers is Backbone.get_intermediate_layers
-
-
-def _raise(problems: Sequence[Problem]) -> None:
     if problems:
         raise RecipeError(problems)
 
@@ -226,39 +196,36 @@ def _extent(config: VisualizeConfig) -> str:
     return "all images together" if config.pca == "joint" else "each image by itself"
 
 
-def _row(seen: Seen, maps: Maps, figure: str, codes: Codes | None) -> dict[str, Any]:
+def _row(shown: Shown) -> dict[str, Any]:
     """What results.json says of an image."""
+    seen, maps = shown.seen, shown.maps
     height, width = seen.image.shape[-2:]
     rows, columns = maps.grid
     row: dict[str, Any] = {
         "name": seen.name,
         "label": seen.label or None,
-        "figure": figure,
+        "figure": shown.figure,
         "original": {"width": seen.original[1], "height": seen.original[0]},
         "seen": {"width": width, "height": height},
         "patches": {"columns": columns, "rows": rows},
-        "explained": _rounded(maps.pca_shares),
+        "explained": [round(share, 6) for share in maps.pca_shares],
         "foreground": {
-            "share": round(maps.foreground_share, 6),
-            "explained": _rounded(maps.foreground_shares),
+            "share": round(float(maps.foreground.mean()), 6),
+            "explained": [round(share, 6) for share in maps.foreground_shares],
         },
         "marked": [
             {
-                "why": marked.what,
-                "column": marked.column,
-                "row": marked.row,
-                "mean_similarity": round(float(marked.similarity.mean()), 6),
+                "why": mark.what,
+                "column": mark.column,
+                "row": mark.row,
+                "mean_similarity": round(float(mark.similarity.mean()), 6),
             }
-            for marked in maps.marked
+            for mark in maps.marks
         ],
     }
-    if codes is not None:
-        row["page_similarity_error"] = round(codes.error, 6)
+    if shown.codes is not None:
+        row["page_similarity_error"] = round(shown.codes.error, 6)
     return row
-
-
-def _rounded(values: Sequence[float]) -> list[float]:
-    return [round(value, 6) for value in values]
 
 
 def file_stems(names: Sequence[str], taken: Sequence[str] = ()) -> list[str]:
@@ -276,8 +243,3 @@ def file_stems(names: Sequence[str], taken: Sequence[str] = ()) -> list[str]:
         used.add(stem.lower())
         stems.append(stem)
     return stems
-
-
-def _save_text(text: str, path: Path) -> None:
-    with whole_file(path) as aside:
-        aside.write_text(text, encoding="utf-8")

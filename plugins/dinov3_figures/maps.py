@@ -10,28 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dinov3_figures.components import leading, principal_components, to_colours
+from dinov3_figures.components import foreground, leading, principal_components, to_colors
 from dinov3_figures.configs import VisualizeConfig
-from dinov3_figures.pixels import Pixels
-from dinov3_figures.visualize_foreground import foreground
+from dinov3_figures.sheet import Mark, Pixels
 
-BACKDROP = 232  # grey value of the background's patches, where only the foreground has colours
+BACKDROP = 232  # gray value of the background's patches, where only the foreground has colors
 _REFERENCES = 512  # patches whose similarities the error of codes is measured on
-
-
-@attrs.frozen(eq=False)
-class Marked:
-    """A marked patch, and how similar the others are to it."""
-
-    row: int
-    column: int
-    what: str  # which it is: "[0.5, 0.5]", "foreground" or "background"
-    similarity: np.ndarray  # cosines, float32 [h, w]
-
-    @property
-    def given(self) -> bool:
-        """Whether the recipe names its place."""
-        return self.what.startswith("[")
 
 
 @attrs.frozen(eq=False)
@@ -41,9 +25,9 @@ class Maps:
     pca: Pixels  # uint8 [h, w, 3]
     pca_shares: tuple[float, ...]  # of the variance, by component
     foreground: np.ndarray  # bool [h, w]
-    foreground_pca: Pixels  # uint8 [h, w, 3], the background in grey
+    foreground_pca: Pixels  # uint8 [h, w, 3], the background in gray
     foreground_shares: tuple[float, ...]
-    marked: tuple[Marked, ...]
+    marks: tuple[Mark, ...]
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -51,8 +35,10 @@ class Maps:
         return height, width
 
     @property
-    def foreground_share(self) -> float:
-        return float(self.foreground.mean())
+    def lowest(self) -> float:
+        """Where the colors of the similarities begin; they end at 1."""
+        low = min((float(mark.similarity.min()) for mark in self.marks), default=0.0)
+        return low if low < 1 - 1e-4 else 0.0
 
 
 @attrs.frozen(eq=False)
@@ -69,52 +55,55 @@ class Codes:
 
 def maps_of(features: Sequence[Tensor], config: VisualizeConfig) -> list[Maps]:
     """The maps of every image's features [h, w, D]."""
-    if config.pca == "joint":
-        return _together(features, config)
-    return [maps for each in features for maps in _together([each], config)]
+    if config.pca == "image":
+        return [_joint_maps([each], config)[0] for each in features]
+    return _joint_maps(features, config)
 
 
-def _together(features: Sequence[Tensor], config: VisualizeConfig) -> list[Maps]:
+def _joint_maps(features: Sequence[Tensor], config: VisualizeConfig) -> list[Maps]:
     """Maps of images that share their principal components."""
-    sizes = [each.shape[0] * each.shape[1] for each in features]
+    shapes = [each.shape[:2] for each in features]
     tokens = torch.cat([each.flatten(0, 1) for each in features])
+
+    def by_image(rows: Tensor) -> list[Tensor]:
+        """Rows [m, ...] of all patches as [h, w, ...] of each image."""
+        parts = rows.split([height * width for height, width in shapes])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
+
     whole = principal_components(tokens)
-    first = whole.scores[:, 0].split(sizes)
-    masks = foreground([s.view(f.shape[:2]) for s, f in zip(first, features, strict=True)])
+    masks = foreground(by_image(whole.scores[:, 0]))
     chosen = torch.cat([mask.flatten() for mask in masks])
     part = principal_components(tokens[chosen])
     painted = torch.full((len(tokens), 3), BACKDROP, dtype=torch.uint8)
-    painted[chosen] = to_colours(part.scores)
-    pictures = zip(
-        features, masks, to_colours(whole.scores).split(sizes), painted.split(sizes), strict=True
-    )
+    painted[chosen] = to_colors(part.scores)
+    colors = by_image(to_colors(whole.scores))
     return [
         Maps(
-            pca=colours.view(*mask.shape, 3).numpy(),
+            pca=color.numpy(),
             pca_shares=whole.shares,
             foreground=mask.numpy(),
-            foreground_pca=over.view(*mask.shape, 3).numpy(),
+            foreground_pca=over.numpy(),
             foreground_shares=part.shares,
-            marked=_mark(each, mask, config) if "similarity" in config.maps else (),
+            marks=_marks(each, mask, config) if "similarity" in config.maps else (),
         )
-        for each, mask, colours, over in pictures
+        for each, mask, color, over in zip(features, masks, colors, by_image(painted), strict=True)
     ]
 
 
-def _mark(features: Tensor, mask: Tensor, config: VisualizeConfig) -> tuple[Marked, ...]:
+def _marks(features: Tensor, mask: Tensor, config: VisualizeConfig) -> tuple[Mark, ...]:
     height, width = mask.shape
     unit = F.normalize(features.flatten(0, 1), dim=1)
-    places = [
-        (patch_at(y, height) * width + patch_at(x, width), f"[{x:g}, {y:g}]")
+    places = {
+        f"[{x:g}, {y:g}]": patch_at(y, height) * width + patch_at(x, width)
         for x, y in config.points
-    ]
-    sides = ((mask, "foreground"), (~mask, "background"))
-    for side, what in sides[: config.typical]:
+    }
+    sides = {"foreground": mask.flatten(), "background": ~mask.flatten()}
+    for what, side in list(sides.items())[: config.typical]:
         if side.any():
-            places.append((most_typical(unit, side.flatten()), what))
+            places[what] = most_typical(unit, side)
     return tuple(
-        Marked(index // width, index % width, what, (unit @ unit[index]).view(mask.shape).numpy())
-        for index, what in places
+        Mark(number, *divmod(at, width), what, (unit @ unit[at]).view(mask.shape).numpy())
+        for number, (what, at) in enumerate(places.items(), start=1)
     )
 
 
