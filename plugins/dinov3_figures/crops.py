@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dinov3_figures.sheet import Pixels, Row, Tile, draw_sheet, fit, pixels_of, to_rgb
+from dinov3_figures.sheet import Pixels, Tile, draw_sheet, fit, pixels_of, to_rgb
 from dinov3_framework import DataError, ImagesConfig
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ def crops_figure(batch: Mapping[str, Tensor], spec: ImagesConfig) -> Figure:
     note = "Each row is one image of the training stream."
     if "masks" in batch:
         note += " Hatched: patches that the student does not see."
-    rows = [Row(tiles) for tiles in zip(*columns, strict=True)]
-    return draw_sheet("Crops and masks", note, rows, heads, narrowest=100)
+    rows = list(zip(*columns, strict=True))
+    return draw_sheet("Crops and masks", note, rows, heads=heads, narrowest=100)
 
 
 def _grid(crops: Tensor, height: int) -> Pixels:

@@ -6,7 +6,6 @@ import fnmatch
 import itertools
 import logging
 from collections.abc import Sequence
-from typing import cast
 
 import attrs
 import torch
@@ -23,11 +22,11 @@ from dinov3_framework import (
     RecipeError,
     Sample,
     Subject,
-    UserError,
     normalize,
 )
 from dinov3_framework.errors import suggest
 from dinov3_framework.runtime import collectives
+from dinov3_framework.runtime.agreement import RankFailure, gathered
 
 # Below the framework's logger, whose handlers write run.log.
 log = logging.getLogger("dinov3_framework.plots")
@@ -115,22 +114,19 @@ def look(
 
     Call it on every process; all get everything, in the order of ``choice``. Pictures of which no
     sample can be decoded are left out with a warning. Raises ``DataError`` on every process where
-    none is left, or an image does not fit.
+    none is left; an error of one process ends all.
     """
     rank, world = collectives.rank(), collectives.world_size()
-    mine: list[Seen | None] = []
-    complaint = ""
+
+    def own_share() -> list[Seen | None]:
+        return [_look_at(subject, dataset, each, config) for each in choice[rank::world]]
+
     try:
-        mine += (_look_at(subject, dataset, each, config) for each in choice[rank::world])
-    except UserError as error:
-        complaint = str(error)
-    gathered = collectives.all_gather_object((mine, complaint))
-    shares = cast(list[tuple[list[Seen | None], str]], gathered)
-    for _, complaint in shares:
-        if complaint:
-            raise DataError(complaint)
+        shares = gathered(own_share)
+    except RankFailure as failure:
+        raise failure.for_process() from failure.own
     # Picture p is the (p // world)-th of process p % world.
-    every = [shares[place % world][0][place // world] for place in range(len(choice))]
+    every = [shares[place % world][place // world] for place in range(len(choice))]
     seen = [each for each in every if each is not None]
     if not seen:
         raise DataError(f"{dataset.describe()}: none of the chosen images can be decoded")

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dinov3_figures.components import principal_components, to_colors
 from dinov3_figures.configs import FiguresConfig
 from dinov3_figures.crops import crops_figure
-from dinov3_figures.curves import curves_figure
+from dinov3_figures.curves import curves_figure, read_series
 from dinov3_figures.images import choose, patch_grid, readable
-from dinov3_figures.series import read_series
-from dinov3_figures.sheet import Row, Tile, draw_sheet, fit, pixels_of, save_png, to_rgb
+from dinov3_figures.maps import principal_components, to_colors
+from dinov3_figures.sheet import Tile, draw_sheet, fit, pixels_of, save_png, to_rgb
 from dinov3_framework import (
     Backbone,
     DataError,
@@ -30,6 +29,7 @@ from dinov3_framework import (
     normalize,
 )
 from dinov3_framework.runtime import collectives
+from dinov3_framework.runtime.agreement import RankFailure, together
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,30 +74,22 @@ class Plots(Observer):
         if run.is_main:
             _draw_curves(run)
         path = run.output_dir / "figures/patch_pca.png"
-        images = self._images_of_all(run, path)
-        if images is None:
+        try:
+            # A model may be sharded: either all processes go on to call it, or none does.
+            images = together(self._images, run)
+        except RankFailure as failure:
+            _warn(path, str(failure))
             return
         features = _features(run, images, self.config.upscale, path)
         if run.is_main and features:
             _draw(path, lambda: pca_figure(images, features, run.images))
 
-    def _images_of_all(self, run: Run, path: Path) -> Tensor | None:
-        """The images [n, C, s, s], or None on every process if any could not get them.
-
-        A model may be sharded: either all processes go on to call it, or none does.
-        """
-        images, complaint = None, None
-        try:
-            images = run.sample_batch(self.config.images)["global"][0]
-            if self._dataset is not None:
-                images = spread_images(self._dataset, self.config.images, images.shape[-1])
-        except Exception as error:
-            complaint = _describe(error)
-        complaints = [text for text in collectives.all_gather_object(complaint) if text]
-        if complaints:
-            _warn(path, str(complaints[0]))
-            return None
-        return images
+    def _images(self, run: Run) -> Tensor:
+        """The images of patch_pca.png, [n, C, s, s]."""
+        crops = run.sample_batch(self.config.images)["global"][0]
+        if self._dataset is None:
+            return crops
+        return spread_images(self._dataset, self.config.images, crops.shape[-1])
 
 
 # ---------------------------------------------------------------------- patch features
@@ -125,7 +117,7 @@ def _features(run: Run, images: Tensor, upscale: int, path: Path) -> dict[int, T
         try:
             features[size] = patch_features(backbone, seen, scale)
         except Exception as error:
-            _warn(path, f"patch features of {size} px images: {_describe(error)}")
+            _warn(path, f"patch features of {size} px images: {type(error).__name__}: {error}")
             break
     return features
 
@@ -152,17 +144,17 @@ def pca_figure(images: Tensor, features: Mapping[int, Tensor], spec: ImagesConfi
     heads = [f"image\n{size} px"]
     columns = [[Tile(pixels_of(image)) for image in fit(to_rgb(images, spec), side)]]
     for seen, tokens in features.items():
-        found = principal_components(tokens.flatten(0, 2))
-        colors = to_colors(found.scores).unflatten(0, tokens.shape[:3])
+        scores, shares = principal_components(tokens.flatten(0, 2))
+        colors = to_colors(scores).unflatten(0, tokens.shape[:3])
         height, width = tokens.shape[1:3]
-        heads.append(f"{height} x {width} patches of {seen} px\n{found.explained:.0%}")
+        heads.append(f"{height} x {width} patches of {seen} px\n{sum(shares):.0%}")
         columns.append([Tile(each.numpy(), (side, side), crisp=True) for each in colors])
     note = (
         "Red, green and blue are the first three principal components of all patches in a column;\n"
         "percent: their share of the variance."
     )
-    rows = [Row(tiles) for tiles in zip(*columns, strict=True)]
-    return draw_sheet("The model's patch features", note, rows, heads, narrowest=180)
+    rows = list(zip(*columns, strict=True))
+    return draw_sheet("The model's patch features", note, rows, heads=heads, narrowest=180)
 
 
 # ---------------------------------------------------------------------- drawing without risk
@@ -179,13 +171,9 @@ def _draw(path: Path, figure: Callable[[], Figure]) -> None:
     try:
         save_png(figure(), path)
     except Exception as error:
-        _warn(path, _describe(error))
+        _warn(path, f"{type(error).__name__}: {error}")
 
 
 def _warn(path: Path, reason: str) -> None:
     if collectives.is_main():
         log.warning("%s: not drawn, or not in full; training goes on: %s", path, reason)
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,9 @@ if TYPE_CHECKING:
 Pixels = np.ndarray  # uint8 [H, W, 3]
 
 INK, MUTED, FAINT = "#1f2328", "#656d76", "#d8dee4"
-COLOR_MAP = "viridis"  # of similarities: even steps, also to color-blind eyes and in gray
-
 DPI = 100
 _MARGIN = 24
 _GAP = 16  # between tiles
-_NARROWEST = 560  # pixels of a sheet
 _SMALLEST_BOX = 9  # pixels along the side of a mark
 
 
@@ -63,14 +61,6 @@ class Tile:
     @size.default
     def _own_size(self) -> tuple[int, int]:
         return self.pixels.shape[0], self.pixels.shape[1]
-
-
-@attrs.frozen(eq=False)
-class Row:
-    """Tiles side by side, None where there is none in a column, under a label."""
-
-    tiles: Sequence[Tile | None]
-    label: str = ""
 
 
 def to_rgb(images: Tensor, spec: ImagesConfig) -> Tensor:
@@ -119,113 +109,100 @@ def pixels_of(image: Tensor) -> Pixels:
 def draw_sheet(
     title: str,
     note: str,
-    rows: Sequence[Row],
-    heads: Sequence[str] = (),
+    rows: Sequence[Sequence[Tile | None]],
     *,
+    heads: Sequence[str] = (),
+    labels: Sequence[str] = (),
     narrowest: int = 0,
     lowest: float | None = None,
 ) -> Figure:
     """Rows of tiles under the sheet's title; a pixel of a tile's size is a pixel of the figure.
 
-    ``heads`` stand above the columns; without them each tile has its title and note above it.
-    Columns are at least ``narrowest`` pixels wide. ``lowest`` adds a bar of colors from there to 1.
+    ``heads`` stand above the columns, ``labels`` above the rows; without heads each tile has its
+    title and note above it. Columns are at least ``narrowest`` pixels wide. ``lowest`` adds a bar
+    of colors from there to 1.
     """
-    count = max(len(row.tiles) for row in rows)
-    tiles = [(c, tile) for row in rows for c, tile in enumerate(row.tiles) if tile]
-    widths = [max(narrowest, *(tile.size[1] for c, tile in tiles if c == n)) for n in range(count)]
-    lefts = [_MARGIN + sum(widths[:c]) + _GAP * c for c in range(count)]
-    bar = 0 if lowest is None else 76
-    full = max(lefts[-1] + widths[-1] + bar + _MARGIN, _NARROWEST)
-    inner = full - 2 * _MARGIN
+    from matplotlib.figure import Figure
+
+    columns = list(zip_longest(*rows))
+    widths = [max(narrowest, *(tile.size[1] for tile in column if tile)) for column in columns]
+    lefts = [_MARGIN + sum(widths[:c]) + _GAP * c for c in range(len(widths))]
+    inner = max(lefts[-1] + widths[-1] - _MARGIN + (76 if lowest is not None else 0), 512)
     lines = [part for line in note.splitlines() for part in textwrap.wrap(line, _letters(inner, 9))]
-    head = 15 * max((text.count("\n") + 1 for text in heads), default=0)
-    above = 20 * any(row.label for row in rows) + (0 if heads else 40)
-    heights = [above + max(tile.size[0] for tile in row.tiles if tile) for row in rows]
-    top = 64 + 15 * len(lines)
-    full_height = top + head + sum(heights) + _GAP * (len(rows) - 1) + _MARGIN
-    canvas = _Canvas(full, full_height)
-    canvas.text(_MARGIN, 16, cut(title, _letters(inner, 13, bold=True)), 13, weight="bold")
-    canvas.text(_MARGIN, 42, "\n".join(lines), 9, color=MUTED)
-    for left, width, text in zip(lefts, widths, heads, strict=False):
-        shown = "\n".join(cut(t, _letters(width + 10, 8.5, bold=True)) for t in text.splitlines())
-        canvas.text(left, top - 4, shown, 8.5, weight="bold")
-    top += head
-    for row, height in zip(rows, heights, strict=True):
-        canvas.text(_MARGIN, top, cut(row.label, _letters(inner, 8)), 8, color=MUTED)
-        for left, tile in zip(lefts, row.tiles, strict=False):
-            if tile:
-                canvas.draw(tile, left, top + above, titled=not heads)
-        top += height + _GAP
-    if lowest is not None and (last := rows[-1].tiles[-1]):
-        left = lefts[len(rows[-1].tiles) - 1] + last.size[1] + 12
-        canvas.draw_bar(lowest, left, top - _GAP - last.size[0], last.size[0])
-    return canvas.figure
+    above = 20 * bool(labels) + (0 if heads else 40)
+    tops = [64 + 15 * len(lines) + 15 * max((head.count("\n") + 1 for head in heads), default=0)]
+    tops += [above + _GAP + max(tile.size[0] for tile in row if tile) for row in rows]
+    tops = list(accumulate(tops))
+    width, height = inner + 2 * _MARGIN, tops[-1] - _GAP + _MARGIN
+    figure = Figure((width / DPI, height / DPI), DPI, facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1))  # its units are pixels from the top left
 
-
-class _Canvas:
-    """A figure on which things have their places in pixels from the top left."""
-
-    def __init__(self, width: float, height: float) -> None:
-        from matplotlib.figure import Figure
-
-        self.width, self.height = width, height
-        self.figure = Figure((width / DPI, height / DPI), DPI, facecolor="white")
-
-    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
-        below = self.height - top - height
-        sides = self.width, self.height, self.width, self.height
-        place = [at / side for at, side in zip((left, below, width, height), sides, strict=True)]
-        return self.figure.add_axes(tuple(place))
-
-    def text(self, left: float, top: float, text: str, size: float, **style: Any) -> None:
-        style = {"color": INK, "va": "top", "fontsize": size, **style}
+    def write(x: float, y: float, text: str, size: float, space: float = 0, **style: Any) -> None:
+        letters = _letters(space or inner, size, "weight" in style)
+        text = "\n".join(cut(line, letters) for line in text.splitlines())
         # Names of files may hold dollar signs, which are no formulas.
-        at = (left / self.width, 1 - top / self.height)
-        self.figure.text(*at, text, parse_math=False, **style)
+        style = {"color": INK, "va": "top", "parse_math": False, **style}
+        axes.text(x, y, text, fontsize=size, **style)
 
-    def draw(self, tile: Tile, left: float, top: float, *, titled: bool) -> None:
-        height, width = tile.size
-        if titled:
-            self.text(left, top - 38, tile.title, 9.5, weight="bold")
-            self.text(left, top - 20, tile.note, 8, color=MUTED)
-        axes = self.axes(left, top, width, height)
-        blend = "nearest" if tile.crisp else "antialiased"
-        axes.imshow(tile.pixels, interpolation=blend, aspect="auto", extent=(0, width, height, 0))
-        axes.set_axis_off()
-        for mark in tile.marks:
-            _draw_mark(axes, mark, width, height, numbered=titled and not tile.crisp)
+    write(_MARGIN, 16, title, 13, weight="bold")
+    write(_MARGIN, 42, "\n".join(lines), 9, color=MUTED)
+    for left, across, head in zip(lefts, widths, heads, strict=False):
+        write(left, tops[0] - 6, head, 8.5, across + 10, weight="bold", va="bottom")
+    for top, label in zip(tops, labels, strict=False):
+        write(_MARGIN, top, label, 8, color=MUTED)
+    for top, row in zip(tops, rows, strict=False):
+        for left, tile in zip(lefts, row, strict=False):
+            if tile:
+                _draw_tile(axes, tile, left, top + above, numbered=not heads)
+                if not heads:
+                    write(left, top + 2, tile.title, 9.5, weight="bold")
+                    write(left, top + 20, tile.note, 8, color=MUTED)
+    if lowest is not None:
+        x, y = lefts[len(rows[-1]) - 1] + widths[len(rows[-1]) - 1] + 12, tops[-2] + above
+        high = tops[-1] - _GAP - y
+        write(x, y - 20, "cosine", 8, color=MUTED)
+        axes.imshow(color_table()[::-1, None], aspect="auto", extent=(x, x + 12, y + high, y))
+        for share in (0, 0.5, 1):
+            value = f"{lowest + (1 - lowest) * share:.2f}"
+            write(x + 18, y + high * (1 - share), value, 8, color=MUTED, va="center")
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.set_axis_off()
+    return figure
 
-    def draw_bar(self, low: float, left: float, top: float, height: float) -> None:
-        from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import Normalize
 
-        colors = ScalarMappable(Normalize(low, 1), COLOR_MAP)
-        bar = self.figure.colorbar(colors, cax=self.axes(left, top, 12, height))
-        bar.set_ticks([low, (1 + low) / 2, 1], labels=[f"{x:.2f}" for x in (low, (1 + low) / 2, 1)])
-        bar.ax.tick_params(labelsize=8, colors=MUTED, length=3)
-        bar.outline.set_edgecolor(FAINT)
-        self.text(left, top - 20, "cosine", 8, color=MUTED)
-
-
-def _draw_mark(axes: Axes, mark: Mark, width: int, height: int, *, numbered: bool) -> None:
-    """A box around a patch, and its number beside it, on the side towards the middle."""
+def _draw_tile(axes: Axes, tile: Tile, left: int, top: int, *, numbered: bool) -> None:
+    """A picture, boxes around its marks, and, if it is no map, their numbers beside these."""
     from matplotlib.patches import Rectangle
 
-    left, top, *sides = mark.box
-    x, y = (left + sides[0] / 2) * width, (top + sides[1] / 2) * height
-    across, down = max(sides[0] * width, _SMALLEST_BOX), max(sides[1] * height, _SMALLEST_BOX)
-    # A dark line under a white one shows on any color.
-    for line, color in ((3.0, INK), (1.3, "white")):
-        box = Rectangle((x - across / 2, y - down / 2), across, down, fill=False, lw=line, ec=color)
-        axes.add_patch(box).set_clip_on(False)
-    if numbered:
-        beside = (across / 2 + 10) * (1 if x < width / 2 else -1)
-        style = {"color": "white", "fontsize": 8, "weight": "bold", "ha": "center", "va": "center"}
-        frame = {"boxstyle": "round,pad=0.2", "fc": INK, "ec": "white", "lw": 0.8}
-        axes.text(x + beside, y, str(mark.number), bbox=frame, **style)
+    height, width = tile.size
+    place = (left, left + width, top + height, top)
+    blend = "nearest" if tile.crisp else "antialiased"
+    axes.imshow(tile.pixels, interpolation=blend, aspect="auto", extent=place)
+    for mark in tile.marks:
+        at_left, at_top, wide, high = mark.box
+        x, y = left + (at_left + wide / 2) * width, top + (at_top + high / 2) * height
+        wide, high = max(wide * width, _SMALLEST_BOX), max(high * height, _SMALLEST_BOX)
+        # A dark line under a white one shows on any color.
+        for line, color in ((3.0, INK), (1.3, "white")):
+            corner = x - wide / 2, y - high / 2
+            axes.add_patch(Rectangle(corner, wide, high, fill=False, lw=line, ec=color, zorder=2))
+        if numbered and not tile.crisp:
+            beside = (wide / 2 + 10) * (1 if at_left < 0.5 else -1)  # towards the middle
+            frame = {"boxstyle": "round,pad=0.2", "fc": INK, "ec": "white", "lw": 0.8}
+            style = {"color": "white", "fontsize": 8, "weight": "bold", "bbox": frame}
+            axes.text(x + beside, y, str(mark.number), ha="center", va="center", **style)
 
 
-def _letters(width: float, size: float, *, bold: bool = False) -> int:
+def color_table() -> Pixels:
+    """The colors of similarities from the lowest to 1, uint8 [256, 3]."""
+    from matplotlib import colormaps
+
+    # Even steps, also to color-blind eyes and in gray.
+    table: Pixels = (colormaps["viridis"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+    return table
+
+
+def _letters(width: float, size: float, bold: bool = False) -> int:
     """How many letters of a size in points ``width`` pixels hold, about."""
     return int(width / (size * DPI / 72 * (0.64 if bold else 0.56)))
 

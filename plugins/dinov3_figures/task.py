@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Sequence
@@ -11,9 +12,8 @@ from typing import Any
 from dinov3_figures.configs import VisualizeConfig
 from dinov3_figures.images import Seen, choose, look
 from dinov3_figures.maps import encode, maps_of
-from dinov3_figures.page import Shown, write_page
+from dinov3_figures.pictures import Shown, overview, panel, tiles_of, write_page
 from dinov3_figures.sheet import save_png
-from dinov3_figures.tiles import overview, panel, tiles_of
 from dinov3_framework import (
     Backbone,
     DataError,
@@ -32,7 +32,6 @@ log = logging.getLogger("dinov3_framework.plots")
 
 _DIMS = 32  # numbers a patch in the page
 _LONGEST_NAME = 100  # letters of a picture's file name
-_LONGEST_TAIL = 60  # and of the weights' path in a caption
 
 
 class Visualize(Task):
@@ -42,30 +41,15 @@ class Visualize(Task):
         self.config, self.registry = config, registry
 
     def check(self, world_size: int) -> Plan:
-        config = self.config
-        subject = Subject.described(config, self.registry)
-        _refuse_problems(config, subject.backbone)
-        parameters = sum(parameter.numel() for parameter in subject.backbone.parameters())
-        data, missing = [("size", self._size(subject))], []
+        subject = Subject.described(self.config, self.registry)
+        _refuse_problems(self.config, subject.backbone)
+        missing: list[str] = []
         try:
-            dataset, choice = self._choice(subject)
+            facts = self._facts(subject, *self._choice(subject))
         except DataError as error:
-            missing.append(str(error))
-        else:
-            data = [("dataset", dataset.describe()), ("images", f"{len(choice):,}"), *data]
-        return Plan(
-            {
-                "backbone": [*subject.origin, ("parameters", f"{parameters:,}")],
-                "data": data,
-                "maps": [
-                    ("maps", ", ".join(config.maps)),
-                    ("layer", _layer(config, subject.backbone)),
-                    ("principal components", f"of {_extent(config)}"),
-                    ("processes", str(world_size)),
-                ],
-            },
-            missing,
-        )
+            facts, missing = self._facts(subject), [str(error)]
+        facts["maps"].append(("processes", str(world_size)))
+        return Plan(facts, missing)
 
     def run(self, output_dir: Path, plan: Plan | None = None) -> None:
         subject = Subject.opened(self.config, self.registry)
@@ -80,10 +64,27 @@ class Visualize(Task):
         dataset = self.registry.build(config.dataset, channels=subject.images.channels)
         return dataset, choose(dataset, config.names, config.count)
 
-    def _size(self, subject: Subject) -> str:
-        size = self.config.size or subject.size
-        length = f"{self.config.side} side {size} px" if size else "as they are"
-        return f"{length}, rounded to patches of {subject.backbone.patch_size} px"
+    def _facts(
+        self, subject: Subject, dataset: Dataset | None = None, shown: Sequence[Any] = ()
+    ) -> dict[str, list[tuple[str, str]]]:
+        """What is shown of what, for the check and for the page."""
+        config, backbone = self.config, subject.backbone
+        parameters = sum(parameter.numel() for parameter in backbone.parameters())
+        size = config.size or subject.size
+        length = f"{config.side} side {size} px" if size else "as they are"
+        rounded = f"{length}, rounded to patches of {backbone.patch_size} px"
+        data = [("size", rounded)]
+        if dataset is not None:
+            data = [("dataset", dataset.describe()), ("images", f"{len(shown):,}"), *data]
+        return {
+            "backbone": [*subject.origin, ("parameters", f"{parameters:,}")],
+            "data": data,
+            "maps": [
+                ("maps", ", ".join(config.maps)),
+                ("layer", _layer(config, backbone)),
+                ("principal components", f"of {_extent(config)}"),
+            ],
+        }
 
     # ------------------------------------------------------------------ files
     def _write(
@@ -92,27 +93,23 @@ class Visualize(Task):
         """Write all files; results.json, which completes the run, last."""
         config = self.config
         maps = maps_of([each.features for each in seen], config)
-        similar = "similarity" in config.maps
         stems = file_stems([each.name for each in seen], taken=["overview"])
         every = [
             Shown(
                 each,
                 found,
                 tiles_of(each, found, subject.images, config.maps),
-                encode(each.features, _DIMS) if similar else None,
+                encode(each.features, _DIMS) if "similarity" in config.maps else None,
                 f"figures/{stem}.png",
             )
             for each, found, stem in zip(seen, maps, stems, strict=True)
         ]
-        caption = f"{_tail(subject.name)}, layer {_layer(config, subject.backbone)}"
+        caption = f"{subject.name}, layer {_layer(config, subject.backbone)}"
         for shown in every:
-            lowest = shown.maps.lowest if shown.maps.marks else None
-            picture = panel(shown.title, caption, shown.tiles, lowest)
-            save_png(picture, output_dir / shown.figure)
+            save_png(panel(shown, caption), output_dir / shown.figure)
         caption += f"; principal components of {_extent(config)}"
-        picture = overview(caption, [(shown.title, shown.tiles) for shown in every])
-        save_png(picture, output_dir / "figures/overview.png")
-        facts = self._facts(subject, dataset, seen)
+        save_png(overview(every, caption), output_dir / "figures/overview.png")
+        facts = dict(itertools.chain(*self._facts(subject, dataset, seen).values()))
         write_page(output_dir / "index.html", facts, self._notes(every), every)
         results = {
             "task": "visualize",
@@ -124,18 +121,6 @@ class Visualize(Task):
         }
         write_results(output_dir, results)
         log.info("%d images: %s", len(seen), output_dir / "index.html")
-
-    def _facts(self, subject: Subject, dataset: Dataset, seen: Sequence[Seen]) -> dict[str, str]:
-        columns, width = seen[0].features.shape[1:]
-        # Of the layer shown, which may have a finer grid than the last.
-        cell = seen[0].image.shape[-1] // columns
-        return {
-            "backbone": f"{type(subject.backbone).__name__}, {width} numbers a patch of {cell} px",
-            **{label: value for label, value in subject.origin if label != "backbone"},
-            "layer": _layer(self.config, subject.backbone),
-            "dataset": dataset.describe(),
-            "images": f"{len(seen):,}; {self._size(subject)}",
-        }
 
     def _notes(self, every: Sequence[Shown]) -> list[str]:
         """What the pictures mean."""
@@ -187,27 +172,24 @@ def _layer(config: VisualizeConfig, backbone: Backbone) -> str:
     return f"{layer}, the last" if layer == last else f"{layer} of 0 to {last}"
 
 
-def _tail(name: str) -> str:
-    """The end of a path, which tells most of it, where that is long."""
-    return name if len(name) <= _LONGEST_TAIL else f"…{name[-_LONGEST_TAIL:]}"
-
-
 def _extent(config: VisualizeConfig) -> str:
     return "all images together" if config.pca == "joint" else "each image by itself"
 
 
 def _row(shown: Shown) -> dict[str, Any]:
-    """What results.json says of an image."""
+    """What results.json holds of an image."""
     seen, maps = shown.seen, shown.maps
-    height, width = seen.image.shape[-2:]
-    rows, columns = maps.grid
+
+    def size(height: int, width: int) -> dict[str, int]:
+        return {"width": width, "height": height}
+
     row: dict[str, Any] = {
         "name": seen.name,
         "label": seen.label or None,
         "figure": shown.figure,
-        "original": {"width": seen.original[1], "height": seen.original[0]},
-        "seen": {"width": width, "height": height},
-        "patches": {"columns": columns, "rows": rows},
+        "original": size(*seen.original),
+        "seen": size(*seen.image.shape[-2:]),
+        "patches": {"columns": maps.grid[1], "rows": maps.grid[0]},
         "explained": [round(share, 6) for share in maps.pca_shares],
         "foreground": {
             "share": round(float(maps.foreground.mean()), 6),
@@ -236,10 +218,8 @@ def file_stems(names: Sequence[str], taken: Sequence[str] = ()) -> list[str]:
     for name in names:
         plain = re.sub(r"\.[A-Za-z0-9]{2,4}$", "", name)
         plain = re.sub(r"[^A-Za-z0-9._-]+", "_", plain).strip("._")[-_LONGEST_NAME:] or "image"
-        stem, number = plain, 1
-        while stem.lower() in used:
-            number += 1
-            stem = f"{plain}-{number}"
+        numbered = (f"{plain}-{number}" for number in itertools.count(2))
+        stem = next(s for s in itertools.chain([plain], numbered) if s.lower() not in used)
         used.add(stem.lower())
         stems.append(stem)
     return stems

@@ -120,8 +120,8 @@ def drawn_on(figure: Any) -> list[list[Drawn]]:
     whole = np.asarray(Image.open(buffer).convert("RGB"))
     rows: dict[int, list[Drawn]] = {}
     for axes in figure.axes:
-        if axes.images:
-            box = axes.get_window_extent()
+        for image in axes.images:
+            box = image.get_window_extent()
             left, top = round(box.x0), round(len(whole) - box.y1)
             pixels = whole[top : top + round(box.height), left : left + round(box.width)]
             rows.setdefault(top, []).append(Drawn(left, top, pixels))
@@ -129,4 +129,4 @@ def drawn_on(figure: Any) -> list[list[Drawn]]:
 
 
 def texts_on(figure: Any) -> list[str]:
-    return [text.get_text() for text in figure.texts]
+    return [text.get_text() for axes in figure.axes for text in axes.texts]

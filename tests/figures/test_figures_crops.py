@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from dinov3_figures.crops import cover, crops_figure
-from dinov3_figures.sheet import Row, Tile, draw_sheet, fit, save_png, to_rgb
+from dinov3_figures.sheet import Tile, draw_sheet, fit, save_png, to_rgb
 from figures_support import drawn_on, read_png, texts_on
 from torch import Tensor
 
@@ -146,10 +146,11 @@ def test_a_sheet_keeps_every_picture_in_its_row_and_column() -> None:
         return Tile(np.full((side, side, 3), level, np.uint8))
 
     rows = [
-        Row([tile(1, 40), tile(2, 20), tile(3, 30)], "first"),
-        Row([tile(4, 20), None, tile(5, 50)], "second"),
+        [tile(1, 40), tile(2, 20), tile(3, 30)],
+        [tile(4, 20), None, tile(5, 50)],
     ]
-    figure = draw_sheet("A title", "a note", rows, ["left", "middle", "right"], narrowest=80)
+    heads, labels = ["left", "middle", "right"], ["first", "second"]
+    figure = draw_sheet("A title", "a note", rows, heads=heads, labels=labels, narrowest=80)
     first, second = drawn_on(figure)
     assert [int(each.pixels[5, 5, 0]) for each in first] == [1, 2, 3]
     assert [int(each.pixels[5, 5, 0]) for each in second] == [4, 5]

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dinov3_figures.curves import curves_figure, smooth
-from dinov3_figures.series import Series, panels, read_series
+from dinov3_figures.curves import Series, curves_figure, panels, read_series, smooth
 from dinov3_figures.sheet import save_png
 from figures_support import read_png
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dinov3_figures.components import principal_components, to_colors
+from dinov3_figures.maps import principal_components, to_colors
 from dinov3_figures.observer import patch_features, pca_figure
 from dinov3_figures.sheet import save_png
 from figures_support import BlockMeans, drawn_on, read_png, texts_on
@@ -25,8 +25,13 @@ def segmented(segments: Tensor, dim: int, noise: float = 0.02) -> Tensor:
 
 def colored(features: Tensor) -> np.ndarray:
     """The colors [n, h, w, 3] of features [n, h, w, D]."""
-    found = principal_components(features.flatten(0, 2))
-    return to_colors(found.scores).unflatten(0, features.shape[:3]).numpy()
+    scores, _ = principal_components(features.flatten(0, 2))
+    return to_colors(scores).unflatten(0, features.shape[:3]).numpy()
+
+
+def explained(features: Tensor) -> float:
+    """The share of the variance of features [n, h, w, D] that their colors show."""
+    return sum(principal_components(features.flatten(0, 2))[1])
 
 
 def four_segments() -> Tensor:
@@ -45,7 +50,7 @@ def test_segments_get_a_color_each_alike_in_all_images(dim: int) -> None:
     found = colored(features)
     assert found.shape == (2, 8, 8, 3)
     assert found.dtype == np.uint8
-    assert principal_components(features.flatten(0, 2)).explained > 0.95
+    assert explained(features) > 0.95
     colors = torch.from_numpy(found).float()
     means = torch.stack([colors[segments == segment].mean(0) for segment in range(4)])
     nearest = torch.cdist(colors.flatten(0, 2), means).argmin(1)
@@ -56,20 +61,19 @@ def test_segments_get_a_color_each_alike_in_all_images(dim: int) -> None:
 def test_components_agree_with_a_singular_value_decomposition() -> None:
     for rows, columns in ((50, 12), (12, 50)):
         tokens = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).double()
-        found = principal_components(tokens)
+        scores, found = principal_components(tokens)
         left, values, _ = torch.linalg.svd(tokens - tokens.mean(0), full_matrices=False)
-        torch.testing.assert_close(found.scores.abs(), (left * values)[:, :3].abs())
+        torch.testing.assert_close(scores.abs(), (left * values)[:, :3].abs())
         shares = values.square() / values.square().sum()
-        assert found.shares == pytest.approx(shares[:3].tolist())
-        assert found.explained == pytest.approx(float(shares[:3].sum()))
-        assert (found.scores.pow(3).sum(0) > 0).all()
+        assert found == pytest.approx(shares[:3].tolist())
+        assert (scores.pow(3).sum(0) > 0).all()
 
 
 def test_signs_do_not_depend_on_the_basis() -> None:
     tokens = segmented(four_segments(), 16).flatten(0, 2).double()
     random = torch.randn(16, 16, generator=torch.Generator().manual_seed(2)).double()
-    turned = principal_components(tokens @ torch.linalg.qr(random).Q)
-    torch.testing.assert_close(turned.scores, principal_components(tokens).scores)
+    turned, _ = principal_components(tokens @ torch.linalg.qr(random).Q)
+    torch.testing.assert_close(turned, principal_components(tokens)[0])
 
 
 def test_missing_components_are_mid_gray() -> None:
@@ -77,10 +81,10 @@ def test_missing_components_are_mid_gray() -> None:
     found = colored(line)
     assert len(np.unique(found[..., 0])) > 8
     assert (found[..., 1:] == 128).all()
-    assert principal_components(line.flatten(0, 2)).explained == pytest.approx(1.0)
+    assert explained(line) == pytest.approx(1.0)
     constant = torch.ones(1, 4, 4, 7)
     assert (colored(constant) == 128).all()
-    assert principal_components(constant.flatten(0, 2)).explained == 0.0
+    assert explained(constant) == 0.0
 
 
 def test_one_extreme_patch_leaves_the_others_their_colors() -> None:

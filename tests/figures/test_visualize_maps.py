@@ -5,8 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from dinov3_figures.components import foreground, leading, otsu
-from dinov3_figures.maps import BACKDROP, encode, maps_of, most_typical, patch_at
+from dinov3_figures.maps import (
+    BACKDROP,
+    encode,
+    foreground,
+    leading,
+    maps_of,
+    most_typical,
+    otsu,
+    patch_at,
+)
 from torch import Tensor
 from torch.nn import functional as F
 from visualize_support import settings
