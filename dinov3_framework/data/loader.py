@@ -369,7 +369,7 @@ class TrainingLoader(Generic[B]):
             what: str | None = f"no batch came within loader.timeout = {self.config.timeout:g} s"
         else:
             what = WorkerDied.in_message(text)
-            if isinstance(error, ConnectionError | EOFError):
+            if isinstance(error, ConnectionError | EOFError) and not WorkerDied.raised(text):
                 what = WorkerDied.WORDS
         if what is None:
             return  # the dataset's own error
@@ -392,8 +392,12 @@ class WorkerDied:
     @classmethod
     def in_message(cls, text: str) -> str | None:
         """What to say if ``text`` is of a worker's end, and not raised by a worker itself."""
-        raised = "in DataLoader worker process" in text
-        return cls.WORDS if cls._SIGNS.search(text) and not raised else None
+        return cls.WORDS if cls._SIGNS.search(text) and not cls.raised(text) else None
+
+    @staticmethod
+    def raised(text: str) -> bool:
+        """Whether a message is of an error that a living worker raised."""
+        return "in DataLoader worker process" in text
 
 
 class _Keys:

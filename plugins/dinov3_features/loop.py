@@ -27,7 +27,7 @@ from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.agreement import RankFailure, from_main, together
 from dinov3_framework.runtime.stopping import StopFlag
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("dinov3_framework.features")
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _SECONDS_BETWEEN_LINES = 10.0

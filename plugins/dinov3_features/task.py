@@ -27,7 +27,7 @@ from dinov3_framework.runtime.processes import pick_device
 from dinov3_framework.runtime.results import write_results
 from dinov3_framework.weights.subject import Subject
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("dinov3_framework.features")
 
 
 class FeaturesTask(Task):
