@@ -91,6 +91,9 @@ from dinov3_framework.randomness import keyed_rng as keyed_rng
 from dinov3_framework.randomness import keyed_seed as keyed_seed
 from dinov3_framework.registry import Registry as Registry
 from dinov3_framework.runtime import collectives as collectives
+from dinov3_framework.runtime.results import Record as Record
+from dinov3_framework.runtime.results import print_results as print_results
+from dinov3_framework.runtime.results import write_results as write_results
 from dinov3_framework.schedules import Constant as Constant
 from dinov3_framework.schedules import Cosine as Cosine
 from dinov3_framework.schedules import Schedule as Schedule
