@@ -25,14 +25,11 @@ class TrainingRun:
 
     config: TrainingConfig
     output_dir: Path
+    images: ImagesConfig
     device: torch.device
     registry: Registry
     unit: TrainUnit
     maker: BatchMaker[Any, Any]
-
-    @property
-    def images(self) -> ImagesConfig:
-        return self.config.images
 
     @property
     def total_iterations(self) -> int:
