@@ -1,0 +1,1 @@
+"""Heads on backbones: their training, and evaluations of them."""
