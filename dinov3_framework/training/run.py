@@ -25,11 +25,11 @@ class TrainingRun:
 
     config: TrainingConfig
     output_dir: Path
-    images: ImagesConfig
     device: torch.device
     registry: Registry
     unit: TrainUnit
     maker: BatchMaker[Any, Any]
+    images: ImagesConfig
 
     @property
     def total_iterations(self) -> int:

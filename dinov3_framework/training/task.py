@@ -39,9 +39,9 @@ from dinov3_framework.recipes.toml_text import to_toml
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.agreement import RankFailure, together
-from dinov3_framework.runtime.console import print_table
-from dinov3_framework.runtime.output import RECIPE, write_results
+from dinov3_framework.runtime.output import RECIPE
 from dinov3_framework.runtime.processes import pick_device
+from dinov3_framework.runtime.results import Record, print_results, write_results
 from dinov3_framework.training import TrainingConfig
 from dinov3_framework.training.check import batch_problems, data_rows, schedule_problems
 from dinov3_framework.training.clock import StepClock
@@ -243,6 +243,13 @@ class TrainingTask(Task):
         }
         return Plan(sections, missing, Checked(dataset, prepared))
 
+    def prepare(self) -> Any:
+        """What the method prepares, with the data if this machine has them."""
+        dataset = None
+        with suppress(DataError):
+            dataset = self._dataset()
+        return self.method.prepare(dataset)
+
     def done(self) -> int:
         """After which iteration this run would go on; 0 if it would begin."""
         if self.config.output_dir is None:
@@ -284,11 +291,7 @@ class TrainingTask(Task):
         return self.registry.build(config)
 
     def write_expected_artifacts(self, folder: Path) -> bool:
-        config, method = self.config, self.method
-        dataset = None
-        with suppress(DataError):
-            dataset = self._dataset()
-        prepared = method.prepare(dataset)
+        config, method, prepared = self.config, self.method, self.prepare()
         unit = method.unit(prepared, MetaSharder(config.parallel), InitialState.ABSENT, None)
         tensors = unit.state() | {
             f"optimizer.{name}": value for name, value in self._optimizer(unit).state().items()
@@ -355,7 +358,7 @@ class TrainingTask(Task):
             store=store,
             observers={name: self._observer(o) for name, o in config.observers.items()},
             run=TrainingRun(
-                config, output_dir, self.method.images(), device, self.registry, unit, maker
+                config, output_dir, device, self.registry, unit, maker, self.method.images()
             ),
             clock=StepClock(device),
             coordinator=self.coordinator,
@@ -393,8 +396,12 @@ def _refuse(problems: list[Problem]) -> None:
 def print_summary(results: Mapping[str, Any], output_dir: Path, usage: str) -> None:
     """Show tables of results, and what to do with them."""
     for name, value in results.items():
-        if isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
-            print_table(name, value)
+        if (
+            isinstance(value, list)
+            and value
+            and all(isinstance(row, Mapping | Record) for row in value)
+        ):
+            print_results(name, value)
     print(f"\nDone. Everything is in {output_dir}:")
     for entry in sorted(output_dir.iterdir()):
         if not entry.name.startswith("."):

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from attrs import field, frozen
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts.layouts import Shape
