@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from golden_checks import NOT_IMPLEMENTED, check_case
 from golden_support import Case, Noted, assert_close, read_case
-from golden_train_step import CannotExpress, batch_of, build_trainer, one_step
+from golden_train_step import CannotExpress, batch_of, build_trainer, networks_of, one_step
 from torch import Tensor
 
 from dinov3_framework.errors import UserError
@@ -154,7 +154,7 @@ def test_gram_options_of_a_case(values: dict[str, Any], variant: Variant) -> Non
         trainer = build_trainer(spec)
         batch = batch_of(spec, case.tensors["masks0"], 0)
         masks = case.tensors["masks0"]
-        networks = trainer.networks
+        networks = networks_of(trainer)
         from_teacher = gram["ema_teacher"] or gram["ckpt"] is None
         anchor = networks.teacher["backbone"] if from_teacher else networks.anchors["gram"]
         crops = batch.crops["global"].flatten(0, 1)

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dinov3_ssl.batches import CropBatches
 from loader_support import BATCH, ONE, Numbers, assert_same, loader
 from torch import Tensor
-from trainer_support import pretrain, registry
+from trainer_support import dataset_of, pretrain, registry
 
 from dinov3_framework import Augmentation, DataError, Dataset, Sample, View
-from dinov3_framework.data.loader import BatchMaker, Layout
+from dinov3_framework.data.loader import Layout
 
 
 class Plain(Augmentation):
@@ -31,8 +32,8 @@ class Plain(Augmentation):
         return torch.tensor([[(row + step) % 2 == 0, row >= total // 2] for row in rows])
 
 
-def maker(dataset: Dataset | None = None, layout: Layout = ONE, workers: int = 0) -> BatchMaker:
-    return BatchMaker(dataset or Numbers(), Plain(), layout, seed=7, workers=workers)
+def maker(dataset: Dataset | None = None, layout: Layout = ONE, workers: int = 0) -> CropBatches:
+    return CropBatches(dataset or Numbers(), Plain(), layout, seed=7, workers=workers)
 
 
 # --------------------------------------------------------------------------- what a batch is
@@ -43,19 +44,19 @@ def test_workers_and_start_change_nothing(workers: int, start: int) -> None:
     made = maker(Numbers(corrupt={3, 4, 11}), workers=workers)
     _, batches = loader(made, start, 6, workers=workers)
     found = list(batches)
-    assert [batch.step for batch in found] == list(range(start, 6))
-    for batch in found:
-        assert_same(batch, made[batch.step, 0])
+    assert len(found) == 6 - start
+    for step, batch in enumerate(found, start):
+        assert_same(batch, made[step, 0])
 
 
 def test_workers_change_nothing_with_real_parts() -> None:
     task = pretrain()
-    parts, dataset = task._parts(), task._dataset()
-    made = BatchMaker(dataset, parts.augmentation, ONE, seed=0, workers=2)
+    parts, dataset = task.method.prepare(), dataset_of(task)
+    made = CropBatches(dataset, parts.augmentation, ONE, seed=0, workers=2)
     _, batches = loader(made, 1, 3, workers=2)
-    for batch in batches:
+    for step, batch in enumerate(batches, 1):
         assert batch.crops["local"].shape == (2, BATCH, 1, 14, 14)
-        assert_same(batch, made[batch.step, 0])
+        assert_same(batch, made[step, 0])
 
 
 def test_shapes() -> None:
@@ -80,10 +81,10 @@ def test_splits_share_out_the_same_step(world: int, passes: int) -> None:
 
 def test_splits_share_out_the_same_masks_of_the_real_augmentation() -> None:
     task = pretrain()
-    augmentation, dataset = task._parts().augmentation, task._dataset()
-    whole = BatchMaker(dataset, augmentation, ONE, seed=0, workers=0)[2, 0]
+    augmentation, dataset = task.method.prepare().augmentation, dataset_of(task)
+    whole = CropBatches(dataset, augmentation, ONE, seed=0, workers=0)[2, 0]
     parts = [
-        BatchMaker(dataset, augmentation, Layout(2, rank, 2, BATCH), seed=0, workers=0)[2, micro]
+        CropBatches(dataset, augmentation, Layout(2, rank, 2, BATCH), seed=0, workers=0)[2, micro]
         for micro, rank in itertools.product(range(2), range(2))
     ]
     assert whole.masks is not None
@@ -210,7 +211,7 @@ class Crop(Plain):
     ],
 )
 def test_a_worker_that_dies_or_hangs_is_named_with_its_sample(trouble: str, words: str) -> None:
-    made = BatchMaker(flaky(**{trouble: 30}), Crop(), ONE, seed=0, workers=2)
+    made = CropBatches(flaky(**{trouble: 30}), Crop(), ONE, seed=0, workers=2)
     _, batches = loader(made, 0, 6, workers=2, timeout=2.0)
     with pytest.raises(DataError, match=words) as caught:
         list(batches)

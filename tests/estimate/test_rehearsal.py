@@ -23,7 +23,7 @@ from dinov3_estimate.stage import Seat
 from dinov3_estimate.step import rehearse
 from dinov3_vit.transformer import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
-from trainer_support import pretrain, steps, trainer
+from trainer_support import prepared, pretrain, steps, trainer
 
 from dinov3_framework import LossResult, RecipeError, StepOutputs, UserError
 
@@ -49,7 +49,7 @@ def of_two() -> Findings:
 
 
 def parameters_of(part: str) -> int:
-    return sum(p.numel() for p in pretrain()._parts().blueprint.student()[part].parameters())
+    return sum(p.numel() for p in prepared().blueprint.student()[part].parameters())
 
 
 def _raw(formula: Callable[..., int]) -> Callable[..., int]:
@@ -110,7 +110,7 @@ def test_tokens(alone: Findings) -> None:
 
 # --------------------------------------------------------------------------- memory
 def test_what_there_is_between_steps(alone: Findings) -> None:
-    parts = pretrain()._parts()
+    parts = prepared()
     student = parts.blueprint.student()
     count = sum(parameter.numel() for parameter in student.parameters())
     buffers = sum(b.numel() * b.element_size() for b in student.buffers())
@@ -228,7 +228,7 @@ def test_the_fullest_pass_is_rehearsed() -> None:
 def test_without_masks() -> None:
     found = rehearsed(*NO_MASKS)
     assert found.hidden is None
-    parts = pretrain(*NO_MASKS)._parts()
+    parts = prepared(*NO_MASKS)
     assert hidden_patches(parts.augmentation, found.layout, 0) is None
 
 
@@ -284,7 +284,7 @@ def test_products_in_float8() -> None:
     assert sum(fp8.tally.flops().values()) == sum(plain.tally.flops().values())
     layers = sum(
         parameter.numel()
-        for name, parameter in pretrain()._parts().blueprint.backbone.named_parameters()
+        for name, parameter in prepared().blueprint.backbone.named_parameters()
         if name.startswith("blocks.") and parameter.ndim == 2
     )
     tokens = 12 * (2 * plain.tokens.student + plain.tokens.teacher)

@@ -11,7 +11,7 @@ from dinov3_losses.sinkhorn import balance, sinkhorn_knopp
 from loss_support import Results, randn, results_of
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from trainer_support import pretrain, steps
+from trainer_support import pretrain, steps, trainer_of
 
 from dinov3_framework import StepOutputs
 
@@ -44,8 +44,8 @@ def logits() -> Tensor:
 def train(folder: Path, *overrides: str) -> Results:
     """Figures of some steps of the real trainer, and this process's gradients in the first."""
     task = pretrain(*RECIPE, *overrides)
-    trainer = task._trainer(task._parts(), task._dataset(), folder, torch.device("cpu"))
-    for network in (trainer.networks.student, trainer.networks.teacher):
+    trainer = trainer_of(task, folder)
+    for network in (trainer.unit.placed.student, trainer.unit.placed.teacher):
         for name, parameter in network.named_parameters():
             if name.endswith("weight") and "_head." in name:
                 parameter.data.mul_(SPREAD)
@@ -54,7 +54,7 @@ def train(folder: Path, *overrides: str) -> Results:
     optimizer_step = trainer.optimizer.step
 
     def record_and_step() -> None:
-        found = {n: p.grad for n, p in trainer.networks.student.named_parameters()}
+        found = {n: p.grad for n, p in trainer.unit.placed.student.named_parameters()}
         assert all(isinstance(gradient, DTensor) for gradient in found.values())
         gradients.append({n: gradient.to_local().clone() for n, gradient in found.items()})
         optimizer_step()
@@ -63,7 +63,7 @@ def train(folder: Path, *overrides: str) -> Results:
         masked.append(len(inputs[0].masked_patches()))
 
     trainer.optimizer.step = record_and_step  # type: ignore[method-assign]
-    trainer.objective.losses["ibot"].register_forward_pre_hook(count)
+    trainer.unit.objective.losses["ibot"].register_forward_pre_hook(count)
     return {"figures": steps(trainer, STEPS), "gradients": gradients[0], "masked": masked}
 
 

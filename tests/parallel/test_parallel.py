@@ -88,7 +88,7 @@ def test_one_process_in_bfloat16(tmp_path: Path) -> None:
     with trainer(tmp_path / "fp32", *SAME) as plain:
         expected = steps(plain, 2)
     with trainer(tmp_path / "bf16", *SAME, BF16) as ours:
-        parameters = list(ours.networks.student.parameters())
+        parameters = list(ours.unit.placed.student.parameters())
         assert all(isinstance(parameter, DTensor) for parameter in parameters)
         assert all(parameter.dtype == torch.float32 for parameter in parameters)
         assert all(tensor.dtype == torch.float32 for tensor in snapshot(ours).values())
@@ -113,7 +113,7 @@ def test_rope_tables_stay_float32_in_bfloat16(tmp_path: Path) -> None:
             seen["tokens" if value.shape[-1] == 32 else "tables"].append(value.dtype)
 
     with trainer(tmp_path, BF16) as ours:
-        backbone = ours.networks.student["backbone"]
+        backbone = ours.unit.placed.student["backbone"]
         for block in backbone.blocks:
             block.register_forward_pre_hook(record, with_kwargs=True)
         steps(ours, 1)

@@ -18,7 +18,7 @@ from trainer_support import pretrain, registry, snapshot, steps, trainer
 
 from dinov3_framework import Problem, RecipeError
 from dinov3_framework.parallel import ParallelConfig, compiling
-from dinov3_framework.parallel.check import backbone_problems
+from dinov3_framework.parallel.check import network_problems
 from dinov3_framework.parallel.compiling import compiler_complaint
 from dinov3_framework.parallel.sharder import Sharder, initialise
 from dinov3_framework.runtime.processes import process_group
@@ -94,7 +94,7 @@ def test_recomputing_changes_no_bit(tmp_path: Path, kind: str, precision: str) -
     runs = []
     for value in ("none", kind):
         with trainer(tmp_path / value, precision, f"parallel.checkpointing={value}") as ours:
-            assert ours.networks.student["backbone"].blocks[0].drop_path_rate == 0.3
+            assert ours.unit.placed.student["backbone"].blocks[0].drop_path_rate == 0.3
             figures = steps(ours, 2)
             runs.append((figures, {n: whole(tensor) for n, tensor in snapshot(ours).items()}))
     (expected, before), (found, after) = runs
@@ -156,7 +156,7 @@ def test_activations_are_not_kept() -> None:
 def test_only_what_trains_is_recomputed() -> None:
     with process_group(CPU, timeout=60):
         sharder = Sharder(ParallelConfig(checkpointing="full"), CPU)
-        blueprint = pretrain()._parts().blueprint.backbone
+        blueprint = pretrain().method.prepare().blueprint.backbone
         kind = type(blueprint.blocks[0])
         frozen: Any = sharder.place(blueprint, trains=False)
     assert {type(block) for block in frozen.blocks} == {kind}
@@ -265,7 +265,7 @@ def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_backbone_without_blocks() -> None:
     def problems(config: ParallelConfig) -> list[Problem]:
-        return list(backbone_problems(config, Tiny(TinyConfig())))
+        return list(network_problems(config, Tiny(TinyConfig())))
 
     assert problems(ParallelConfig()) == []
     found = problems(ParallelConfig(checkpointing="full", compile=True))

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from trainer_support import pretrain, registry
+from trainer_support import pretrain, registry, tiny_config
 
 from dinov3_framework import Problem, RecipeError
 from dinov3_framework.parallel import ParallelConfig
@@ -156,8 +156,8 @@ def features(network: Any) -> Tensor:
 def test_names_and_groups_of_parameters_stay() -> None:
     plain, ours = placed(ParallelConfig()), placed(EMULATED)
     assert list(ours.state_dict()) == list(plain.state_dict())
-    rates = {"layerwise_decay": 0.9, "patch_embed_lr_mult": 0.2}
-    assert parameter_settings(ours, **rates) == parameter_settings(plain, **rates)
+    rates = tiny_config().optimizer
+    assert parameter_settings(ours, rates) == parameter_settings(plain, rates)
     for name, tensor in plain.state_dict().items():
         assert torch.equal(ours.state_dict()[name], tensor), name
     assert not torch.equal(features(ours), features(plain))
@@ -197,7 +197,7 @@ def test_a_bias_on_the_keys_stays_masked() -> None:
 
 
 def test_projectors_stay_as_they_are() -> None:
-    head = pretrain()._parts().blueprint.projectors["dino"]
+    head = pretrain().method.prepare().blueprint.projectors["dino"]
     with process_group(CPU, timeout=60):
         placed_head = Sharder(ParallelConfig(fp8="emulated", fp8_filter=""), CPU).place(head)
     linears = [m for m in placed_head.modules() if isinstance(m, nn.Linear)]

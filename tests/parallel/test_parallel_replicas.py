@@ -126,7 +126,7 @@ def test_networks_side_by_side(four: list[dict[str, Any]], key: str) -> None:
 
 def _reference(index: int) -> dict[str, Any]:
     """What a group of two comes to, in one process and by hand."""
-    blueprint = processes.pretrain(*SAME)._parts().blueprint
+    blueprint = processes.pretrain(*SAME).method.prepare().blueprint
     with process_group(CPU, timeout=60):
         networks = Networks(blueprint, Sharder(ParallelConfig(), CPU), seed=index)
     backbone: Any = networks.student["backbone"]

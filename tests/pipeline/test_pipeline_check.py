@@ -18,8 +18,10 @@ from trainer_support import registry
 from dinov3_framework import RecipeError
 from dinov3_framework.checkpoints import CheckpointConfig
 from dinov3_framework.cli import main
-from dinov3_framework.recipes.compose import compose, to_toml
-from dinov3_framework.recipes.structure import structure_recipe, unstructure
+from dinov3_framework.recipes.compose import compose
+from dinov3_framework.recipes.plain import unstructure
+from dinov3_framework.recipes.structure import structure_recipe
+from dinov3_framework.recipes.toml_text import to_toml
 
 
 @pytest.fixture

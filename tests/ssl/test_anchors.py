@@ -46,22 +46,22 @@ def teacher_of(output: Path, step: int) -> dict[str, Tensor]:
 def test_an_anchor_begins_as_weights(earlier: Path, tmp_path: Path) -> None:
     place = earlier / "checkpoints" / "step_00000006"
     with trainer(tmp_path / "run", *GRAM, f"{ANCHOR}.weights={place}") as ours:
-        anchor = dict(ours.networks.anchors["gram"].named_parameters())
+        anchor = dict(ours.unit.placed.anchors["gram"].named_parameters())
         expected = teacher_of(earlier, 6)
         assert anchor
         for name, parameter in anchor.items():
             assert torch.equal(parameter, expected[name])
         assert not torch.equal(
-            anchor["cls_token"], ours.networks.teacher["backbone"].get_parameter("cls_token")
+            anchor["cls_token"], ours.unit.placed.teacher["backbone"].get_parameter("cls_token")
         )
         steps(ours, 2)
-        for name, parameter in ours.networks.anchors["gram"].named_parameters():
+        for name, parameter in ours.unit.placed.anchors["gram"].named_parameters():
             assert torch.equal(parameter, expected[name]), "it is never refreshed"
 
 
 def test_an_anchor_may_be_of_another_backbone(another: Path, tmp_path: Path) -> None:
     with trainer(tmp_path / "run", *GRAM, f"{ANCHOR}.weights={another}") as ours:
-        assert ours.networks.anchors["gram"].embed_dim == 48
+        assert ours.unit.placed.anchors["gram"].embed_dim == 48
         (figures,) = steps(ours, 1)
     assert figures["gram"] > 0
 
@@ -87,17 +87,17 @@ def test_an_anchor_that_begins_later(tmp_path: Path) -> None:
     with trainer(tmp_path / "run", *GRAM, f"{ANCHOR}.start=2") as ours:
         before = steps(ours, 2)
         assert all("gram" not in figures for figures in before)
-        teacher = {n: p.clone() for n, p in ours.networks.teacher["backbone"].named_parameters()}
+        teacher = {n: p.clone() for n, p in ours.unit.placed.teacher["backbone"].named_parameters()}
         (first,) = steps(ours, 1)
         assert first["gram"] >= 0
-        for name, parameter in ours.networks.anchors["gram"].named_parameters():
+        for name, parameter in ours.unit.placed.anchors["gram"].named_parameters():
             assert torch.equal(parameter, teacher[name]), "the teacher before iteration 2"
 
 
 def test_the_momentum_teacher_as_it_is(tmp_path: Path) -> None:
     live = ("losses.gram.use=gram", f"{ANCHOR}=none", "backbone.drop_path_rate=0.0")
     with trainer(tmp_path / "run", *live, "augmentation.masking=none", "drop=losses.ibot") as ours:
-        assert not ours.networks.anchors
+        assert not ours.unit.placed.anchors
         (figures,) = steps(ours, 1)
     # Before the first step student and teacher are one, but for what training draws (RoPE).
     assert figures["gram"] < 0.05

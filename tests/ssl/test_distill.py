@@ -44,27 +44,29 @@ def test_the_student_moves_its_average_follows_the_teacher_stays(
     teacher: Path, tmp_path: Path
 ) -> None:
     with student(teacher, tmp_path / "run", HEAD) as ours:
-        frozen = ours.objective.teaching.networks
+        frozen = ours.unit.objective.teaching.networks
         before = copies(frozen)
         expected, _ = CheckpointStore(teacher / "checkpoints").read("teacher.")
         for name, value in before.items():
             if f"teacher.{name}" in expected:
                 assert torch.equal(value, expected[f"teacher.{name}"]), name
-        old = {n: p.clone() for n, p in ours.networks.student.named_parameters()}
-        average = {n: p.clone() for n, p in ours.networks.teacher.named_parameters()}
+        old = {n: p.clone() for n, p in ours.unit.placed.student.named_parameters()}
+        average = {n: p.clone() for n, p in ours.unit.placed.teacher.named_parameters()}
         steps(ours, 2)
         assert all(torch.equal(value, before[name]) for name, value in copies(frozen).items())
-        moved = [n for n, p in ours.networks.student.named_parameters() if not p.equal(old[n])]
+        moved = [n for n, p in ours.unit.placed.student.named_parameters() if not p.equal(old[n])]
         assert len(moved) > len(old) / 2
-        followed = [n for n, p in ours.networks.teacher.named_parameters() if n in moved]
-        assert any(not ours.networks.teacher.get_parameter(n).equal(average[n]) for n in followed)
+        followed = [n for n, p in ours.unit.placed.teacher.named_parameters() if n in moved]
+        assert any(
+            not ours.unit.placed.teacher.get_parameter(n).equal(average[n]) for n in followed
+        )
         assert not any(p.requires_grad or p.grad is not None for p in frozen.parameters())
 
 
 def test_the_student_sees_what_is_only_compared(teacher: Path, tmp_path: Path) -> None:
     for key, hidden in (("false", False), ("true", True)):
         with student(teacher, tmp_path / key, HEAD, f"mask_student={key}") as ours:
-            backbone = ours.networks.student["backbone"]
+            backbone = ours.unit.placed.student["backbone"]
             whole, seen = backbone.forward_features, []
 
             def record(images: Any, masks: Any, whole: Any = whole, seen: Any = seen) -> Any:
@@ -80,7 +82,7 @@ def test_the_student_sees_what_is_only_compared(teacher: Path, tmp_path: Path) -
 def test_targets_are_the_teachers(teacher: Path, tmp_path: Path) -> None:
     """The DINO targets are those that the teacher's own networks give for its crops."""
     with student(teacher, tmp_path / "run", HEAD) as ours:
-        batch, given = ours.objective.teaching(ours.maker[0, 0], {"class"})
+        batch, given = ours.unit.objective.teaching(ours.maker[0, 0], {"class"})
     loaded = load_backbone(teacher / "checkpoints")
     pixels = batch.crops["global"].float().sub(0.286 * 255).div(0.353 * 255).flatten(0, 1)
     with torch.no_grad():
@@ -149,7 +151,7 @@ def test_the_teacher_sees_crops_of_its_own_size(
     teacher: Path, tmp_path: Path, scale: float, size: int
 ) -> None:
     with student(teacher, tmp_path, HEAD, f"augmentation.teacher_scale={scale}") as ours:
-        backbone = ours.objective.teaching.networks["backbone"]
+        backbone = ours.unit.objective.teaching.networks["backbone"]
         whole, seen = backbone.forward_features, []
 
         def record(images: Tensor) -> Any:

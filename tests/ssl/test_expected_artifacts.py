@@ -47,9 +47,10 @@ def test_checkpoints_have_every_tensor_of_a_run(stand_in: Path, tmp_path: Path) 
 
 
 def test_the_export_has_every_tensor_of_a_run(stand_in: Path, tmp_path: Path) -> None:
-    real = tmp_path / "real.safetensors"
+    method = pretrain(*GRAM).method
     with trainer(tmp_path / "run", *GRAM) as ours:
-        pretrain(*GRAM)._export(real, ours.networks, ours.maker.augmentation, {})
+        real = method.export(ours, method.prepare())
+    assert real is not None
     with open_backbone(real, registry()) as expected:
         for source in (stand_in, stand_in / "exports" / "teacher_backbone.safetensors"):
             with open_backbone(source, registry()) as found:

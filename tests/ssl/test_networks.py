@@ -18,10 +18,10 @@ GRAM = ("losses.gram.use=gram", "augmentation.anchor_size=28")
 
 def test_official_names(tmp_path: Path) -> None:
     with trainer(tmp_path, *GRAM) as ours:
-        assert list(ours.networks.student) == ["backbone", "dino_head", "ibot_head"]
-        assert list(ours.networks.teacher) == list(ours.networks.student)
-        assert list(ours.networks.anchors) == ["gram"]
-        names = ours.networks.named_state()
+        assert list(ours.unit.placed.student) == ["backbone", "dino_head", "ibot_head"]
+        assert list(ours.unit.placed.teacher) == list(ours.unit.placed.student)
+        assert list(ours.unit.placed.anchors) == ["gram"]
+        names = ours.unit.placed.named_state()
     for expected in (
         "student.backbone.patch_embed.proj.weight",
         "teacher.dino_head.last_layer.weight",
@@ -32,7 +32,7 @@ def test_official_names(tmp_path: Path) -> None:
 
 def test_teacher_and_anchors_start_as_the_student(tmp_path: Path) -> None:
     with trainer(tmp_path, *GRAM) as ours:
-        nets = ours.networks
+        nets = ours.unit.placed
         student = nets.student.state_dict()
         assert student
         for name, value in nets.teacher.state_dict().items():
@@ -53,18 +53,18 @@ def test_teacher_and_anchors_start_as_the_student(tmp_path: Path) -> None:
 
 def test_first_values_depend_on_the_seed_and_not_on_other_networks(tmp_path: Path) -> None:
     with trainer(tmp_path / "a") as ours:
-        one = {name: value.clone() for name, value in ours.networks.named_state().items()}
+        one = {name: value.clone() for name, value in ours.unit.placed.named_state().items()}
     torch.manual_seed(12345)
     with trainer(tmp_path / "b", 'drop=["losses.dino"]') as ours:
-        for name, value in ours.networks.named_state().items():
+        for name, value in ours.unit.placed.named_state().items():
             assert torch.equal(value, one[name])
     with trainer(tmp_path / "c", "seed=1") as ours:
-        other = ours.networks.named_state()
+        other = ours.unit.placed.named_state()
     assert not torch.equal(other["student.backbone.cls_token"], one["student.backbone.cls_token"])
 
 
 def test_drawing_first_values_leaves_the_global_generator_alone() -> None:
-    blueprint = pretrain()._parts().blueprint
+    blueprint = pretrain().method.prepare().blueprint
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
@@ -90,7 +90,7 @@ def test_what_init_weights_forgets_is_found() -> None:
 
 def test_the_teacher_follows_by_its_momentum(tmp_path: Path) -> None:
     with trainer(tmp_path) as ours:
-        nets = ours.networks
+        nets = ours.unit.placed
         with torch.no_grad():
             for parameter in nets.student.parameters():
                 parameter.add_(1.0)
@@ -117,7 +117,7 @@ def test_when_an_anchor_is_refreshed(anchor: AnchorConfig, due: list[int]) -> No
 
 
 def test_a_loss_without_projector_gets_no_head(tmp_path: Path) -> None:
-    parts = pretrain(*GRAM)._parts()
+    parts = pretrain(*GRAM).method.prepare()
     assert set(parts.blueprint.projectors) == {"dino", "ibot"}
     assert isinstance(parts.losses["koleo"], Loss)
     assert all(p.is_meta for p in parts.blueprint.student().parameters())

@@ -15,6 +15,7 @@ from trainer_support import NO_LOSSES, pretrain, trainer
 
 from dinov3_framework import Anchor, Constant, Loss, LossResult, StepOutputs, View
 from dinov3_framework.contracts.losses import check_needs
+from dinov3_framework.contracts.training import Step
 from dinov3_framework.training.trainer import Trainer
 
 
@@ -75,12 +76,12 @@ def test_needs_that_are_met() -> None:
 def objective(tmp_path: Path, **losses: Reads) -> Iterator[tuple[Objective, Trainer]]:
     with trainer(tmp_path, NO_LOSSES, "losses.p.use=scaled_mean") as ours:
         configs = dict.fromkeys(losses, ours.config.losses["p"])
-        yield Objective(losses, configs, ours.networks, 10, ours.config.images), ours
+        yield Objective(losses, configs, ours.unit.placed, ours.config.images), ours
 
 
 def calls(ours: Trainer, role: str) -> list[Any]:
     """What a role's backbone is called with from now on."""
-    backbone = getattr(ours.networks, role)["backbone"]
+    backbone = getattr(ours.unit.placed, role)["backbone"]
     seen: list[Any] = []
     whole = backbone.forward_features
 
@@ -99,7 +100,7 @@ def batch(ours: Trainer) -> Any:
 def test_nothing_is_computed_that_nobody_needs(tmp_path: Path) -> None:
     with objective(tmp_path, a=Reads("student.global.class")) as (whole, ours):
         student, teacher = calls(ours, "student"), calls(ours, "teacher")
-        whole(batch(ours), 0)
+        whole(batch(ours), Step(0, 10))
     ((images, masks),) = student
     assert [tuple(view.shape) for view in images] == [(24, 1, 28, 28)]
     assert masks == [None], "nobody needs masks, so nothing is hidden"
@@ -112,7 +113,7 @@ def test_each_network_runs_once_however_many_ask(tmp_path: Path) -> None:
     with objective(tmp_path, a=a, b=b) as (whole, ours):
         student, teacher = calls(ours, "student"), calls(ours, "teacher")
         made = batch(ours)
-        outcome = whole(made, 4)
+        outcome = whole(made, Step(4, 10))
     ((images, masks),) = student
     assert [tuple(view.shape) for view in images] == [(24, 1, 28, 28), (24, 1, 14, 14)]
     assert torch.equal(masks[0], made.masks.flatten(0, 1))
@@ -135,7 +136,7 @@ def test_each_network_runs_once_however_many_ask(tmp_path: Path) -> None:
 
 def test_the_total_is_weighted(tmp_path: Path) -> None:
     with trainer(tmp_path, "losses.koleo.weight=0.5", "losses.dino.weight=2.0") as ours:
-        outcome = ours.objective(batch(ours), 0)
+        outcome = ours.unit.objective(batch(ours), Step(0, 10))
     parts = outcome.losses
     expected = 2 * parts["dino"] + parts["ibot"] + 0.5 * parts["koleo"]
     torch.testing.assert_close(outcome.total.detach(), expected)
@@ -148,14 +149,14 @@ def test_anchors_see_the_view_they_name(tmp_path: Path) -> None:
     gram = ("losses.gram.use=gram", "augmentation.anchor_size=42")
     with trainer(tmp_path, *gram) as ours:
         grids = []
-        whole = ours.objective.losses["gram"].forward
+        whole = ours.unit.objective.losses["gram"].forward
 
         def record(step: StepOutputs) -> LossResult:
             grids.append(step.anchor.grid if step.anchor is not None else None)
             return whole(step)
 
-        ours.objective.losses["gram"].forward = record
-        ours.objective(batch(ours), 0)
+        ours.unit.objective.losses["gram"].forward = record
+        ours.unit.objective(batch(ours), Step(0, 10))
     assert grids == [(6, 6)]
 
 
@@ -170,12 +171,12 @@ def test_projecting_without_a_projector_is_said(tmp_path: Path) -> None:
         objective(tmp_path, **losses) as (whole, ours),
         pytest.raises(KeyError, match="loss 'mine' projects tokens and built no projector"),
     ):
-        whole(batch(ours), 0)
+        whole(batch(ours), Step(0, 10))
 
 
 def test_state_is_the_losses_buffers(tmp_path: Path) -> None:
     with trainer(tmp_path, "losses.c.use=centre") as ours:
-        assert set(ours.objective.named_state()) == {"losses.c.centre"}
+        assert set(ours.unit.objective.named_state()) == {"losses.c.centre"}
         assert "losses.c.centre" in ours.tensors()
 
 

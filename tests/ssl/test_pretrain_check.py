@@ -34,7 +34,7 @@ def test_a_sound_recipe() -> None:
     assert row(report, "data", "images seen") == "72"
     assert row(report, "data", "passes over the data") == "0.01"
     assert "5,000 images" in row(report, "data", "dataset")
-    backbone = pretrain()._parts().blueprint.backbone
+    backbone = pretrain().method.prepare().blueprint.backbone
     count = sum(parameter.numel() for parameter in backbone.parameters())
     assert row(report, "parameters", "backbone") == f"{count:,}"
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dinov3_framework.configs import ImagesConfig, config, option
 from dinov3_framework.contracts.data import Dataset, Sample, Target
 from dinov3_framework.contracts.networks import Backbone
+from dinov3_framework.contracts.running import Model
 from dinov3_framework.errors import CorruptSampleError, DataError
 from dinov3_framework.kinds import BackboneConfig, Component, DatasetConfig
 from dinov3_framework.registry import Registry
@@ -30,7 +31,8 @@ class Memory(Dataset):
         self.images = images
         self.labels = labels if labels is not None else [None] * len(images)
         known = [label for label in self.labels if label is not None]
-        self.targets = {"label": Target("class", max(known) + 1)} if known else {}
+        if known:
+            self.targets = {"label": Target("class", n_classes=max(known) + 1)}
 
     def __len__(self) -> int:
         return len(self.images)
@@ -39,7 +41,8 @@ class Memory(Dataset):
         image = self.images[index]
         if image is None:
             raise CorruptSampleError(f"image {index}", "half of it is missing")
-        return Sample(image, {"label": self.labels[index]})
+        label = self.labels[index]
+        return Sample(image, {} if label is None else {"label": label})
 
 
 def grey_images(count: int, seed: int = 0, size: int = 4) -> list[Tensor | None]:
@@ -109,7 +112,8 @@ class Clusters(Dataset):
         pixels = (patterns[self.labels] + noise).clip(0, 255).astype(np.uint8)
         self.images = torch.from_numpy(pixels)
         self.labelled = config.labelled
-        self.targets = {"label": Target("class", classes=config.names)} if config.labelled else {}
+        if config.labelled:
+            self.targets = {"label": Target("class", classes=config.names)}
 
     def __len__(self) -> int:
         return len(self.images)
@@ -141,8 +145,8 @@ class FakeRun:
         self.built += 1
         return registry().build(config, **runtime)
 
-    def teacher_backbone(self) -> Backbone:
-        return self.teacher
+    def model(self) -> Model:
+        return Model(self.teacher, GREY)
 
-    def initial_backbone(self) -> Backbone:
-        return self.initial
+    def initial_model(self) -> Model:
+        return Model(self.initial, GREY)

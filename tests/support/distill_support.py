@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from dinov3_ssl.distill import Distill
 from run_support import HERE
-from trainer_support import registry
+from trainer_support import registry, trainer_of
 
 from dinov3_framework.recipes.compose import compose
 from dinov3_framework.recipes.structure import structure_recipe
 from dinov3_framework.runtime.processes import process_group
+from dinov3_framework.training.task import TrainingTask
 from dinov3_framework.training.trainer import Trainer
 
 DISTILL = HERE / "tiny_distill.toml"
@@ -28,19 +28,21 @@ TEACHER = (
 HEAD = "losses.dino.teacher_head={n_prototypes=32, bottleneck_dim=8, hidden_dim=20}"
 
 
-def distill(teacher: Path, *overrides: str) -> Distill:
+def distill(teacher: Path, *overrides: str) -> TrainingTask:
     words = [f"teacher.weights={teacher}", *overrides]
-    return Distill(structure_recipe(registry(), compose(DISTILL, words)), registry=registry())
+    task = registry().build(
+        structure_recipe(registry(), compose(DISTILL, words)), registry=registry()
+    )
+    assert isinstance(task, TrainingTask)
+    return task
 
 
 @contextmanager
 def student(teacher: Path, output: Path, *overrides: str) -> Iterator[Trainer]:
     """A trainer before its first step, in a process group of one."""
-    task, device = distill(teacher, *overrides), torch.device("cpu")
-    output.mkdir(exist_ok=True)
-    with process_group(device, timeout=60):
-        parts = task._parts()
-        ours = task._trainer(parts, task._dataset(), output, device)
-        if not task._resume(ours):
-            task._begin(ours, parts)
+    task = distill(teacher, *overrides)
+    with process_group(torch.device("cpu"), timeout=60):
+        ours = trainer_of(task, output)
+        if not ours.resume():
+            task.method.begin(ours, task.method.prepare())
         yield ours

@@ -16,6 +16,7 @@ from dinov3_losses.ibot import IbotLoss
 from dinov3_losses.koleo import KoLeoLoss
 from dinov3_losses.projector import PrototypeProjector
 from dinov3_losses.sinkhorn import sinkhorn_knopp
+from dinov3_optimizers import AdamWConfig
 from dinov3_vit.configs import VitConfig
 from dinov3_vit.transformer import VisionTransformer
 from golden_support import (
@@ -254,12 +255,14 @@ def check_param_groups(case: Case) -> None:
     projector = PrototypeProjector(
         ProjectorConfig(n_prototypes=8, bottleneck_dim=4, hidden_dim=6), embed_dim=5
     )
+    config = AdamWConfig(
+        lr=Constant(value=1.0),
+        weight_decay=Constant(value=1.0),
+        layerwise_decay=spec["layerwise_decay"],
+        patch_embed_lr_mult=spec["patch_embed_lr_mult"],
+    )
     for name, module in {"backbone": build_vit(spec["config"]), "dino_head": projector}.items():
-        settings = parameter_settings(
-            module,
-            layerwise_decay=spec["layerwise_decay"],
-            patch_embed_lr_mult=spec["patch_embed_lr_mult"],
-        )
+        settings = parameter_settings(module, config)
         assert settings.keys() == spec[name].keys()
         for parameter, (lr_mult, wd_mult, is_last_layer) in spec[name].items():
             setting = settings[parameter]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from itertools import dropwhile
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import torch
+from dinov3_ssl.batches import CropBatch
 from dinov3_ssl.configs import PretrainConfig
-from dinov3_ssl.networks import Blueprint, Networks
-from dinov3_ssl.objective import Objective
+from dinov3_ssl.networks import Networks
+from dinov3_ssl.unit import StudentUnit
 from golden_support import (
     CannotExpress,
     Case,
@@ -21,12 +22,9 @@ from golden_support import (
     seeded,
 )
 
-from dinov3_framework.data.loader import Batch, Layout
-from dinov3_framework.parallel.sharder import Sharder
 from dinov3_framework.recipes.structure import structure_component
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime.processes import process_group
-from dinov3_framework.training.optimizer import Optimizer
 from dinov3_framework.training.trainer import Trainer
 
 # Golden term -> metric of the trainer.
@@ -128,6 +126,7 @@ def recipe(case: Noted, chunk: int | None = None) -> dict[str, Any]:
         "losses": losses,
         "teacher": {"momentum": case["momentum"]},
         "optimizer": {
+            "use": "adamw",
             "lr": case["lr"],
             "weight_decay": case["weight_decay"],
             "freeze_last_layer": len(case["last_layer_lr"]) - len(trained),
@@ -143,10 +142,10 @@ def build_trainer(case: Noted, chunk: int | None = None) -> Trainer:
     registry = Registry.load()
     config = structure_component(registry, "task", "pretrain", recipe(case, chunk))
     assert isinstance(config, PretrainConfig)
-    losses = {name: registry.build(loss) for name, loss in config.losses.items()}
-    blueprint = Blueprint.draw(registry, config.backbone, losses)
-    device = torch.device("cpu")
-    networks = Networks(blueprint, Sharder(config.parallel, device), seed=0)
+    task = registry.build(config, registry=registry)
+    dataset = registry.build(config.dataset, channels=config.images.channels)
+    trainer: Trainer = task.trainer(task.method.prepare(), dataset, Path("unused"))
+    networks = networks_of(trainer)
     seeds = case["fill_seeds"]
     fill(networks.student, seeds["student"])
     fill(networks.teacher, seeds["teacher"])
@@ -154,20 +153,16 @@ def build_trainer(case: Noted, chunk: int | None = None) -> Trainer:
     if case["gram"] is not None and case["gram"]["ckpt"] is not None:
         for anchor in networks.anchors.values():
             fill(anchor, anchor_seed, prefix="backbone.")
-    layout = Layout(1, 0, 1, config.batch_size)
-    return Trainer(
-        config=config,
-        networks=networks,
-        objective=Objective(losses, config.losses, networks, config.iterations, config.images),
-        optimizer=Optimizer(dict(networks.student.items()), config.optimizer, config.batch_size),
-        maker=SimpleNamespace(layout=layout),  # type: ignore[arg-type]
-        store=None,  # type: ignore[arg-type]
-        observers={},
-        run=SimpleNamespace(device=device),  # type: ignore[arg-type]
-    )
+    return trainer
 
 
-def batch_of(case: Noted, masks: torch.Tensor, step: int) -> Batch:
+def networks_of(trainer: Trainer) -> Networks:
+    unit = trainer.unit
+    assert isinstance(unit, StudentUnit)
+    return unit.placed
+
+
+def batch_of(case: Noted, masks: torch.Tensor, step: int) -> CropBatch:
     size = case["batch_per_rank"]
 
     def crops(key: str, count: int, pixels: int) -> torch.Tensor:
@@ -180,14 +175,14 @@ def batch_of(case: Noted, masks: torch.Tensor, step: int) -> Batch:
     }
     if case["gram_teacher_crop_size"] is not None:
         views["anchor"] = crops("gram", 2, case["gram_teacher_crop_size"])
-    return Batch(views, masks.unflatten(0, (2, size)), (), step, 0)
+    return CropBatch(views, masks.unflatten(0, (2, size)))
 
 
-def one_step(trainer: Trainer, batch: Batch) -> dict[str, float]:
+def one_step(trainer: Trainer, batch: CropBatch) -> dict[str, float]:
     """Train on a batch; its metrics."""
-    agreement, _ = trainer._step(iter([batch]), stop=False)
+    metrics = trainer.step(iter([batch])).check.metrics
     trainer.done += 1
-    return agreement.metrics
+    return metrics
 
 
 def check_train_step(golden: Case, chunk: int | None = None) -> None:
@@ -198,7 +193,7 @@ def check_train_step(golden: Case, chunk: int | None = None) -> None:
         clipped: dict[str, float] = {}
 
         def record_and_step() -> None:
-            for name, parameter in trainer.networks.student.named_parameters():
+            for name, parameter in networks_of(trainer).student.named_parameters():
                 if parameter.grad is not None:
                     clipped[name] = float(parameter.grad.norm())
             optimizer_step()
@@ -210,7 +205,7 @@ def check_train_step(golden: Case, chunk: int | None = None) -> None:
             compare_step(metrics, clipped, expected)
             assert_close(metrics["last_layer_lr"], case["last_layer_lr"][step], "last_layer_lr")
         for role in ("student", "teacher"):
-            network = getattr(trainer.networks, role)
+            network = getattr(networks_of(trainer), role)
             expected_sums = case[f"{role}_after_sum_abssum"]
             values = dict(network.named_parameters())
             assert values.keys() == expected_sums.keys()

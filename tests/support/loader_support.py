@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from dinov3_ssl.batches import CropBatch, CropBatches
 
 from dinov3_framework import CorruptSampleError, Dataset, Sample
 from dinov3_framework.data import LoaderConfig
-from dinov3_framework.data.loader import Batch, BatchMaker, Layout, TrainingLoader
+from dinov3_framework.data.loader import Layout, TrainingLoader
 
 BATCH = 12
 ONE = Layout(world_size=1, rank=0, accumulation_steps=1, batch_size=BATCH)
@@ -31,14 +32,14 @@ class Numbers(Dataset):
 
 
 def loader(
-    made: BatchMaker, start: int = 0, stop: int = 5, **options: Any
-) -> tuple[TrainingLoader, Iterator[Batch]]:
+    made: CropBatches, start: int = 0, stop: int = 5, **options: Any
+) -> tuple[TrainingLoader[CropBatch], Iterator[CropBatch]]:
     loader = TrainingLoader(made, LoaderConfig(**{"workers": 0} | options), start, stop, False)
     return loader, iter(loader)
 
 
-def assert_same(one: Batch, other: Batch) -> None:
-    assert (one.step, one.micro, one.corrupt) == (other.step, other.micro, other.corrupt)
+def assert_same(one: CropBatch, other: CropBatch) -> None:
+    assert one.corrupt == other.corrupt
     assert one.crops.keys() == other.crops.keys()
     for view, crops in one.crops.items():
         assert torch.equal(crops, other.crops[view])

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from checkpoint_processes import whole
 from dinov3_ssl.networks import Networks
 from torch import Tensor
-from trainer_support import pretrain, steps
+from trainer_support import pretrain, steps, trainer_of
 
 from dinov3_framework.parallel import ParallelConfig
 from dinov3_framework.parallel.meshes import mesh_of
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 def started(output: Path, *overrides: str) -> Trainer:
     """The tiny recipe's trainer, among the processes that are already connected."""
     task = pretrain(*overrides)
-    return task._trainer(task._parts(), task._dataset(), output, CPU)
+    return trainer_of(task, output)
 
 
 def learn(output: Path, count: int, *overrides: str, save: bool = False) -> dict[str, Any]:
@@ -34,14 +34,14 @@ def learn(output: Path, count: int, *overrides: str, save: bool = False) -> dict
     ours.resume()
     begun, figures = ours.done, steps(ours, count)
     if save:
-        ours._save()
-    mesh = mesh_of(ours.networks.student["backbone"])
+        save(ours)
+    mesh = mesh_of(ours.unit.placed.student["backbone"])
     return {
         "begun": begun,
         "mesh": mesh and (mesh.mesh.tolist(), mesh.mesh_dim_names),
         "figures": figures,
         "state": {name: tensor.detach().clone() for name, tensor in whole(ours.tensors()).items()},
-        "export": full_state_dict(ours.networks.teacher["backbone"]),
+        "export": full_state_dict(ours.unit.placed.teacher["backbone"]),
     }
 
 
@@ -66,7 +66,9 @@ def in_groups(recipe: tuple[str, ...], replicas: int) -> dict[str, Any]:
     index = dist.get_rank() // 2
     config = attrs.evolve(ParallelConfig(), replicas=replicas)
     networks = Networks(
-        pretrain(*recipe)._parts().blueprint, Sharder(config, CPU, groups[index]), seed=index
+        pretrain(*recipe).method.prepare().blueprint,
+        Sharder(config, CPU, groups[index]),
+        seed=index,
     )
     # Only now and then do both groups come to the same place: nothing may wait for the other one.
     backbone: Any = networks.student["backbone"]

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from dinov3_ssl.configs import PretrainConfig
-from dinov3_ssl.pretrain import Pretrain
 from run_support import HERE, TINY
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from dinov3_framework.data.loader import TrainingLoader
 from dinov3_framework.recipes.compose import compose
 from dinov3_framework.recipes.structure import structure_recipe
 from dinov3_framework.runtime.processes import process_group
+from dinov3_framework.training.task import TrainingTask
 from dinov3_framework.training.trainer import Trainer
 
 torch.set_num_threads(1)
@@ -32,6 +33,8 @@ def registry() -> Registry:
     folder = str(HERE / "faults_plugin")
     sys.path.insert(0, folder)
     try:
+        import dinov3_faults_parts  # noqa: F401  (found only while its folder is known)
+
         return Registry.load()
     finally:
         sys.path.remove(folder)
@@ -43,30 +46,44 @@ def tiny_config(*overrides: str) -> PretrainConfig:
     return config
 
 
-def pretrain(*overrides: str) -> Pretrain:
-    return Pretrain(tiny_config(*overrides), registry=registry())
+def pretrain(*overrides: str) -> TrainingTask:
+    task = registry().build(tiny_config(*overrides), registry=registry())
+    assert isinstance(task, TrainingTask)
+    return task
+
+
+def dataset_of(task: TrainingTask) -> Any:
+    return registry().build(task.config.dataset, channels=task.config.images.channels)
+
+
+def trainer_of(task: TrainingTask, output: Path) -> Trainer:
+    """The trainer of a task before its first step, among the processes that are connected."""
+    output.mkdir(exist_ok=True)
+    return task.trainer(task.method.prepare(), dataset_of(task), output)
 
 
 @contextmanager
 def trainer(output: Path, *overrides: str) -> Iterator[Trainer]:
     """A trainer before its first step, in a process group of one."""
-    task, device = pretrain(*overrides), torch.device("cpu")
-    output.mkdir(exist_ok=True)
-    with process_group(device, timeout=60):
-        yield task._trainer(task._parts(), task._dataset(), output, device)
+    with process_group(torch.device("cpu"), timeout=60):
+        yield trainer_of(pretrain(*overrides), output)
 
 
 def steps(trainer: Trainer, count: int) -> list[dict[str, float]]:
-    """Take steps without saving; the figures of each."""
+    """Take steps without saving; the metrics of each."""
     loader = TrainingLoader(
         trainer.maker, trainer.config.loader, trainer.done, trainer.done + count, pin_memory=False
     )
     batches, figures = iter(loader), []
     for _ in range(count):
-        agreement, _ = trainer._step(batches, stop=False)
+        figures.append(trainer.step(batches).check.metrics)
         trainer.done += 1
-        figures.append(agreement.metrics)
     return figures
+
+
+def save(trainer: Trainer) -> None:
+    """Save a checkpoint as a run does."""
+    trainer._save()
 
 
 def snapshot(trainer: Trainer, prefixes: Sequence[str] = ("",)) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""metrics.jsonl, and the figures that processes agree on."""
+"""metrics.jsonl, and the numbers that processes reduce."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from disks import small_disk
 
 from dinov3_framework import OutputError
-from dinov3_framework.training.metrics import MetricsFile, agree, read_metrics
+from dinov3_framework.training.metrics import MetricsFile, read_metrics, reduce_step_metrics
 
 CPU = torch.device("cpu")
 
@@ -99,21 +99,21 @@ def test_a_folder_in_its_place_is_said(tmp_path: Path) -> None:
 def test_alone() -> None:
     figures = {"a": torch.tensor(2.0), "b": 3, "c": math.nan}
     guarded = {"x": torch.tensor(1.0), "y": torch.tensor([1.0, math.inf])}
-    agreed = agree(figures, guarded, False, CPU)
+    agreed = reduce_step_metrics(figures, guarded, False, CPU)
     assert (agreed.metrics["a"], agreed.metrics["b"]) == (2.0, 3.0)
     assert math.isnan(agreed.metrics["c"])
     assert agreed.nonfinite == {"y": [0]}
     assert not agreed.stop
-    assert agree({}, {}, True, CPU).stop
+    assert reduce_step_metrics({}, {}, True, CPU).stop
 
 
 def _member(rank: int, world: int, store: str, results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
-    sound = agree({"a": torch.tensor(1.0 + rank), "r": rank}, {}, False, CPU)
+    sound = reduce_step_metrics({"a": torch.tensor(1.0 + rank), "r": rank}, {}, False, CPU)
     bad = torch.tensor([1.0, math.nan, math.inf][rank])
     guarded = {"loss 'x'": bad, "loss 'y'": torch.tensor(0.0)}
-    poisoned = agree({"a": bad}, guarded, rank == 2, CPU)
+    poisoned = reduce_step_metrics({"a": bad}, guarded, rank == 2, CPU)
     dist.destroy_process_group()
     results.put((rank, sound, poisoned.nonfinite, poisoned.stop))
 

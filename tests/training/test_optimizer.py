@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from dinov3_optimizers import AdamWConfig
 from torch import nn
 from trainer_support import registry
 
 from dinov3_framework import Backbone, Constant, Cosine
-from dinov3_framework.kinds import OptimizerConfig
+from dinov3_framework.contracts.networks import Shardable
 from dinov3_framework.training.optimizer import Optimizer, lr_factor, parameter_settings
 
 
@@ -31,16 +32,28 @@ def vit() -> Backbone:
     return model
 
 
-class Head(nn.Module):
+class Head(Shardable):
     def __init__(self) -> None:
         super().__init__()
         self.mlp = nn.Linear(16, 8)
         self.last_layer = nn.Linear(8, 32, bias=False)
 
+    def init_weights(self) -> None:
+        raise NotImplementedError
 
-def config(**changes: Any) -> OptimizerConfig:
+    def role_of(self, name: str) -> str | None:
+        return "prototypes" if name.startswith("last_layer.") else None
+
+
+def config(**changes: Any) -> AdamWConfig:
     values = {"lr": Constant(value=0.01), "weight_decay": Constant(value=0.1)} | changes
-    return OptimizerConfig(**values)
+    return AdamWConfig(**values)
+
+
+def optimizer_of(
+    modules: dict[str, nn.Module], settings: AdamWConfig, batch_size: int = 8
+) -> Optimizer:
+    return Optimizer(modules, settings, registry().build(settings), batch_size)
 
 
 def networks() -> dict[str, nn.Module]:
@@ -57,7 +70,7 @@ def give_gradients(modules: dict[str, nn.Module], scale: float = 1.0) -> None:
 
 # --------------------------------------------------------------------------- settings
 def test_multipliers() -> None:
-    settings = parameter_settings(vit(), layerwise_decay=0.9, patch_embed_lr_mult=0.2)
+    settings = parameter_settings(vit(), config(layerwise_decay=0.9, patch_embed_lr_mult=0.2))
     layers = 4  # three blocks, and what follows
     assert settings["norm.weight"].lr_mult == 1.0
     for block in range(3):
@@ -71,7 +84,7 @@ def test_multipliers() -> None:
 
 
 def test_what_does_not_decay() -> None:
-    settings = parameter_settings(vit(), layerwise_decay=0.9, patch_embed_lr_mult=0.2)
+    settings = parameter_settings(vit(), config(layerwise_decay=0.9, patch_embed_lr_mult=0.2))
     for name, setting in settings.items():
         part = name.rpartition(".")
         exempt = part[2] in ("bias", "gamma") or "norm" in part[0]
@@ -80,7 +93,7 @@ def test_what_does_not_decay() -> None:
 
 
 def test_a_head_learns_at_full_rate_and_knows_its_prototypes() -> None:
-    settings = parameter_settings(Head(), layerwise_decay=0.9, patch_embed_lr_mult=0.2)
+    settings = parameter_settings(Head(), config(layerwise_decay=0.9, patch_embed_lr_mult=0.2))
     assert {name: setting.lr_mult for name, setting in settings.items()} == {
         "mlp.weight": 1.0,
         "mlp.bias": 1.0,
@@ -94,7 +107,7 @@ def test_a_head_learns_at_full_rate_and_knows_its_prototypes() -> None:
 def test_what_needs_no_gradient_is_left_out() -> None:
     head = Head()
     head.mlp.requires_grad_(False)
-    settings = parameter_settings(head, layerwise_decay=1.0, patch_embed_lr_mult=1.0)
+    settings = parameter_settings(head, config(layerwise_decay=1.0, patch_embed_lr_mult=1.0))
     assert list(settings) == ["last_layer.weight"]
 
 
@@ -105,7 +118,7 @@ def test_what_needs_no_gradient_is_left_out() -> None:
 def test_scaling_rules(rule: str, batch: int, factor: float) -> None:
     scaling = config(lr_scaling=rule)
     assert lr_factor(scaling, batch) == factor
-    values = Optimizer(networks(), scaling, batch).values(0, 10)
+    values = optimizer_of(networks(), scaling, batch).values(0, 10)
     assert values["lr"] == pytest.approx(0.01 * factor)
 
 
@@ -115,11 +128,11 @@ def test_steps_are_torchs_adamw_on_one_parameter_at_a_time() -> None:
     twins = copy.deepcopy(modules)
     lr = Cosine(start=0.0, peak=0.01, end=0.001, warmup=2)
     settings = config(lr=lr, freeze_last_layer=2, clip_grad=None, betas=(0.8, 0.9))
-    optimizer = Optimizer(modules, settings, batch_size=8)
+    optimizer = optimizer_of(modules, settings)
     plain: dict[str, torch.optim.AdamW] = {}
     multipliers = {}
     for network, module in twins.items():
-        found = parameter_settings(module, layerwise_decay=0.9, patch_embed_lr_mult=0.2)
+        found = parameter_settings(module, config(layerwise_decay=0.9, patch_embed_lr_mult=0.2))
         for name, parameter in module.named_parameters():
             multipliers[f"{network}.{name}"] = found[name]
             plain[f"{network}.{name}"] = torch.optim.AdamW([parameter], betas=(0.8, 0.9))
@@ -142,7 +155,7 @@ def test_steps_are_torchs_adamw_on_one_parameter_at_a_time() -> None:
 
 def test_prototypes_stay_while_they_are_frozen() -> None:
     modules = networks()
-    optimizer = Optimizer(modules, config(freeze_last_layer=2), batch_size=8)
+    optimizer = optimizer_of(modules, config(freeze_last_layer=2))
     last = modules["dino_head"].last_layer.weight
     before = last.detach().clone()
     for iteration in range(3):
@@ -161,7 +174,7 @@ def test_clipping_is_torchs_per_network(limit: float | None) -> None:
     modules, twins = networks(), networks()
     give_gradients(modules)
     give_gradients(twins)
-    optimizer = Optimizer(modules, config(clip_grad=limit), batch_size=8)
+    optimizer = optimizer_of(modules, config(clip_grad=limit))
     norms = optimizer.gradient_norms()
     optimizer.clip(norms)
     for network, twin in twins.items():
@@ -174,7 +187,7 @@ def test_clipping_is_torchs_per_network(limit: float | None) -> None:
 def test_a_network_without_gradients_has_norm_0() -> None:
     modules = networks()
     give_gradients({"backbone": modules["backbone"]})
-    optimizer = Optimizer(modules, config(), batch_size=8)
+    optimizer = optimizer_of(modules, config())
     norms = optimizer.gradient_norms()
     assert norms["dino_head"].item() == 0.0
     optimizer.clip(norms)
@@ -188,7 +201,7 @@ def test_a_network_without_gradients_has_norm_0() -> None:
 # --------------------------------------------------------------------------- state
 def test_state_has_every_moment_by_name_from_the_start() -> None:
     modules = networks()
-    state = Optimizer(modules, config(), batch_size=8).named_state()
+    state = optimizer_of(modules, config()).state()
     names = {f"{net}.{name}" for net, m in modules.items() for name, _ in m.named_parameters()}
     assert state.keys() == {
         f"{name}.{entry}" for name in names for entry in ("step", "exp_avg", "exp_avg_sq")
@@ -199,7 +212,7 @@ def test_state_has_every_moment_by_name_from_the_start() -> None:
 
 def test_state_loaded_in_place_goes_on_with_the_same_bits() -> None:
     modules = networks()
-    one = Optimizer(modules, config(), batch_size=8)
+    one = optimizer_of(modules, config())
 
     def step(optimizer: Optimizer, nets: dict[str, nn.Module], iteration: int) -> None:
         give_gradients(nets, scale=iteration)
@@ -210,14 +223,14 @@ def test_state_loaded_in_place_goes_on_with_the_same_bits() -> None:
     resumed = copy.deepcopy(modules)
     for module in resumed.values():
         module.zero_grad()
-    other = Optimizer(resumed, config(), batch_size=8)
-    for name, tensor in other.named_state().items():
-        tensor.copy_(one.named_state()[name])
+    other = optimizer_of(resumed, config())
+    for name, tensor in other.state().items():
+        tensor.copy_(one.state()[name])
     for iteration in (2, 3):
         step(one, modules, iteration)
         step(other, resumed, iteration)
     for network, module in modules.items():
         for name, value in module.state_dict().items():
             assert torch.equal(resumed[network].state_dict()[name], value)
-    for name, tensor in other.named_state().items():
-        assert torch.equal(tensor, one.named_state()[name])
+    for name, tensor in other.state().items():
+        assert torch.equal(tensor, one.state()[name])

@@ -224,33 +224,25 @@ def test_workers_and_parts_change_nothing(weights: Path, photographs: Path, tmp_
 
 # --------------------------------------------------------------------------- going on
 def test_a_part_that_is_there_is_not_made_again(
-    weights: Path, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weights: Path, photographs: Path, tmp_path: Path
 ) -> None:
     task(photographs, weights).run(tmp_path / "whole")
-    interrupted = task(photographs, weights)
-    with monkeypatch.context() as patched:
-        patched.setattr("dinov3_features.task.summarise", _killed)
-        with pytest.raises(KeyboardInterrupt):
-            interrupted.run(tmp_path / "out")
-    parts = sorted((tmp_path / "out" / "features").glob("part-*"))
+    output = tmp_path / "out"
+    task(photographs, weights, merge=False).run(output)
+    parts = sorted((output / "features").glob("part-*"))
     assert len(parts) == 3
     parts[1].unlink()
-    (tmp_path / "out" / "features" / ".part-00001.safetensors.0abc").write_bytes(b"half")
-    (tmp_path / "out" / ".features.safetensors.0abc").write_bytes(b"half")
+    # What a killed run leaves beside whole parts.
+    (output / "features" / ".part-00001.safetensors.0abc").write_bytes(b"half")
+    (output / ".features.safetensors.0abc").write_bytes(b"half")
     before = parts[2].stat().st_ino
-    with monkeypatch.context() as patched:
-        patched.setattr("dinov3_features.task.summarise", _killed)
-        with pytest.raises(KeyboardInterrupt):
-            task(photographs, weights).run(tmp_path / "out")
+    task(photographs, weights, merge=False).run(output)
+    assert parts[1].exists()
     assert parts[2].stat().st_ino == before
-    assert not list((tmp_path / "out").rglob(".*.0abc"))
-    task(photographs, weights).run(tmp_path / "out")
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
-    assert not (tmp_path / "out" / "features").exists()
-
-
-def _killed(*_: Any) -> None:
-    raise KeyboardInterrupt
+    assert not list(output.rglob(".*.0abc"))
+    task(photographs, weights).run(output)
+    assert files(output) == files(tmp_path / "whole")
+    assert not (output / "features").exists()
 
 
 def test_parts_of_other_images_or_weights_are_refused(tmp_path: Path) -> None:
@@ -265,11 +257,14 @@ def test_parts_of_other_images_or_weights_are_refused(tmp_path: Path) -> None:
         task(root, weights, merge=False).run(tmp_path / "out")
 
 
-def test_a_damaged_part_is_named(weights: Path, photographs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [0, 5, 100, -1])
+def test_a_damaged_part_is_named(
+    weights: Path, photographs: Path, tmp_path: Path, kept: int
+) -> None:
     task(photographs, weights, merge=False).run(tmp_path)
     part = tmp_path / "features" / "part-00001.safetensors"
-    part.write_bytes(part.read_bytes()[:-1])
-    with pytest.raises(OutputError, match=r"part-00001.safetensors is damaged"):
+    part.write_bytes(part.read_bytes()[:kept])
+    with pytest.raises(OutputError, match=r"part-00001.safetensors is damaged .* run again"):
         task(photographs, weights, merge=False).run(tmp_path)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import attrs
@@ -26,15 +25,13 @@ from dinov3_framework import (
     config,
     option,
 )
+from dinov3_framework.errors import UnknownNameError
 from dinov3_framework.plugins import BrokenPlugin
-from dinov3_framework.recipes.compose import Composed, annotated_toml, to_toml
-from dinov3_framework.recipes.structure import (
-    structure_component,
-    structure_recipe,
-    to_toml_value,
-    type_name,
-    unstructure,
-)
+from dinov3_framework.recipes.compose import Composed
+from dinov3_framework.recipes.option_types import type_name
+from dinov3_framework.recipes.plain import to_toml_value, unstructure
+from dinov3_framework.recipes.structure import structure_component, structure_recipe
+from dinov3_framework.recipes.toml_text import annotated_toml, to_toml
 
 MINIMAL = 'task = "toy"\niterations = 5\nlr = 0.1\nbackbone = { use = "tiny" }\n'
 
@@ -50,7 +47,7 @@ def composed(text: str, source: str = "r.toml") -> Composed:
                 mark(value, (*path, key))
 
     mark(data, ())
-    return Composed(data, origins, "r", Path(source), source)
+    return Composed(data, origins, "r", source)
 
 
 def structure(registry: Registry, text: str) -> ToyConfig:
@@ -135,7 +132,7 @@ def test_mistakes_in_an_array_of_tables_come_together_with_their_places(
         "booleans are true and false, without quotes",
     }
     assert mistakes(registry, MINIMAL + "heads = [{}, 7]") == {
-        "heads": "element 2: expected table, found integer 7 | "
+        "heads.2": "expected table, found integer 7 | "
     }
 
 
@@ -161,7 +158,7 @@ def test_integers_stand_for_numbers(registry: Registry) -> None:
         ("output_dir = 7", "output_dir", "expected string, found integer 7"),
         ("output_dir = 2024-01-02", "output_dir", "expected string, found date 2024-01-02"),
         ("mean = 0.5", "mean", "expected array of numbers, found number 0.5"),
-        ("mean = [1, 'a']", "mean", 'element 2: expected number, found string "a"'),
+        ("mean = [1, 'a']", "mean.2", 'expected number, found string "a"'),
         ("mean = {}", "mean", "expected array of numbers, found a table"),
         ("tags = 'a'", "tags", 'expected table of name = string, found string "a"'),
         ("tags = { a = 1 }", "tags.a", "expected string, found integer 1"),
@@ -254,6 +251,31 @@ def test_unknown_keys_have_their_full_path_and_a_suggestion(registry: Registry) 
     assert len(found) == 4
 
 
+@config
+class RenamedConfig(BackboneConfig):
+    """Its keys had other names."""
+
+    width: int = option("the width", default=8, formerly=("dim", "channels"))
+    head: HeadOptions = option("the head", factory=HeadOptions, formerly=("bias", "head_options"))
+
+
+def test_names_that_went_say_what_they_are_called_now(registry: Registry) -> None:
+    new = Component("renamed", RenamedConfig, RenamedConfig, formerly=("old", "older"))
+    registry.add("backbone", new, "p", "d")
+    keys = "dim = 3, channels = 3, bias = true, head_options = {}"
+    assert mistakes(registry, MINIMAL.replace('"tiny"', f'"renamed", {keys}')) == {
+        "backbone.dim": "unknown key | it is called 'width' now",
+        "backbone.channels": "unknown key | it is called 'width' now",
+        "backbone.bias": "unknown key | it is called 'head.bias' now",
+        "backbone.head_options": "unknown key | it is called 'head' now",
+    }
+    assert mistakes(registry, MINIMAL.replace("tiny", "older")) == {
+        "backbone.use": "no backbone is named 'older' | it is called 'renamed' now"
+    }
+    with pytest.raises(UnknownNameError, match="'old'; it is called 'renamed' now"):
+        registry.build("backbone", "old")
+
+
 def test_missing_keys_say_what_belongs_there(registry: Registry) -> None:
     found = mistakes(registry, 'task = "toy"\nlr = { use = "cosine", start = 1.0, end = 0.0 }')
     assert found == {
@@ -291,7 +313,7 @@ def test_a_component_of_another_kind_does_not_fit(registry: Registry) -> None:
 
 
 def test_the_task_picks_the_config(registry: Registry) -> None:
-    assert mistakes(registry, "x = 1")["task"].startswith("missing | it says what the recipe runs")
+    assert mistakes(registry, "x = 1")["task"].startswith("missing, so this is an overlay")
     assert mistakes(registry, "task = 'toi'") == {
         "task": "no task is named 'toi' | did you mean 'toy'?"
     }
@@ -303,7 +325,7 @@ def test_plugins_that_are_not_there_are_mentioned(registry: Registry) -> None:
     registry.blocked.append("shy")
     for text in ("task = 'other_task'", MINIMAL.replace('"tiny"', '"resnet"')):
         (message,) = mistakes(registry, text).values()
-        assert "plugins that could not be loaded: bad" in message
+        assert "'bad' of distribution 'bad-dist' cannot be loaded" in message
         assert "blocked plugins: shy" in message
 
 
@@ -485,7 +507,7 @@ def test_types_that_no_recipe_can_spell_are_the_plugins_fault(registry: Registry
     registry.add("backbone", Component("untyped", Untyped, Untyped), "p", "d")
     with pytest.raises(PluginError, match=r"ListConfig\.sizes: the type list\[int\] cannot be sp"):
         structure_component(registry, "backbone", "list", {})
-    with pytest.raises(PluginError, match=r"Untyped\.size: the type None cannot be spelt"):
+    with pytest.raises(PluginError, match=r"Untyped\.size: the type None cannot be spelled"):
         structure_recipe(registry, composed(MINIMAL.replace('"tiny"', '"untyped"')))
 
 

@@ -59,38 +59,45 @@ def started(output: Path, *overrides: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
+        start_new_session=True,
     )
 
 
-def wait_for_parts(process: subprocess.Popen[str], output: Path, count: int) -> None:
-    """Until so many parts are written; the process must still be at work then."""
+def wait_for_parts(process: subprocess.Popen[str], output: Path, more: int) -> None:
+    """Until so many more parts are written; the process must still be at work then."""
     until = time.monotonic() + 120
-    while len(list(output.glob("features/part-*"))) < count:
+
+    def written() -> int:
+        return len(list(output.glob("features/part-*")))
+
+    count = written() + more
+    while written() < count:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < until
         time.sleep(0.001)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", [(), TWO], ids=["one", "two"])
 def test_stopped_and_killed_it_goes_on(
-    given: tuple[str, ...], whole: dict[str, bytes], tmp_path: Path
+    given: tuple[str, ...], whole: dict[str, bytes], tmp_path: Path, launcher: tuple[str, ...]
 ) -> None:
     output = tmp_path / "run"
-    process = started(output, *given)
-    wait_for_parts(process, output, 3)
+    process = started(output, *given, *launcher)
+    wait_for_parts(process, output, more=3)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == ExitCode.REQUEUE, said
     assert "of 30 parts are written, the same command goes on" in said
 
-    process = started(output, *given)
-    wait_for_parts(process, output, 9)
-    os.kill(process.pid, signal.SIGKILL)
+    process = started(output, *given, *launcher)
+    wait_for_parts(process, output, more=1)
+    os.killpg(process.pid, signal.SIGKILL)  # with all of its processes
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     assert not (output / "features.safetensors").exists()
 
-    done = run(output, *given, recipe=RECIPE)
+    done = run(output, *given, *launcher, recipe=RECIPE)
     assert done.returncode == 0, done.stderr
     assert "of 30 parts are there" in done.stderr
     assert files(output) == whole

@@ -102,7 +102,7 @@ def test_loader_workers_change_nothing() -> None:
     assert found.skipped == 1
 
 
-def test_raw_pixels_are_the_normalised_pixels() -> None:
+def test_raw_pixels_are_the_normalized_pixels() -> None:
     images = grey_images(5)
     images[1] = None
     found = raw_pixels(Memory(images, [1, 2, 3, 4, 5]), GREY, None, batch_size=2)
@@ -120,7 +120,7 @@ def test_raw_pixels_are_the_normalised_pixels() -> None:
         (Memory([None, None]), 4, "none of 2 samples can be decoded, the first: image 0: half"),
         (Memory([None, None]), None, "not one sample can be decoded"),
         (Memory([*grey_images(3), *grey_images(1, size=6)]), None, r"sample 3 has shape \[1, 6, 6"),
-        (Memory([torch.zeros(3, 4, 4, dtype=torch.uint8)]), 4, r"sample 0 has shape \[3, 4, 4"),
+        (Memory([torch.zeros(3, 4, 4, dtype=torch.uint8)]), 4, "sample 0: .* 3 channels"),
         (Memory(grey_images(3), [1, None, 1]), None, "1 of 3 samples have no label"),
     ],
 )
@@ -130,7 +130,7 @@ def test_datasets_that_cannot_be_evaluated(dataset: Memory, size: int | None, me
 
 
 def test_images_of_another_channel_count_than_said() -> None:
-    with pytest.raises(DataError, match=r"\[3, 4, 4\] is expected"):
+    with pytest.raises(DataError, match="1 channels, the backbone takes 3"):
         raw_pixels(Memory(grey_images(2)), ImagesConfig(), 4)
 
 

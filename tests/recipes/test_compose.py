@@ -10,8 +10,8 @@ import pytest
 import tomli
 
 from dinov3_framework.errors import ExitCode, RecipeError
-from dinov3_framework.recipes.compose import Composed, annotated_toml, compose, to_toml
-from dinov3_framework.recipes.toml_text import dotted, inline, split_key
+from dinov3_framework.recipes.compose import Composed, compose, is_override
+from dinov3_framework.recipes.toml_text import annotated_toml, dotted, inline, split_key, to_toml
 
 Write = Callable[[str, str], Path]
 
@@ -55,6 +55,83 @@ def test_the_file_wins_over_its_bases_and_a_later_base_over_an_earlier(write: Wr
     assert composed.origins["t", "c"] == "top.toml"
     assert composed.origins[("t",)] == "a.toml"
     assert (composed.name, composed.source) == ("top", "top.toml")
+
+
+# --------------------------------------------------------------------------- several recipes
+def test_recipes_go_over_one_another_from_left_to_right(write: Write) -> None:
+    write("base.toml", BASE)
+    write("big.toml", '[backbone]\nuse = "vit_base"\n[optimizer]\nlr = { peak = 2 }')
+    write("tall/8.toml", 'drop = "losses.koleo"\niterations = 8\n[backbone]\ndepth = 3')
+    composed = compose(["base.toml", Path("big.toml"), "tall/8.toml"], ["iterations=9"])
+    assert composed.data["backbone"] == {"use": "vit_base", "depth": 3}
+    assert composed.data["losses"] == {}
+    assert composed.data["optimizer"]["lr"]["peak"] == 2
+    assert composed.origins["backbone", "use"] == "big.toml"
+    assert composed.origins["backbone", "depth"] == "tall/8.toml"
+    assert composed.origins["optimizer", "lr", "start"] == "base.toml"
+    assert composed.origins[("iterations",)] == "command line"
+    assert (composed.name, composed.source) == ("base", "base.toml"), "overlays are no other run"
+    swapped = compose(["base.toml", "tall/8.toml", "big.toml"])
+    assert swapped.data["backbone"] == {"use": "vit_base"}
+
+
+def test_several_recipes_are_what_a_file_that_extends_them_is(write: Write) -> None:
+    write("base.toml", BASE)
+    write("gpus.toml", "batch_size = 8\niterations = 8")
+    write("high.toml", 'extends = "gpus.toml"\ndrop = ["backbone"]\nbatch_size = 4')
+    write("top.toml", 'extends = ["base.toml", "high.toml"]')
+    composed = compose("top.toml")
+    assert composed.data == compose(["base.toml", "high.toml"]).data
+    assert "backbone" not in composed.data
+    assert (composed.data["iterations"], composed.data["batch_size"]) == (8, 4)
+    assert composed.origins[("iterations",)] == "gpus.toml"
+
+
+def test_an_overlay_goes_after_a_recipe(write: Write) -> None:
+    write("base.toml", BASE)
+    write("gpus.toml", "iterations = 8")
+    write("drops.toml", "drop = 'losses.koleo'")
+    for names in (["gpus.toml", "base.toml"], ["drops.toml", "base.toml"], "drops.toml"):
+        text = mistakes(names)
+        assert "task: missing, so this is an overlay" in text
+        assert "\n" not in text
+    assert compose(["gpus.toml", "gpus.toml"], ["task=x"]).data["task"] == "x"
+
+
+def test_mistakes_of_all_recipes_come_at_once(write: Write) -> None:
+    write("base.toml", BASE)
+    write("bad.toml", "x =")
+    text = mistakes(["base.toml", "bad.toml", "nowhere.toml"], ["x="])
+    assert text.startswith("3 mistakes")
+    write("over.toml", 'drop = ["losses.koloe"]\n[optimizer.lr.peak]\nx = 1')
+    text = mistakes(["base.toml", "over.toml"])
+    assert "over.toml: drop: no inherited key is 'losses.koloe'" in text
+    assert "optimizer.lr.peak is 1.0 (set by base.toml)" in text
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("seed=3", True),
+        ("a.b = [1]", True),
+        ('losses."my.loss".weight=1', True),
+        ("output_dir=/data/x=1", True),
+        ("my.toml", False),
+        ("runs/lr=1/recipe.toml", False),
+        ("./lr=1.toml", False),
+        ("lr=1.toml", False),  # a file, below
+        ("lr=2.toml", True),
+        (f"x=[{', '.join(['1'] * 9999)}]", True),  # too long for the name of a file
+        ("package:lr=1", False),
+        ("=3", False),
+    ],
+)
+def test_overrides_and_recipes_are_told_apart(write: Write, word: str, expected: bool) -> None:
+    write("lr=1.toml", "x = 1")
+    assert is_override(word) == expected
+
+
+# --------------------------------------------------------------------------- extends
 
 
 def test_arrays_and_scalars_replace(write: Write) -> None:
@@ -124,7 +201,7 @@ def test_dropping_what_is_not_inherited_names_near_keys(write: Write) -> None:
     assert "top.toml: drop: no inherited key is 'losses.koloe'" in text
     assert "did you mean 'losses.koleo'" in text
     assert "'iterations.x'" in text
-    write("alone.toml", 'drop = "x"\nx = 1')
+    write("alone.toml", 'drop = "x"\ntask = "x"')
     assert "nothing is inherited" in mistakes("alone.toml")
 
 
@@ -178,6 +255,8 @@ def test_every_unreadable_file_is_told_at_once(write: Write) -> None:
 
 # --------------------------------------------------------------------------- recipes inside
 CHAIN = """
+    task = "pipeline"
+
     [stages.first.recipe]
     extends = "base.toml"
 
@@ -273,8 +352,18 @@ def test_overrides_reach_into_a_recipe_inside(chain: None) -> None:
     assert "seed" not in recipe
     assert recipe["backbone"] == {"use": "x"}
     assert composed.origins["stages", "second", "recipe", "iterations"] == "command line"
-    text = mistakes("chain.toml", [f"{second}.extends=x.toml", f"{second}.drop=sed"])
-    assert f"command line: {second}.extends: cannot be overridden" in text
+    text = mistakes("chain.toml", [f"{second}.extends=bas.toml", f"{second}.drop=[1]"])
+    assert f"command line: {second}.extends: no such recipe: bas.toml" in text
+    assert f"command line: {second}.drop: expected a string or an array" in text
+
+
+def test_an_overlay_for_a_recipe_inside(chain: None, write: Write) -> None:
+    write("small.toml", "iterations = 2\nbatch_size = 1")
+    override = ["stages.second.recipe.extends=small.toml", "stages.second.recipe.batch_size=3"]
+    composed = compose("chain.toml", override)
+    recipe = composed.data["stages"]["second"]["recipe"]
+    assert (recipe["iterations"], recipe["batch_size"], recipe["seed"]) == (2, 3, 2)
+    assert composed.origins["stages", "second", "recipe", "iterations"] == "small.toml"
 
 
 def test_only_a_table_of_that_name_is_a_recipe(write: Write) -> None:
@@ -359,7 +448,17 @@ def test_an_unknown_recipe_lists_files_and_installed_recipes(write: Write) -> No
     assert "installed recipes: vitl_im1k, " in text
     write("folder/x.toml", "x = 1")
     assert "that is a folder" in mistakes("folder")
-    assert "the recipe comes first" in mistakes("a.b=1")
+    assert mistakes("x" * 999).startswith("no such recipe: xxx")
+    assert "write key.path=value" in mistakes("a..b=1")
+
+
+def test_recipes_that_went_say_what_to_write(write: Write, tmp_path: Path) -> None:
+    for name in ("vitb_pretrain_8gpu", "recipes/vitb_pretrain_8gpu.toml"):
+        assert f"no such recipe: {name}\n    it is composed now: vitb_pretrain 8gpu" in mistakes(
+            name
+        )
+    write("top.toml", 'extends = "dinov3_recipes:vits_high_res_adapt_1gpu"')
+    assert "composed now: vits_high_res_adapt 1gpu_high_res" in mistakes("top.toml")
 
 
 # --------------------------------------------------------------------------- overrides
@@ -430,17 +529,16 @@ def test_an_override_into_a_number_shows_it_and_its_origin(write: Write) -> None
 
 def test_all_bad_overrides_are_told_at_once(write: Write) -> None:
     write("base.toml", BASE)
-    overrides = ["nothing", "=3", "a..b=1", "x=", "y=[1,", 'z="open', "extends=other", "w=1\nv=2"]
-    text = mistakes("base.toml", [*overrides, "drop=nobody"])
-    assert text.startswith("9 mistakes")
+    overrides = ["nothing", "=3", "a..b=1", "x=", "y=[1,", 'z="open', "w=1\nv=2"]
+    text = mistakes("base.toml", [*overrides, "x=1", "x.y=2"])
+    assert text.startswith("8 mistakes")
     for wrong in ("'nothing'", "'=3'", "'a..b=1'"):
         assert f"command line: {wrong} is not an override" in text
     assert "command line: x: no value after the equals sign" in text
     assert "command line: y: [1, is not a TOML value: " in text
     assert 'command line: z: "open is not a TOML value' in text
-    assert "command line: extends: cannot be overridden" in text
     assert "command line: w: '1\\nv=2' is more than one value" in text
-    assert "command line: drop: no inherited key is 'nobody'" in text
+    assert "no inherited key is 'nobody'" in mistakes("base.toml", ["drop=nobody"])
 
 
 # --------------------------------------------------------------------------- text
