@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,6 +24,7 @@ class Record:
     """One number of an evaluation, with everything that changes what it means."""
 
     evaluation: str  # such as "knn"
+    model: str  # such as "trained teacher", or what it has to beat
     metric: str  # such as "accuracy@10"
     value: float
     protocol: Mapping[str, Any]  # every switch: crop, temperature, test-time augmentation, ...
@@ -41,12 +42,17 @@ class Record:
 Row: TypeAlias = Mapping[str, Any] | Record
 
 
-def write_results(output_dir: Path, results: Mapping[str, Any], rows: Sequence[Row] = ()) -> None:
+def write_results(
+    output_dir: Path, results: Mapping[str, Any], rows: Sequence[Row] | None = None
+) -> None:
     """Write ``rows`` to ``results.csv``, if any, then ``results.json``, which completes the run.
 
-    ``results`` may hold records at any depth; a number that is not finite becomes null. Rows may
-    differ in their keys. Raises ``OutputError`` where the folder cannot be written.
+    ``results`` may hold records at any depth, which are the rows if none are given; a number that
+    is not finite becomes null. Rows may differ in their keys. Raises ``OutputError`` where the
+    folder cannot be written.
     """
+    if rows is None:
+        rows = list(_records(results))
     if rows:
         flat, columns = tabulated(rows)
         # Paths may hold bytes that are no UTF-8; they come out as they are.
@@ -93,6 +99,16 @@ def tabulated(rows: Sequence[Row]) -> tuple[list[Mapping[str, Any]], list[str]]:
 def format_value(value: Any) -> str:
     text = str(float(f"{value:.6g}") if isinstance(value, float) else value)
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _records(value: Any) -> Iterator[Record]:
+    if isinstance(value, Record):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _records(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _records(each)
 
 
 def _plain(value: Any) -> Any:
