@@ -10,10 +10,8 @@ import sys
 import textwrap
 from pathlib import Path
 
-import attrs
 import pytest
 from config_reads import Inferred, Read, Sources, infer, unread_fields, with_nested
-from dinov3_ssl.configs import DistillConfig, MultiDistillConfig, StudentConfig
 
 from dinov3_framework import Registry
 from dinov3_framework.kinds import KINDS
@@ -21,7 +19,6 @@ from dinov3_framework.schedules import SCHEDULES
 
 ROOT = Path(__file__).parents[2]
 CORE = "dinov3_framework"
-READERS = (CORE, "dinov3_ssl")  # of other packages' configs: self-supervision reads all losses'
 PLUGINS = sorted(path.name for path in (ROOT / "plugins").iterdir() if path.is_dir())
 
 TOY = '''
@@ -157,10 +154,12 @@ def test_the_configs_are_found() -> None:
 
 @pytest.mark.slow
 def test_every_key_is_read(reads: set[Read]) -> None:
-    unread = {cls: set(unread_fields(cls, reads, READERS)) for cls in all_configs()}
-    for cls in (MultiDistillConfig, StudentConfig):  # what they say, a distillation of each reads
-        unread[cls] -= attrs.fields_dict(DistillConfig).keys() - unread[DistillConfig]
-    assert {cls.__qualname__: sorted(fields) for cls, fields in unread.items() if fields} == {}
+    unread = {
+        f"{cls.__module__}.{cls.__qualname__}": fields
+        for cls in all_configs()
+        if (fields := unread_fields(cls, reads, CORE))
+    }
+    assert unread == {}
 
 
 @pytest.mark.slow
@@ -170,11 +169,11 @@ def test_unread_keys_are_noticed(
     monkeypatch.syspath_prepend(str(toy))
     try:
         module = importlib.import_module("toy_reads")
-        assert unread_fields(module.ToyConfig, reads, READERS) == UNREAD
-        assert unread_fields(module.Nested, reads, READERS) == ["unread_inner"]
-        # Self-supervision reads every loss's weight, of its base class.
-        alone = [read for read in reads if read.package not in READERS]
-        assert unread_fields(module.ToyConfig, alone, READERS) == sorted([*UNREAD, "weight"])
+        assert unread_fields(module.ToyConfig, reads, CORE) == UNREAD
+        assert unread_fields(module.Nested, reads, CORE) == ["unread_inner"]
+        # Every loss's weight is read of its base class, by those who train with losses.
+        alone = [read for read in reads if read.package == "toy_reads"]
+        assert unread_fields(module.ToyConfig, alone, CORE) == sorted([*UNREAD, "weight"])
     finally:
         sys.modules.pop("toy_reads", None)
 
@@ -186,7 +185,7 @@ def test_a_key_that_loses_its_reader_is_noticed(reads: set[Read]) -> None:
         names = {f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__}
         others = [read for read in reads if read.receiver not in names]
         fields = sorted(attribute.name for attribute in cls.__attrs_attrs__)  # type: ignore[attr-defined]
-        assert unread_fields(cls, others, READERS) == fields
+        assert unread_fields(cls, others, CORE) == fields
 
 
 # --------------------------------------------------------------------------- users

@@ -1,0 +1,178 @@
+"""Weights by path, run folder and published name; and sharded checkpoints, ours and torch's own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from dinov3_framework import WEB_IMAGES, CheckpointError, Registry, load_backbone
+from dinov3_framework.checkpoints.store import CheckpointStore
+from dinov3_framework.cli import main
+
+VIT: dict[str, Any] = {"patch_size": 7, "embed_dim": 96, "depth": 4, "num_heads": 3}
+VIT |= {"ffn_ratio": 2.0, "in_chans": 1}
+
+
+@pytest.fixture(scope="module")
+def registry() -> Registry:
+    return Registry.load()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two iterations, with checkpoints of both and an export."""
+    recipe = tmp_path_factory.mktemp("recipe") / "recipe.toml"
+    recipe.write_text(
+        'extends = ["dinov3_recipes:quickstart"]\n'
+        'drop = ["observers.knn", "observers.figures"]\n'
+        "iterations = 2\nbatch_size = 4\noptimizer.lr.warmup = 1\nloader.workers = 0\n"
+        'checkpoint.every = 1\nteacher.momentum = 0.5\nparallel.device = "cpu"\n'
+    )
+    output = tmp_path_factory.mktemp("runs") / "run"
+    assert main([str(recipe), "--output-dir", str(output)]) == 0
+    return output
+
+
+@pytest.fixture
+def copied(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+def same(first: Any, second: Any) -> bool:
+    ours, theirs = first.backbone.state_dict(), second.backbone.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_a_run_is_its_exported_teacher(run: Path, registry: Registry) -> None:
+    exported = load_backbone(run / "exports/teacher_backbone.safetensors", registry=registry)
+    assert same(load_backbone(run, registry=registry), exported)
+
+
+def test_without_an_export_it_is_the_newest_checkpoint(copied: Path, registry: Registry) -> None:
+    exported = load_backbone(copied, registry=registry)
+    (copied / "exports/teacher_backbone.safetensors").unlink()
+    for path in (copied, copied / "checkpoints", copied / "checkpoints/step_00000002"):
+        loaded = load_backbone(path, registry=registry)
+        assert same(loaded, exported)
+        assert (loaded.images, loaded.size) == (exported.images, 28)
+        assert loaded.component == "vit"
+        assert loaded.provenance["checkpoint"] == "step_00000002"
+    older = load_backbone(copied / "checkpoints/step_00000001", registry=registry)
+    assert not same(older, exported)
+
+
+def test_the_student_is_there_too(run: Path, registry: Registry) -> None:
+    tensors, _ = CheckpointStore(run / "checkpoints").read("student.backbone.")
+    student = load_backbone(run, network="student", registry=registry).backbone.state_dict()
+    assert {f"student.backbone.{k}" for k in student} == tensors.keys()
+    assert all(torch.equal(tensors[f"student.backbone.{k}"], v) for k, v in student.items())
+
+
+def test_a_checkpoint_without_its_recipe_is_recognised(copied: Path, registry: Registry) -> None:
+    exported = load_backbone(copied, registry=registry)
+    alone = copied.parent / "alone"
+    (copied / "checkpoints/step_00000002").rename(alone)
+    with pytest.raises(CheckpointError, match="takes 1 channels, and nothing says how"):
+        load_backbone(alone, registry=registry)
+    loaded = load_backbone(alone, images=exported.images, registry=registry)
+    assert same(loaded, exported)
+
+
+def test_damaged_checkpoints_are_passed_over(
+    copied: Path, registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    (copied / "exports/teacher_backbone.safetensors").unlink()
+    first = load_backbone(copied / "checkpoints/step_00000001", registry=registry)
+    (shard,) = (copied / "checkpoints/step_00000002").glob("*.distcp")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert same(load_backbone(copied, registry=registry), first)
+    assert "bytes were altered" in caplog.text
+    with pytest.raises(CheckpointError, match="bytes were altered"):
+        load_backbone(copied / "checkpoints/step_00000002", registry=registry)
+    (copied / "checkpoints/step_00000001/manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be used"):
+        load_backbone(copied, registry=registry)
+
+
+# --------------------------------------------------------------------------- torch's own
+def test_sharded_checkpoints_of_others(tmp_path: Path, registry: Registry) -> None:
+    values = VIT | {"in_chans": 3}
+    networks = {n: registry.build("backbone", "vit", **values) for n in ("teacher", "student")}
+    model = {f"{n}.backbone": backbone.state_dict() for n, backbone in networks.items()}
+    model["teacher.dino_head"] = {"mlp.0.weight": torch.ones(3)}
+    content = {"model": model, "iteration": 7, "optimizer": {"state": {"lr": 0.1}}}
+    dcp.save(content, checkpoint_id=tmp_path / "12499")
+    for network, backbone in networks.items():
+        loaded = load_backbone(
+            tmp_path / "12499", network=network, images=WEB_IMAGES, registry=registry
+        )
+        state = loaded.backbone.state_dict()
+        assert all(torch.equal(state[k], v) for k, v in backbone.state_dict().items())
+
+
+class Trap:
+    """Writes a file when unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_in_others_checkpoints_is_run(tmp_path: Path, registry: Registry) -> None:
+    import pickle
+
+    sprung = tmp_path / "sprung"
+    folder = tmp_path / "12499"
+    backbone = registry.build("backbone", "vit", **VIT | {"in_chans": 3})
+    state = {f"teacher.backbone.{k}": v for k, v in backbone.state_dict().items()}
+    # As an item beside the tensors it is never read ...
+    dcp.save(state | {"trap": Trap(sprung)}, checkpoint_id=folder)
+    load_backbone(folder, images=WEB_IMAGES, registry=registry)
+    assert not sprung.exists()
+    # ... and the index is not unpickled where it asks for such a thing.
+    (folder / ".metadata").write_bytes(pickle.dumps(Trap(sprung)))
+    with pytest.raises(CheckpointError, match="refused"):
+        load_backbone(folder, images=WEB_IMAGES, registry=registry)
+    assert not sprung.exists()
+
+
+# --------------------------------------------------------------------------- names
+def test_published_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registry: Registry
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    state = registry.build("backbone", "vit_small").state_dict()
+    torch.save(state, cache / "dinov3_vits16_pretrain_lvd1689m-08c60483.pth")
+    for name in ("dinov3_vits16", "dinov3_vits16@LVD1689M"):
+        loaded = load_backbone(name, registry=registry)
+        assert torch.equal(loaded.backbone.norm.bias, state["norm.bias"])  # type: ignore[union-attr]
+        assert (loaded.component, loaded.images) == ("vit_small", WEB_IMAGES)
+    with pytest.raises(CheckpointError, match=r"not published with weights of 'SAT493M'"):
+        load_backbone("dinov3_vits16@SAT493M", registry=registry)
+    with pytest.raises(CheckpointError, match=r"no file dinov3_vit16, nor .* dinov3_vits16"):
+        load_backbone("dinov3_vit16", registry=registry)
+
+
+def test_recipes_take_published_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    state = Registry.load().build("backbone", "vit_small").state_dict()
+    torch.save(state, cache / "dinov3_vits16_pretrain_lvd1689m-08c60483.pth")
+    assert main(["knn", "weights=dinov3_vits16", "--check"]) == 0
+    assert "21,601,152" in capsys.readouterr().out
+    assert main(["knn", "weights=dinov3_vits61", "--check"]) == 2
+    assert "published names: dinov3_convnext_base" in capsys.readouterr().err
