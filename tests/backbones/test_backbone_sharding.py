@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from backbone_families import CONVNEXT, EACH_FAMILY, FAMILIES, Family
 from dinov3_ssl.networks import Blueprint, Networks
-from torch import Tensor, multiprocessing
+from process_groups import run_processes
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dinov3_framework import Registry
@@ -19,6 +20,7 @@ from dinov3_framework.checkpoints.store import CheckpointStore
 from dinov3_framework.parallel import ParallelConfig
 from dinov3_framework.parallel.sharder import Sharder, initial_values, is_sharded
 from dinov3_framework.parallel.state_dicts import full_state_dict
+from dinov3_framework.runtime.processes import process_group
 
 CPU = torch.device("cpu")
 # ConvNeXt has one layer under two names.
@@ -38,11 +40,9 @@ def test_initial_values_are_drawn_from_the_seed_alone(family: Family) -> None:
 
 
 @pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+def one_process() -> Iterator[None]:
+    with process_group(CPU, timeout=60):
+        yield
 
 
 @EACH_FAMILY
@@ -101,38 +101,34 @@ def step(family: Family, ours: Networks, rank: int, world: int) -> dict[str, Any
     }
 
 
-def work(rank: int, world: int, folder: str) -> None:
+def work(folder: Path) -> dict[str, Any]:
     """Initialize, step, save; then restore what was saved into networks with other values."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store{world}", world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    rank, world = dist.get_rank(), dist.get_world_size()
     results = {}
     for family in FAMILIES:
         ours = networks(family, seed=0)
         found = {"initial": full_state_dict(ours.student["backbone"])}
         found |= step(family, ours, rank, world)
-        checkpoints = CheckpointStore(Path(folder) / f"{family.name}{world}")
+        checkpoints = CheckpointStore(folder / f"{family.name}{world}")
         checkpoints.save(1, ours.named_state(), {})
         others = networks(family, seed=1)
         checkpoints.restore(others.named_state())
         found["restored"] = full_state_dict(others.student["backbone"])
         results[family.name] = found
-    torch.save(results, f"{folder}/{rank}of{world}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("processes")
-    work(0, 1, str(folder))
-    multiprocessing.spawn(work, args=(2, str(folder)), nprocs=2)
-    return folder
+    return tmp_path_factory.mktemp("processes")
 
 
-def results(folder: Path, family: Family) -> tuple[dict[str, Any], dict[str, Any]]:
+@pytest.fixture(scope="module")
+def results(folder: Path) -> list[dict[str, Any]]:
     """Of one process, and of the first of two."""
-    one, two = (torch.load(folder / f"0of{world}.pt", weights_only=True) for world in (1, 2))
-    return one[family.name], two[family.name]
+    with process_group(CPU, timeout=60):
+        one = work(folder)
+    return [one, run_processes(2, folder / "scratch", work, folder)[0]]
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
@@ -145,8 +141,10 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], **tolera
 
 @pytest.mark.slow
 @EACH_FAMILY
-def test_two_processes_begin_and_learn_as_one(family: Family, folder: Path) -> None:
-    one, two = results(folder, family)
+def test_two_processes_begin_and_learn_as_one(
+    family: Family, results: list[dict[str, Any]]
+) -> None:
+    one, two = (each[family.name] for each in results)
     assert (one["sharded"], two["sharded"]) == (False, True)
     assert_same(two["initial"], one["initial"], rtol=0, atol=0)
     for name in ("gradients", "student", "teacher"):
@@ -155,9 +153,11 @@ def test_two_processes_begin_and_learn_as_one(family: Family, folder: Path) -> N
 
 @pytest.mark.slow
 @EACH_FAMILY
-def test_checkpoints_hold_it_whole(family: Family, folder: Path) -> None:
+def test_checkpoints_hold_it_whole(
+    family: Family, folder: Path, results: list[dict[str, Any]]
+) -> None:
     aliases = set(ALIASES.values()) if family is CONVNEXT else set()
-    for world, run in enumerate(results(folder, family), 1):
+    for world, run in enumerate((each[family.name] for each in results), 1):
         assert_same(run["restored"], run["student"], rtol=0, atol=0)
         saved, _ = CheckpointStore(folder / f"{family.name}{world}").read("student.backbone.")
         names = {name.removeprefix("student.backbone.") for name in saved}
@@ -165,8 +165,8 @@ def test_checkpoints_hold_it_whole(family: Family, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_layer_of_two_names_learns_once(folder: Path) -> None:
-    _, two = results(folder, CONVNEXT)
+def test_a_layer_of_two_names_learns_once(results: list[dict[str, Any]]) -> None:
+    two = results[1][CONVNEXT.name]
     for name, alias in ALIASES.items():
         assert alias not in two["gradients"]
         for role in ("initial", "student", "teacher", "restored"):

@@ -8,7 +8,7 @@ from typing import Any
 import checkpoint_processes as processes
 import pytest
 import torch
-from checkpoint_processes import run_processes
+from process_groups import run_processes
 from torch import Tensor
 
 from dinov3_framework.checkpoints.store import CheckpointStore

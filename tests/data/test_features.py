@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from classify_support import GREY, Memory, grey_images, tiny
+from process_groups import run_processes
 from torch import Tensor
 
 from dinov3_framework.configs import ImagesConfig
@@ -141,12 +140,8 @@ def uneven() -> tuple[list[Tensor | None], list[int | None]]:
     return images, [index % 3 for index in range(11)]
 
 
-def process(rank: int, world: int, folder: str) -> None:
-    """One process: what it got, or the error it ended with."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world
-    )
+def on_some() -> dict[str, Any]:
+    """What one of several processes got, and the error that came of a wrong image."""
     images, labels = uneven()
     backbone = tiny()
     dataset = Memory(images, labels)
@@ -159,7 +154,7 @@ def process(rank: int, world: int, folder: str) -> None:
         error = "none"
     except DataError as caught:
         error = str(caught)
-    result: dict[str, Any] = {
+    return {
         "cls": found.cls,
         "labels": found.labels,
         "skipped": found.skipped,
@@ -167,15 +162,12 @@ def process(rank: int, world: int, folder: str) -> None:
         "pixels": pixels.cls,
         "error": error,
     }
-    torch.save(result, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_share_the_work_and_all_get_everything(tmp_path: Path, world: int) -> None:
-    multiprocessing.spawn(process, args=(world, str(tmp_path)), nprocs=world)
-    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
+    results = run_processes(world, tmp_path, on_some)
     images, labels = uneven()
     kept = torch.stack([image for image in images if image is not None])
     for result in results:

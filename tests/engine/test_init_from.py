@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_processes import run_processes
 from init_from_support import (
     HEADS,
     KINDS,
@@ -22,6 +21,7 @@ from init_from_support import (
     vit,
     whole,
 )
+from process_groups import run_processes
 from torch.distributed.tensor import DTensor
 from trainer_support import pretrain, steps, trainer
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from features_support import export, files, folder, noise
 from PIL import Image
-from run_support import command, environment, run
+from run_support import Started, processes_with, run, start
 
 from dinov3_framework.errors import ExitCode
 
@@ -52,18 +51,7 @@ def whole(given: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> d
     return found
 
 
-def started(output: Path, *overrides: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(output, *overrides, recipe=RECIPE),
-        env=environment(),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for_parts(process: subprocess.Popen[str], output: Path, more: int) -> None:
+def wait_for_parts(started: Started, output: Path, more: int) -> None:
     """Until so many more parts are written; the process must still be at work then."""
     until = time.monotonic() + 120
 
@@ -72,7 +60,7 @@ def wait_for_parts(process: subprocess.Popen[str], output: Path, more: int) -> N
 
     count = written() + more
     while written() < count:
-        assert process.poll() is None, process.communicate()[1]
+        assert started.process.poll() is None, started.finish().stderr
         assert time.monotonic() < until
         time.sleep(0.001)
 
@@ -83,18 +71,18 @@ def test_stopped_and_killed_it_goes_on(
     given: tuple[str, ...], whole: dict[str, bytes], tmp_path: Path, launcher: tuple[str, ...]
 ) -> None:
     output = tmp_path / "run"
-    process = started(output, *given, *launcher)
-    wait_for_parts(process, output, more=3)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == ExitCode.REQUEUE, said
-    assert "of 30 parts are written, the same command goes on" in said
+    started = start(output, *given, *launcher, recipe=RECIPE)
+    wait_for_parts(started, output, more=3)
+    started.process.send_signal(signal.SIGTERM)
+    done = started.finish()
+    assert done.returncode == ExitCode.REQUEUE, done.stderr
+    assert "of 30 parts are written, the same command goes on" in done.stderr
 
-    process = started(output, *given, *launcher)
-    wait_for_parts(process, output, more=1)
-    os.killpg(process.pid, signal.SIGKILL)  # with all of its processes
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
+    started = start(output, *given, *launcher, recipe=RECIPE)
+    wait_for_parts(started, output, more=1)
+    for pid in processes_with(str(output)):
+        os.kill(pid, signal.SIGKILL)
+    assert started.finish().returncode == -signal.SIGKILL
     assert not (output / "features.safetensors").exists()
 
     done = run(output, *given, *launcher, recipe=RECIPE)

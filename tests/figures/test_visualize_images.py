@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from dinov3_figures import images
 from dinov3_figures.images import choose, look, patch_grid, resized, seen_shape
-from torch import multiprocessing
+from process_groups import run_processes
 from visualize_support import (
     SIZES,
     LastOnly,
@@ -161,12 +161,8 @@ def test_features_that_are_not_finite() -> None:
 
 
 # --------------------------------------------------------------------------- processes
-def process(rank: int, world: int, folder: str) -> None:
-    """One process: what it got, or the error it ended with."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world
-    )
+def on_two() -> dict[str, Any]:
+    """What one of two processes got, and the error that came of no image at all."""
     dataset = scenes(5, corrupt=(1,))
     seen = look(subject(), dataset, choose(dataset, None, None), settings())
     try:
@@ -174,17 +170,17 @@ def process(rank: int, world: int, folder: str) -> None:
         error = "none"
     except DataError as caught:
         error = str(caught)
-    result = {"names": [s.name for s in seen], "features": [s.features for s in seen]}
-    torch.save({**result, "error": error}, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return {
+        "names": [each.name for each in seen],
+        "features": [each.features for each in seen],
+        "error": error,
+    }
 
 
 @pytest.mark.slow
 def test_processes_share_the_images_and_all_get_everything(tmp_path: Path) -> None:
-    multiprocessing.spawn(process, args=(2, str(tmp_path)), nprocs=2)
     alone = look(subject(), scenes(5, corrupt=(1,)), [[0], [1], [2], [3], [4]], settings())
-    for rank in range(2):
-        result = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for result in run_processes(2, tmp_path, on_two):
         assert result["names"] == [each.name for each in alone]
         assert "none of the chosen" in result["error"]
         for found, expected in zip(result["features"], alone, strict=True):

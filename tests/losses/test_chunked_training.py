@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from dinov3_losses.sinkhorn import balance, sinkhorn_knopp
-from loss_support import Results, randn, results_of
+from loss_support import randn
+from process_groups import run_processes
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from trainer_support import pretrain, steps, trainer_of
 
 from dinov3_framework import StepOutputs
 
+Results = dict[str, Any]
 WORLD = 2
 # Some passes of one image a process, so that a process often has no masked patch.
 RECIPE = ("iterations=4", "batch_size=4", "accumulation_steps=2", "losses.dino.weight=0.7")
@@ -67,11 +70,11 @@ def train(folder: Path, *overrides: str) -> Results:
     return {"figures": steps(trainer, STEPS), "gradients": gradients[0], "masked": masked}
 
 
-def work(rank: int, folder: Path) -> Results:
+def work(folder: Path) -> Results:
     found: Results = {name: train(folder, *overrides) for name, overrides in RUNS.items()}
     slices = [slice(0, 5), slice(5, 10), slice(10, 12)]
     for name, sizes in ROWS.items():
-        own = logits().split(sizes)[rank]
+        own = logits().split(sizes)[dist.get_rank()]
         parts = {some.start: own[:, some] for some in slices}
 
         def logits_of(some: slice, parts: dict[int, Tensor] = parts) -> Tensor:
@@ -84,7 +87,8 @@ def work(rank: int, folder: Path) -> Results:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    return results_of(work, tmp_path_factory.mktemp("training"), WORLD)
+    folder = tmp_path_factory.mktemp("training")
+    return run_processes(WORLD, folder / "scratch", work, folder)
 
 
 pytestmark = pytest.mark.slow

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from dinov3_losses.configs import DinoConfig, IbotConfig, KoLeoConfig, ProjectorConfig
 from dinov3_losses.dino import DinoLoss
 from dinov3_losses.ibot import IbotLoss
 from dinov3_losses.koleo import KoLeoLoss
 from dinov3_losses.sinkhorn import sinkhorn_knopp
-from loss_support import Results, features, randn, results_of, step
+from loss_support import features, randn, step
+from process_groups import run_processes
 from torch import Tensor
 
 from dinov3_framework import LossResult, UserError
 
+Results = dict[str, Any]
 WORLD = 2
 SPLITS = {"even": (5, 5), "uneven": (3, 7), "nothing on one": (0, 10)}
 KOLEO = {
@@ -73,8 +76,9 @@ def projected(kind: str, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
     return result.loss.detach(), {n: p.grad for n, p in heads[0].named_parameters()}
 
 
-def work(rank: int, _: Path) -> Results:
+def work() -> Results:
     """All that two processes are needed for, in one go: starting them is what takes time."""
+    rank = dist.get_rank()
     own = slice(rank * BATCH, (rank + 1) * BATCH)
     results: Results = {
         name: sinkhorn_knopp(logits().split(sizes)[rank], 0.1) for name, sizes in SPLITS.items()
@@ -90,7 +94,7 @@ def work(rank: int, _: Path) -> Results:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    return results_of(work, tmp_path_factory.mktemp("processes"), WORLD)
+    return run_processes(WORLD, tmp_path_factory.mktemp("processes"), work)
 
 
 pytestmark = pytest.mark.slow

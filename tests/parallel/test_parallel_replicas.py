@@ -8,8 +8,8 @@ from typing import Any
 import parallel_processes as processes
 import pytest
 import torch
-from checkpoint_processes import run_processes
 from dinov3_ssl.networks import Networks
+from process_groups import run_processes
 from torch import Tensor
 from trainer_support import trainer
 

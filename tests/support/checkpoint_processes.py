@@ -5,17 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import traceback
-from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -27,35 +23,6 @@ from dinov3_framework.checkpoints.shard_writer import ShardWriter, _AttentiveFil
 from dinov3_framework.checkpoints.store import CheckpointStore
 from dinov3_framework.errors import CheckpointError
 from dinov3_framework.parallel.state_dicts import full_state_dict
-
-
-def run_processes(world_size: int, scratch: Path, worker: Callable[..., Any], *args: Any) -> list:
-    """Run ``worker(*args)`` on gloo processes; returns their results by rank, or fails."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    mp.spawn(_start, (world_size, scratch, worker, args), nprocs=world_size)
-    return [
-        torch.load(scratch / f"result_{rank}", weights_only=False) for rank in range(world_size)
-    ]
-
-
-def _start(
-    rank: int, world_size: int, scratch: Path, worker: Callable[..., Any], args: Any
-) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{scratch}/rendezvous",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=60),
-    )
-    try:
-        torch.save(worker(*args), scratch / f"result_{rank}")
-    except BaseException:
-        traceback.print_exc()
-        raise
-    finally:
-        dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------- a sharded model and its optimizer

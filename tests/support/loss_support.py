@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 from dinov3_framework import StepOutputs, ViewFeatures
 
@@ -60,21 +58,3 @@ def step(
         project=project,
         project_teacher=project_teacher,
     )
-
-
-Results = dict[str, Any]
-Work = Callable[[int, Path], Results]
-
-
-def results_of(work: Work, folder: Path, processes: int) -> list[Results]:
-    """What ``work(rank, folder)`` gives on each of some processes of one group."""
-    multiprocessing.spawn(_run, args=(work, folder, processes), nprocs=processes)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]
-
-
-def _run(rank: int, work: Work, folder: Path, processes: int) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", processes)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
-    torch.save(work(rank, folder), folder / f"{rank}.pt")
-    dist.destroy_process_group()

@@ -6,12 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
+from attrs import frozen
+from fork_server import popen
 from torch import Tensor
 
 from dinov3_framework.checkpoints.store import CheckpointStore
@@ -44,16 +48,44 @@ def environment() -> dict[str, str]:
     }
 
 
+@frozen
+class Started:
+    """A run in a process of its own, and the files that its output goes to."""
+
+    process: Any
+    files: tuple[Path, Path]
+
+    def finish(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        """Wait for its end."""
+        try:
+            code = self.process.wait(timeout)
+        finally:
+            self.process.kill()
+        texts = [path.read_text() for path in self.files]
+        return subprocess.CompletedProcess([], code, *texts)
+
+
+def start(
+    output: Path, *overrides: str, recipe: Path = TINY, start_new_session: bool = False
+) -> Started:
+    """Begin a run. Its ranks, if it starts any, are forks as well."""
+    folder = Path(tempfile.mkdtemp(prefix="run-"))
+    # Processes of the run are known by these names: see processes_with.
+    files = tuple(folder / f"{quote(str(output), safe='')}.{name}" for name in ("out", "err"))
+    with files[0].open("w") as out, files[1].open("w") as err:
+        process = popen(
+            command(output, *overrides, recipe=recipe),
+            env=environment(),
+            stdout=out,
+            stderr=err,
+            start_new_session=start_new_session,
+        )
+    return Started(process, (files[0], files[1]))
+
+
 def run(output: Path, *overrides: str, recipe: Path = TINY) -> subprocess.CompletedProcess[str]:
     """One start of a run, to its end."""
-    return subprocess.run(
-        command(output, *overrides, recipe=recipe),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return start(output, *overrides, recipe=recipe).finish()
 
 
 def run_here(
@@ -93,12 +125,13 @@ def outside_torchrun(output: Path, *overrides: str) -> subprocess.CompletedProce
 
 
 def processes_with(text: str) -> list[int]:
-    """Other processes that have ``text`` in their command line."""
+    """Other processes that have ``text`` in their command line or in the name of their output."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
-                if text in (entry / "cmdline").read_text():
+                written = os.readlink(entry / "fd" / "2")
+                if text in (entry / "cmdline").read_text() or quote(text, safe="") in written:
                     found.append(int(entry.name))
             except OSError:
                 continue

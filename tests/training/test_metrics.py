@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from disks import small_disk
+from process_groups import run_processes
 
 from dinov3_framework import OutputError
-from dinov3_framework.training.metrics import MetricsFile, read_metrics, reduce_step_metrics
+from dinov3_framework.training.metrics import (
+    FiniteCheck,
+    MetricsFile,
+    read_metrics,
+    reduce_step_metrics,
+)
 
 CPU = torch.device("cpu")
 
@@ -107,32 +111,19 @@ def test_alone() -> None:
     assert reduce_step_metrics({}, {}, True, CPU).stop
 
 
-def _member(rank: int, world: int, store: str, results: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+def _on_three() -> tuple[FiniteCheck, FiniteCheck]:
+    rank = dist.get_rank()
     sound = reduce_step_metrics({"a": torch.tensor(1.0 + rank), "r": rank}, {}, False, CPU)
     bad = torch.tensor([1.0, math.nan, math.inf][rank])
     guarded = {"loss 'x'": bad, "loss 'y'": torch.tensor(0.0)}
-    poisoned = reduce_step_metrics({"a": bad}, guarded, rank == 2, CPU)
-    dist.destroy_process_group()
-    results.put((rank, sound, poisoned.nonfinite, poisoned.stop))
+    return sound, reduce_step_metrics({"a": bad}, guarded, rank == 2, CPU)
 
 
 @pytest.mark.slow
 def test_three_processes_know_the_same(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    store = str(tmp_path / "store")
-    members = [context.Process(target=_member, args=(rank, 3, store, results)) for rank in range(3)]
-    for member in members:
-        member.start()
-    answers = [results.get(timeout=120) for _ in members]
-    for member in members:
-        member.join(60)
-        assert member.exitcode == 0
-    for _, sound, nonfinite, stop in answers:
+    for sound, poisoned in run_processes(3, tmp_path, _on_three):
         assert sound.metrics == {"a": 2.0, "r": 1.0}
         assert sound.nonfinite == {}
         assert not sound.stop
-        assert nonfinite == {"loss 'x'": [1, 2]}
-        assert stop
+        assert poisoned.nonfinite == {"loss 'x'": [1, 2]}
+        assert poisoned.stop

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from run_support import command, environment, export_bytes, losses, processes_with, run, run_here
+from run_support import Started, export_bytes, losses, processes_with, run, run_here, start
 
 from dinov3_framework.errors import ExitCode
 
@@ -114,42 +113,32 @@ def test_two_processes_stop_together(tmp_path: Path) -> None:
 
 def test_a_signal_to_the_whole_group_leaves_the_workers_time(whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "group"
-    process = subprocess.Popen(
-        command(output, "loader.workers=2", "observers.slow.use=pause"),
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    wait_for_lines(process, output / "metrics.jsonl", 2)
-    os.killpg(process.pid, signal.SIGTERM)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == ExitCode.REQUEUE, stderr
+    slow = ("loader.workers=2", "observers.slow.use=pause")
+    started = start(output, *slow, start_new_session=True)
+    wait_for_lines(started, output / "metrics.jsonl", 2)
+    os.killpg(started.process.pid, signal.SIGTERM)
+    done = started.finish()
+    assert done.returncode == ExitCode.REQUEUE, done.stderr
     assert run(output).returncode == 0
     assert_same_run(whole, output)
 
 
-def wait_for_lines(process: subprocess.Popen[str], path: Path, count: int) -> None:
+def wait_for_lines(started: Started, path: Path, count: int) -> None:
     deadline = time.monotonic() + 120
     while not (path.exists() and path.read_text().count("\n") >= count):
         assert time.monotonic() < deadline
-        assert process.poll() is None
+        assert started.process.poll() is None
         time.sleep(0.05)
 
 
 @pytest.mark.slow
 def test_the_launcher_hands_a_signal_on_and_leaves_no_orphans(tmp_path: Path) -> None:
     output = tmp_path / "signalled"
-    process = subprocess.Popen(
-        command(output, *TWO, "iterations=100000", "checkpoint.every=100000"),
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for_lines(process, output / "metrics.jsonl", 3)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
-    assert process.returncode == ExitCode.REQUEUE
+    started = start(output, *TWO, "iterations=100000", "checkpoint.every=100000")
+    wait_for_lines(started, output / "metrics.jsonl", 3)
+    started.process.send_signal(signal.SIGTERM)
+    done = started.finish()
+    assert done.returncode == ExitCode.REQUEUE, done.stderr
     assert any((output / "checkpoints").glob("step_*"))
     assert not processes_with(str(output))
 
