@@ -1,4 +1,4 @@
-"""The contract checks let the first-party components pass and catch each broken promise."""
+"""Suites let sound components pass, and name each broken promise."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from broken_backbones import BACKBONES, SoundBackbone, ToyBackboneConfig
 from broken_data import (
     AUGMENTATIONS,
     DATASETS,
+    Maps,
     SoundAugmentation,
     SoundDataset,
     SoundVariants,
@@ -18,98 +19,60 @@ from broken_data import (
     ToyDatasetConfig,
 )
 from broken_losses import LOSSES, SoundLoss, ToyLossConfig
+from broken_optimizers import OPTIMIZERS, SoundOptimizer, ToyOptimizerConfig
 from torch import nn
 
-from dinov3_framework import (
-    Head,
-    HeadConfig,
-    Registry,
-    UserError,
-    config,
-)
-from dinov3_framework.recipes.structure import structure_component
+from dinov3_framework import UserError
+from dinov3_framework.schedules import Constant
 from dinov3_framework.testing import (
+    AugmentationSuite,
+    BackboneSuite,
     ContractError,
-    check_augmentation,
-    check_backbone,
-    check_dataset,
-    check_head,
-    check_loss,
+    DatasetSuite,
+    LossSuite,
+    OptimizerSuite,
 )
 
-HEAD = {"n_prototypes": 32, "bottleneck_dim": 8, "hidden_dim": 16}
-VIT = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
-UNTIED = {
-    "untie_global_and_local_cls_norm": True,
-    "untie_cls_and_patch_norms": True,
-    "n_storage_tokens": 0,
-    "ffn_layer": "swiglu",
-    "norm_layer": "rmsnorm",
-    "drop_path_rate": 0.3,
-    "pos_embed_rope_rescale_coords": 2.0,
-    "in_chans": 1,
-}
-
-
-@pytest.fixture(scope="module")
-def installed() -> Registry:
-    return Registry.load()
+OPTIMIZER = ToyOptimizerConfig(lr=Constant(value=0.1), weight_decay=Constant(value=0.0))
 
 
 # --------------------------------------------------------------------------- what is right
-@pytest.mark.parametrize("extra", [{}, UNTIED], ids=["plain", "untied"])
-def test_vision_transformers_pass(installed: Registry, extra: dict[str, Any]) -> None:
-    settings = structure_component(installed, "backbone", "vit", VIT | extra)
-    check_backbone(settings, registry=installed)
-
-
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("dino", {"head": HEAD}),
-        ("dino", {"head": HEAD, "local_weight": 0.0}),
-        ("dino", {"head": HEAD, "chunk": 3}),
-        ("ibot", {"head": HEAD}),
-        ("ibot", {"head": HEAD, "chunk": 3}),
-        ("koleo", {}),
-        ("koleo", {"distributed": True, "topk": 2}),
-        ("gram", {}),
-        ("gram", {"image_level": False, "tokens": "masked", "compute_stats": True}),
-    ],
-)
-def test_losses_pass(installed: Registry, name: str, values: dict[str, Any]) -> None:
-    check_loss(structure_component(installed, "loss", name, values), registry=installed)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(
-    "extra",
-    [
-        {},
-        {"anchor_size": 24, "local_from_global": True},
-        {"resolutions": [{"ratio": 0.4}, {"ratio": 0.6, "global_size": 24}], "teacher_scale": 0.5},
-    ],
-    ids=["plain", "anchors", "resolutions"],
-)
-def test_multi_crop_passes(installed: Registry, extra: dict[str, Any], channels: int) -> None:
-    values = {"global_size": 16, "local_size": 8, "local_crops": 2} | extra
-    settings = structure_component(installed, "augmentation", "multi_crop", values)
-    check_augmentation(settings, registry=installed, channels=channels)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_fashion_mnist_passes(installed: Registry, channels: int) -> None:
-    settings = structure_component(installed, "dataset", "fashion_mnist", {"split": "test"})
-    check_dataset(settings, registry=installed, channels=channels)
-
-
-def test_sound_components_pass() -> None:
+class TestSoundBackbone(BackboneSuite):
     """Those that the broken ones below differ from in one thing."""
-    check_backbone(ToyBackboneConfig(), factory=SoundBackbone)
-    check_loss(ToyLossConfig(), factory=SoundLoss)
-    check_augmentation(ToyAugmentationConfig(), factory=SoundAugmentation)
-    check_augmentation(ToyAugmentationConfig(), factory=SoundVariants)
-    check_dataset(ToyDatasetConfig(), factory=SoundDataset)
+
+    config = ToyBackboneConfig()
+    factory = SoundBackbone
+
+
+class TestSoundLoss(LossSuite):
+    config = ToyLossConfig()
+
+    def factory(config: ToyLossConfig) -> SoundLoss:  # type: ignore[misc]
+        """A function, which in a class would be a method."""
+        return SoundLoss(config)
+
+
+class TestSoundAugmentation(AugmentationSuite):
+    config = ToyAugmentationConfig()
+    factory = SoundAugmentation
+
+
+class TestSoundVariants(TestSoundAugmentation):
+    factory = SoundVariants
+
+
+class TestSoundDataset(DatasetSuite):
+    config = ToyDatasetConfig()
+    factory = SoundDataset
+
+
+class TestTargetsOfEveryKind(TestSoundDataset):
+    factory = Maps
+
+
+class TestSoundOptimizer(OptimizerSuite):
+    config = OPTIMIZER
+    factory = SoundOptimizer
 
 
 # --------------------------------------------------------------------------- what is broken
@@ -121,34 +84,45 @@ def _cases(broken: Mapping[str, tuple[Callable[..., Any], str]]) -> Any:
 @_cases(BACKBONES)
 def test_broken_backbones_are_caught(factory: Callable[..., Any], words: str) -> None:
     with pytest.raises(ContractError, match=words):
-        check_backbone(ToyBackboneConfig(), factory=factory)
+        BackboneSuite.check(ToyBackboneConfig(), factory=factory)
 
 
 @_cases(LOSSES)
 def test_broken_losses_are_caught(factory: Callable[..., Any], words: str) -> None:
     with pytest.raises(ContractError, match=words):
-        check_loss(ToyLossConfig(), factory=factory)
+        LossSuite.check(ToyLossConfig(), factory=factory)
 
 
 @_cases(AUGMENTATIONS)
 def test_broken_augmentations_are_caught(factory: Callable[..., Any], words: str) -> None:
     with pytest.raises(ContractError, match=words):
-        check_augmentation(ToyAugmentationConfig(), factory=factory)
+        AugmentationSuite.check(ToyAugmentationConfig(), factory=factory)
 
 
 @_cases(DATASETS)
 def test_broken_datasets_are_caught(factory: Callable[..., Any], words: str) -> None:
     with pytest.raises(ContractError, match=words):
-        check_dataset(ToyDatasetConfig(), factory=factory)
+        DatasetSuite.check(ToyDatasetConfig(), factory=factory)
+
+
+@_cases(OPTIMIZERS)
+def test_broken_optimizers_are_caught(factory: Callable[..., Any], words: str) -> None:
+    with pytest.raises(ContractError, match=words):
+        OptimizerSuite.check(OPTIMIZER, factory=factory)
 
 
 def test_a_check_leaves_the_random_state_alone() -> None:
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
-    check_backbone(ToyBackboneConfig(), factory=SoundBackbone)
-    check_loss(ToyLossConfig(), factory=SoundLoss)
-    check_augmentation(ToyAugmentationConfig(), factory=SoundAugmentation)
+    BackboneSuite.check(ToyBackboneConfig(), factory=SoundBackbone)
+    LossSuite.check(ToyLossConfig(), factory=SoundLoss)
+    AugmentationSuite.check(ToyAugmentationConfig(), factory=SoundAugmentation)
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_an_unknown_option_is_refused() -> None:
+    with pytest.raises(TypeError, match="BackboneSuite has no option 'images_size'"):
+        BackboneSuite.check(ToyBackboneConfig(), factory=SoundBackbone, images_size=8)
 
 
 def test_backbones_without_masks_must_refuse_them() -> None:
@@ -166,9 +140,9 @@ def test_backbones_without_masks_must_refuse_them() -> None:
                 raise UserError("this backbone takes no masks")
             return super().forward_features(images, masks)
 
-    check_backbone(ToyBackboneConfig(), factory=Refuses)
+    BackboneSuite.check(ToyBackboneConfig(), factory=Refuses)
     with pytest.raises(ContractError, match="does not refuse them"):
-        check_backbone(ToyBackboneConfig(), factory=Ignores)
+        BackboneSuite.check(ToyBackboneConfig(), factory=Ignores)
 
 
 def test_parameters_without_gradient_are_named_or_allowed() -> None:
@@ -183,31 +157,5 @@ def test_parameters_without_gradient_are_named_or_allowed() -> None:
                 self.spare.data.zero_()
 
     with pytest.raises(ContractError, match="no gradient reaches spare"):
-        check_backbone(ToyBackboneConfig(), factory=Spare)
-    check_backbone(ToyBackboneConfig(), factory=Spare, without_gradient=["spare"])
-
-
-# --------------------------------------------------------------------------- heads
-@config
-class ToyHeadConfig(HeadConfig):
-    """Config of the heads below."""
-
-
-class LinearHead(Head):
-    def __init__(self, config: ToyHeadConfig, *, embed_dim: int) -> None:
-        super().__init__()
-        self.layer = nn.Linear(embed_dim, 3)
-
-    def init_weights(self) -> None:
-        self.layer.reset_parameters()
-
-
-class ForgetfulHead(LinearHead):
-    def init_weights(self) -> None:
-        nn.init.zeros_(self.layer.weight)
-
-
-def test_heads() -> None:
-    check_head(ToyHeadConfig(), factory=LinearHead)
-    with pytest.raises(ContractError, match=r"left 'layer\.bias' without a finite value"):
-        check_head(ToyHeadConfig(), factory=ForgetfulHead)
+        BackboneSuite.check(ToyBackboneConfig(), factory=Spare)
+    BackboneSuite.check(ToyBackboneConfig(), factory=Spare, without_gradient=["spare"])

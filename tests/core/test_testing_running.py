@@ -1,77 +1,39 @@
-"""The contract checks of what runs: observers, launchers, tasks."""
+"""The suites of what runs: observers, launchers, tasks."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from attrs import define
+from broken_units import TRAINING, UNITS, toy_registry
 
 from dinov3_framework import (
-    ImagesConfig,
     Job,
+    JobHandle,
     Launcher,
     LauncherConfig,
     Observer,
     ObserverConfig,
     Plan,
     Registry,
+    Resources,
     Run,
     StepRecord,
     Task,
     TaskConfig,
     config,
 )
-from dinov3_framework.recipes.structure import structure_component
 from dinov3_framework.testing import (
     ContractError,
-    check_launcher,
-    check_observer,
-    check_task,
+    LauncherSuite,
+    ObserverSuite,
+    TaskSuite,
+    TrainUnitSuite,
 )
-
-HEAD = {"n_prototypes": 32, "bottleneck_dim": 8, "hidden_dim": 16}
-VIT = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
-
-
-@pytest.fixture(scope="module")
-def installed() -> Registry:
-    return Registry.load()
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_local_launcher_passes(
-    installed: Registry, tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    settings = structure_component(installed, "launcher", "local", {"processes": processes})
-    check_launcher(settings, tmp_path, registry=installed)
-
-
-def test_the_knn_observer_passes(installed: Registry, tmp_path: Path) -> None:
-    few = {"use": "fashion_mnist", "split": "test"}
-    settings = structure_component(installed, "observer", "knn", {"train": few, "test": few})
-    grey = ImagesConfig(channels=1, mean=(0.3,), std=(0.3,))
-    check_observer(settings, tmp_path, registry=installed, images=grey)
-
-
-def test_the_pretrain_task_passes(installed: Registry, tmp_path: Path) -> None:
-    values = {
-        "iterations": 3,
-        "batch_size": 4,
-        "images": {"channels": 1, "mean": [0.3], "std": [0.3]},
-        "dataset": {"use": "fashion_mnist"},
-        "augmentation": {"use": "multi_crop", "global_size": 16, "local_size": 8},
-        "backbone": {"use": "vit", **VIT},
-        "losses": {"dino": {"use": "dino", "head": HEAD}},
-        "teacher": {"momentum": 0.9},
-        "optimizer": {"lr": 1e-3, "weight_decay": 0.1},
-        "output_dir": str(tmp_path / "run"),
-    }
-    check_task(structure_component(installed, "task", "pretrain", values), registry=installed)
 
 
 # --------------------------------------------------------------------------- observers
@@ -96,7 +58,7 @@ class SoundObserver(Observer):
         return {"rows": [{"differs": not same}]}
 
 
-class ChangesTeacher(SoundObserver):
+class ChangesModel(SoundObserver):
     def on_start(self, run: Run, iteration: int) -> None:
         next(run.model().backbone.parameters()).data.fill_(1)
 
@@ -121,40 +83,78 @@ class NoJson(SoundObserver):
         return {"tokens": torch.zeros(2)}
 
 
-def test_observers(tmp_path: Path) -> None:
-    check_observer(ToyObserverConfig(), tmp_path / "sound", factory=SoundObserver)
-    for factory, words in (
-        (ChangesTeacher, "changes the teacher that it watches: mask_token"),
-        (LeavesTraining, "leaves the teacher in training mode"),
+class CannotClose(SoundObserver):
+    def on_start(self, run: Run, iteration: int) -> None:
+        self.started = True
+
+    def on_close(self, run: Run, error: BaseException | None) -> None:
+        assert self.started, "closed before it began"
+
+
+class TestSoundObserver(ObserverSuite):
+    config = ToyObserverConfig()
+    factory = SoundObserver
+
+
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [
+        (ChangesModel, "changes the model that it watches: mask_token"),
+        (LeavesTraining, "leaves the model in training mode"),
         (WritesEverywhere, r"writes \['figure.png'\] in a process"),
         (Words, "on_step.. must give None or numbers"),
-        (NoJson, "as JSON raised TypeError"),
-    ):
-        with pytest.raises(ContractError, match=words):
-            check_observer(ToyObserverConfig(), tmp_path / factory.__name__, factory=factory)
+        (NoJson, "test_run: raised TypeError: .*JSON"),
+        (CannotClose, "test_failed_run: raised AttributeError"),
+    ],
+)
+def test_broken_observers_are_caught(factory: Any, words: str) -> None:
+    with pytest.raises(ContractError, match=words):
+        ObserverSuite.check(ToyObserverConfig(), factory=factory)
 
 
-# --------------------------------------------------------------------------- launchers, tasks
+# --------------------------------------------------------------------------- launchers
 @config
 class ToyLauncherConfig(LauncherConfig):
     """Config of the launchers below."""
+
+
+@define
+class Handle(JobHandle):
+    """A job that was run when it was submitted."""
+
+    code: int
+
+    def wait(self) -> int:
+        return self.code
 
 
 class InThisProcess(Launcher):
     def __init__(self, config: ToyLauncherConfig) -> None:
         pass
 
-    def launch(self, job: Job) -> int:
-        return job.run()
+    def submit(
+        self, job: Job, resources: Resources | None = None, *, after: Sequence[JobHandle] = ()
+    ) -> JobHandle:
+        failed = [handle.wait() for handle in after if handle.wait()]
+        return Handle(failed[0] if failed else job.run())
 
 
 class HidesExitCodes(InThisProcess):
-    def launch(self, job: Job) -> int:
+    def submit(
+        self, job: Job, resources: Resources | None = None, *, after: Sequence[JobHandle] = ()
+    ) -> JobHandle:
         job.run()
-        return 0
+        return Handle(0)
 
 
-class Promises2(InThisProcess):
+class DoesNotWait(InThisProcess):
+    def submit(
+        self, job: Job, resources: Resources | None = None, *, after: Sequence[JobHandle] = ()
+    ) -> JobHandle:
+        return Handle(job.run())
+
+
+class TwoProcesses(InThisProcess):
     def world_size(self) -> int:
         return 2
 
@@ -165,23 +165,42 @@ class NoProcess(InThisProcess):
 
 
 class Mute(InThisProcess):
-    def describe(self) -> str:
+    def preview(self, job: Job, resources: Resources | None = None) -> str:
         return ""
 
 
-def test_launchers(tmp_path: Path) -> None:
-    check_launcher(ToyLauncherConfig(), tmp_path / "sound", factory=InThisProcess)
-    check_launcher(ToyLauncherConfig(), tmp_path, factory=HidesExitCodes, launch=False)
-    for factory, words in (
-        (HidesExitCodes, "gave exit code 0 where the processes ended with 2"),
-        (Promises2, "ran as rank: world size {'0': '1'}"),
+class Eager(InThisProcess):
+    def preview(self, job: Job, resources: Resources | None = None) -> str:
+        job.run()
+        return "this process"
+
+
+class TestSoundLauncher(LauncherSuite):
+    config = ToyLauncherConfig()
+    factory = InThisProcess
+
+
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [
+        (HidesExitCodes, "wait.. gave 0 where the processes ended with 2"),
+        (DoesNotWait, r"one after it ran \['first', 'second'\]"),
+        (TwoProcesses, "ran as rank: world size {'0': '1'}"),
         (NoProcess, "must be at least 1, is 0"),
-        (Mute, "must give one line of text"),
-    ):
-        with pytest.raises(ContractError, match=words):
-            check_launcher(ToyLauncherConfig(), tmp_path / factory.__name__, factory=factory)
+        (Mute, "gives no text"),
+        (Eager, "starts the job"),
+    ],
+)
+def test_broken_launchers_are_caught(factory: Any, words: str) -> None:
+    with pytest.raises(ContractError, match=words):
+        LauncherSuite.check(ToyLauncherConfig(), factory=factory)
 
 
+def test_a_launcher_that_hands_jobs_over_is_not_run() -> None:
+    LauncherSuite.check(ToyLauncherConfig(), factory=HidesExitCodes, launch=False)
+
+
+# --------------------------------------------------------------------------- tasks
 @config
 class ToyTaskConfig(TaskConfig):
     """Config of the tasks below."""
@@ -215,14 +234,44 @@ class Numbers(SoundTask):
         return Plan({"split": [("processes", world_size)]})  # type: ignore[list-item]
 
 
-def test_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    check_task(ToyTaskConfig(), factory=SoundTask, world_size=3)
-    assert os.listdir() == []
-    for factory, words in (
+class Surprises(SoundTask):
+    def write_expected_artifacts(self, folder: Path) -> bool:
+        (folder / "weights").touch()
+        return False
+
+
+class TestSoundTask(TaskSuite):
+    config = ToyTaskConfig()
+    factory = SoundTask
+    world_size = 3
+
+
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [
         (Litters, r"check\(\) wrote into"),
         (Wavers, "something else when asked again"),
         (Numbers, "rows of text"),
-    ):
-        with pytest.raises(ContractError, match=words):
-            check_task(ToyTaskConfig(), factory=factory)
+        (Surprises, r"gave False and wrote \['weights'\]"),
+    ],
+)
+def test_broken_tasks_are_caught(
+    factory: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ContractError, match=words):
+        TaskSuite.check(ToyTaskConfig(), factory=factory)
+
+
+# --------------------------------------------------------------------------- train units
+class TestSoundUnit(TrainUnitSuite):
+    config = TRAINING
+    registry = toy_registry()
+
+
+@pytest.mark.parametrize(
+    ("factory", "words"), [pytest.param(*case, id=name) for name, case in UNITS.items()]
+)
+def test_broken_units_are_caught(factory: Any, words: str) -> None:
+    with pytest.raises(ContractError, match=words):
+        TrainUnitSuite.check(TRAINING, factory=factory, registry=toy_registry())
