@@ -37,9 +37,9 @@ from dinov3_framework.recipes.toml_text import to_toml
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.agreement import RankFailure, together
-from dinov3_framework.runtime.console import print_table
-from dinov3_framework.runtime.output import RECIPE, write_results
+from dinov3_framework.runtime.output import RECIPE
 from dinov3_framework.runtime.processes import pick_device
+from dinov3_framework.runtime.results import Record, print_results, write_results
 from dinov3_framework.training import TrainingConfig
 from dinov3_framework.training.check import batch_problems, data_rows, schedule_problems
 from dinov3_framework.training.clock import StepClock
@@ -360,8 +360,12 @@ def _refuse(problems: list[Problem]) -> None:
 def print_summary(results: Mapping[str, Any], output_dir: Path, export: Path | None) -> None:
     """Show tables of results, and what to do with them."""
     for name, value in results.items():
-        if isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
-            print_table(name, value)
+        if (
+            isinstance(value, list)
+            and value
+            and all(isinstance(row, Mapping | Record) for row in value)
+        ):
+            print_results(name, value)
     print(f"\nDone. Everything is in {output_dir}:")
     for entry in sorted(output_dir.iterdir()):
         if not entry.name.startswith("."):

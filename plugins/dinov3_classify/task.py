@@ -7,9 +7,9 @@ from typing import Any
 
 from dinov3_classify.configs import KnnTaskConfig
 from dinov3_classify.evaluation import KnnEvaluation
-from dinov3_classify.results import print_table, write_results
 from dinov3_framework import DataError, Plan, Problem, RecipeError, Registry, Subject, Task
 from dinov3_framework.runtime import collectives
+from dinov3_framework.runtime.results import print_results, write_results
 
 
 class KnnTask(Task):
@@ -65,7 +65,7 @@ class KnnTask(Task):
             "knn": rows,
         }
         write_results(output_dir, results, rows)
-        print_table("k-NN accuracy in percent", rows)
+        print_results("k-NN accuracy in percent", rows)
 
     def _evaluation(self, subject: Subject) -> KnnEvaluation:
         size = self.config.size or subject.size
