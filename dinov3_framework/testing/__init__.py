@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from dinov3_framework.testing.augmentations import AugmentationSuite
 from dinov3_framework.testing.backbones import BackboneSuite
-from dinov3_framework.testing.datasets import DatasetSuite
+from dinov3_framework.testing.datasets import DatasetSuite, StreamDatasetSuite
+from dinov3_framework.testing.evaluations import EvaluationSuite
+from dinov3_framework.testing.heads import HeadSuite
 from dinov3_framework.testing.launchers import LauncherSuite
 from dinov3_framework.testing.losses import LossSuite
 from dinov3_framework.testing.observers import ObserverSuite
@@ -22,18 +24,23 @@ from dinov3_framework.testing.optimizers import OptimizerSuite
 from dinov3_framework.testing.suite import ContractError, NetworkSuite, Suite
 from dinov3_framework.testing.tasks import TaskSuite
 from dinov3_framework.testing.train_units import TrainUnitSuite
+from dinov3_framework.testing.transforms import TransformSuite
 
 __all__ = [
     "AugmentationSuite",
     "BackboneSuite",
     "ContractError",
     "DatasetSuite",
+    "EvaluationSuite",
+    "HeadSuite",
     "LauncherSuite",
     "LossSuite",
     "NetworkSuite",
     "ObserverSuite",
     "OptimizerSuite",
+    "StreamDatasetSuite",
     "Suite",
     "TaskSuite",
     "TrainUnitSuite",
+    "TransformSuite",
 ]

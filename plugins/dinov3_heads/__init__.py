@@ -77,9 +77,7 @@ class EvaluateWhileTrainingConfig(ObserverConfig):
 def dinov3_tasks() -> list[Component]:
     return [
         Component("train_head", TrainHeadConfig, "dinov3_heads.train_head:TrainHead.task"),
-        Component(
-            "evaluate", EvaluateConfig, "dinov3_heads.evaluate:Evaluate", formerly=("knn",)
-        ),
+        Component("evaluate", EvaluateConfig, "dinov3_heads.evaluate:Evaluate", formerly=("knn",)),
     ]
 
 
