@@ -360,7 +360,11 @@ def _refuse(problems: list[Problem]) -> None:
 def print_summary(results: Mapping[str, Any], output_dir: Path, export: Path | None) -> None:
     """Show tables of results, and what to do with them."""
     for name, value in results.items():
-        if isinstance(value, list) and value and all(isinstance(row, Mapping | Record) for row in value):
+        if (
+            isinstance(value, list)
+            and value
+            and all(isinstance(row, Mapping | Record) for row in value)
+        ):
             print_results(name, value)
     print(f"\nDone. Everything is in {output_dir}:")
     for entry in sorted(output_dir.iterdir()):
