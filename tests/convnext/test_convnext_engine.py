@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dinov3_framework.parallel import ParallelConfig
 from dinov3_framework.parallel.sharder import Sharder, initial_values
-from dinov3_framework.testing import check_backbone
+from dinov3_framework.testing import BackboneSuite
 from dinov3_framework.training.optimizer import parameter_settings
 
 SMALL: dict[str, Any] = {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 24)}
@@ -57,7 +57,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     ],
 )
 def test_contract(options: dict[str, Any]) -> None:
-    check_backbone(ConvNextConfig(**{**SMALL, **options}))
+    BackboneSuite.check(ConvNextConfig(**{**SMALL, **options}))
 
 
 def test_initial_values() -> None:

@@ -30,7 +30,7 @@ from visualize_support import (
 )
 
 from dinov3_framework import WEB_IMAGES, DataError, InvalidOption, OutputError, RecipeError
-from dinov3_framework.testing import check_task
+from dinov3_framework.testing import TaskSuite
 
 
 class Page(HTMLParser):
@@ -223,7 +223,7 @@ def test_a_backbone_without_layers(tmp_path: Path) -> None:
 
 # --------------------------------------------------------------------------- checks
 def test_the_contract_of_tasks() -> None:
-    check_task(settings(), registry=registry())
+    TaskSuite.check(settings(), registry=registry())
 
 
 def test_the_check_reports(tmp_path: Path) -> None:
