@@ -32,12 +32,14 @@ class Component:
     """A name, a config class, and what builds an object from such a config.
 
     ``factory`` is called as ``factory(config, **runtime)``; given as ``"module:attribute"`` it is
-    imported at the first build, so that a plugin's ``__init__`` stays light.
+    imported at the first build, so that a plugin's ``__init__`` stays light. ``formerly`` are names
+    of its kind that went: whoever still writes one is told this component's.
     """
 
     name: str
     config: type
     factory: Callable[..., Any] | str
+    formerly: Sequence[str] = ()
 
     def resolve(self) -> Callable[..., Any]:
         """The factory itself, imported if need be."""
@@ -186,7 +188,7 @@ class TaskConfig:
     """Base of every task's config, and so of every recipe: the keys that all recipes share."""
 
     output_dir: str | None = option(
-        "folder of all that the run writes; left out, runs/<name of the recipe>", default=None
+        "folder of all that the run writes; left out, runs/<name of the first recipe>", default=None
     )
     seed: int = option("seed of everything random", default=0, check=not_negative)
     launcher: LauncherConfig | None = option(

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import abc
 import logging
-import re
-import signal
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any, Generic, TypeVar
 
 import torch
 from attrs import evolve, frozen
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from torch.utils.data import Dataset as TorchDataset
 
 from dinov3_framework.contracts.data import (
     Dataset,
@@ -29,12 +26,12 @@ from dinov3_framework.contracts.data import (
 )
 from dinov3_framework.data import LoaderConfig
 from dinov3_framework.data.sampling import ShuffledStream
-from dinov3_framework.errors import CorruptSampleError, DataError, UserError
+from dinov3_framework.data.workers import ReadingLog, WorkerLoader
+from dinov3_framework.errors import CorruptSampleError, DataError
 from dinov3_framework.randomness import keyed_rng, keyed_seed
 
 log = logging.getLogger(__name__)
 
-_GRACE = 60  # seconds that a worker goes on after SIGTERM
 _SUBSTITUTES = 20  # samples tried in place of a corrupt one before the dataset is given up
 
 Item = TypeVar("Item")
@@ -64,7 +61,7 @@ class Layout:
 
 
 # --------------------------------------------------------------------------- making batches
-class BatchMaker(TorchDataset[B], abc.ABC, Generic[Item, B]):
+class BatchMaker(abc.ABC, Generic[Item, B]):
     """Makes the batch of any (step, micro-batch): reads samples, prepares and collates them."""
 
     def __init__(
@@ -72,8 +69,7 @@ class BatchMaker(TorchDataset[B], abc.ABC, Generic[Item, B]):
     ) -> None:
         self.dataset, self.layout, self.seed = dataset, layout, seed
         self.stream = ShuffledStream(len(dataset), seed) if isinstance(dataset, Dataset) else None
-        # What each worker is reading, for the message if it dies or hangs.
-        self.reading = torch.full((max(workers, 1),), -1, dtype=torch.int64).share_memory_()
+        self.reading = ReadingLog(workers)
 
     @abc.abstractmethod
     def prepare(self, sample: Sample, place: int, step: int) -> Item:
@@ -127,7 +123,7 @@ class BatchMaker(TorchDataset[B], abc.ABC, Generic[Item, B]):
             raise TypeError("a stream has no places")
         index = self.stream[place]
         for attempt in range(_SUBSTITUTES):
-            self._note(index)
+            self.reading.note(index)
             try:
                 return self.dataset[index]
             except CorruptSampleError as error:
@@ -138,10 +134,6 @@ class BatchMaker(TorchDataset[B], abc.ABC, Generic[Item, B]):
             f"{_SUBSTITUTES} samples in a row could not be decoded, the last: {corrupt[-1]}\n"
             "    the dataset seems to be damaged or of another format"
         )
-
-    def _note(self, index: int) -> None:
-        worker = get_worker_info()
-        self.reading[worker.id if worker is not None else 0] = index
 
 
 @frozen
@@ -219,59 +211,29 @@ class _Made(Generic[B]):
         return evolve(self, batch=self.batch.pin_memory())  # type: ignore[attr-defined]
 
 
-@frozen
-class _Unmade:
-    """Why a batch could not be made."""
-
-    error: UserError
-
-    def pin_memory(self) -> _Unmade:
-        return self
-
-
-class _Indexed(TorchDataset[Any], Generic[B]):
-    """A :class:`BatchMaker` whose errors for a person arrive as they are.
-
-    Raised in a worker, torch would wrap them in a traceback.
-    """
-
-    def __init__(self, maker: BatchMaker[Any, B]) -> None:
-        self.maker = maker
-
-    def __getitem__(self, key: tuple[int, int]) -> _Made[B] | _Unmade:
-        try:
-            return _Made(self.maker[key])
-        except UserError as error:
-            return _Unmade(error)
-
-
-class _Streamed(IterableDataset[Any], Generic[B]):
-    """The batches that one worker makes of its part of a stream."""
+class _Streamed(Generic[B]):
+    """The batches that each worker makes of its part of a stream."""
 
     def __init__(
         self, maker: BatchMaker[Any, B], keys: _Keys, workers: int, streams: Mapping[str, Any]
     ) -> None:
         self.maker, self.keys, self.workers, self.streams = maker, keys, workers, streams
 
-    def __iter__(self) -> Iterator[_Made[B] | _Unmade]:
-        worker, dataset = get_worker_info(), self.maker.dataset
+    def __call__(self, worker: int) -> Iterator[_Made[B]]:
+        dataset = self.maker.dataset
         if isinstance(dataset, Dataset):
             raise TypeError("a dataset with an index is no stream")
-        place = 0 if worker is None else worker.id
         # The DataLoader asks its workers in turn, beginning with the first.
-        part = self.maker.layout.rank * self.workers + (place + self.keys.before) % self.workers
+        part = self.maker.layout.rank * self.workers + (worker + self.keys.before) % self.workers
         parts = self.maker.layout.world_size * self.workers
         name = f"{part} of {parts}"
-        try:
-            samples = dataset.open(
-                part=part, parts=parts, seed=self.maker.seed, state=self.streams.get(name)
-            )
-            for number, (step, micro) in enumerate(self.keys):
-                if number % self.workers == place:
-                    batch, state = self.maker.from_stream(samples, step, micro)
-                    yield _Made(batch, name, state)
-        except UserError as error:
-            yield _Unmade(error)
+        samples = dataset.open(
+            part=part, parts=parts, seed=self.maker.seed, state=self.streams.get(name)
+        )
+        for number, (step, micro) in enumerate(self.keys):
+            if number % self.workers == worker:
+                batch, state = self.maker.from_stream(samples, step, micro)
+                yield _Made(batch, name, state)
 
 
 class TrainingLoader(Generic[B]):
@@ -293,20 +255,24 @@ class TrainingLoader(Generic[B]):
         self.streams = {} if streams is None else streams
         self.corrupt = 0
         keys = _Keys(start, stop, maker.layout.accumulation_steps)
-        workers = config.workers
         indexed = isinstance(maker.dataset, Dataset)
+        parts = max(config.workers, 1)
         if not indexed:
-            self._drop_other_parts(maker.layout.world_size * max(workers, 1))
-        self._loader: DataLoader[Any] = DataLoader(
-            _Indexed(maker) if indexed else _Streamed(maker, keys, max(workers, 1), self.streams),
-            batch_size=None,
-            sampler=keys if indexed else None,
-            num_workers=workers,
-            timeout=config.timeout if workers else 0,
-            prefetch_factor=config.prefetch if workers else None,
-            worker_init_fn=start_worker,
+            self._drop_other_parts(maker.layout.world_size * parts)
+        self._loader: WorkerLoader[_Made[B]] = WorkerLoader(
+            self._make if indexed else _Streamed(maker, keys, parts, self.streams),
+            keys if indexed else None,
+            workers=config.workers,
+            timeout=config.timeout,
+            limit=f"loader.timeout = {config.timeout:g} s",
+            reading=maker.reading,
+            prefetch=config.prefetch,
             pin_memory=pin_memory,
         )
+        self.explain = self._loader.explain
+
+    def _make(self, key: tuple[int, int]) -> _Made[B]:
+        return _Made(self.maker[key])
 
     def _drop_other_parts(self, parts: int) -> None:
         other = [name for name in self.streams if not name.endswith(f" of {parts}")]
@@ -322,30 +288,12 @@ class TrainingLoader(Generic[B]):
 
     def __iter__(self) -> Generator[B, None, None]:
         """Close it, or run it to its end, and its workers are gone."""
-        batches = iter(self._loader)
-        try:
-            while True:
-                try:
-                    made = next(batches)
-                except StopIteration:
-                    return
-                except (RuntimeError, OSError, EOFError) as error:
-                    self.explain(error)
-                    raise
-                if isinstance(made, _Unmade):
-                    raise made.error
-                self._count(made.batch.corrupt)
+        with closing(iter(self._loader)) as batches:
+            for made in batches:
+                self._count(made.batch.corrupt)  # type: ignore[attr-defined]
                 if made.part:
                     self.streams[made.part] = made.state
                 yield made.batch
-        finally:
-            # Not left to the garbage collector: an error's traceback keeps the iterator alive, and
-            # workers that Python kills when it ends look to torch like workers that died.
-            shut_down = getattr(batches, "_shutdown_workers", None)
-            if shut_down is not None:
-                shut_down()
-                for worker in batches._workers:  # type: ignore[attr-defined]
-                    worker.kill()  # one that hangs
 
     def _count(self, corrupt: Sequence[str]) -> None:
         for name in corrupt:
@@ -356,44 +304,6 @@ class TrainingLoader(Generic[B]):
                 f"{self.corrupt} samples could not be decoded, the last: {corrupt[-1]}\n"
                 f"    loader.max_corrupt = {self.config.max_corrupt} are allowed"
             )
-
-    def explain(self, error: Exception) -> None:
-        """Raise a ``DataError`` with worker and sample if ``error`` is of a worker's end or delay.
-
-        A killed worker is noticed by a signal handler, so the error may come up anywhere in a step.
-        """
-        text = str(error)
-        if not self.config.workers:
-            return
-        if "DataLoader timed out" in text:
-            what: str | None = f"no batch came within loader.timeout = {self.config.timeout:g} s"
-        else:
-            what = WorkerDied.in_message(text)
-            if isinstance(error, ConnectionError | EOFError):
-                what = WorkerDied.WORDS
-        if what is None:
-            return  # the dataset's own error
-        reading = [
-            f"worker {worker}: sample {index}"
-            for worker, index in enumerate(self.maker.reading.tolist())
-            if index >= 0
-        ]
-        raise DataError(
-            f"{what}; last read by {', '.join(reading) or 'none'}\n    {text}"
-        ) from error
-
-
-class WorkerDied:
-    """What torch says of a loader worker that is gone."""
-
-    WORDS = "a loader worker died (killed, or out of memory)"
-    _SIGNS = re.compile(r"exited unexpectedly|is killed by signal")
-
-    @classmethod
-    def in_message(cls, text: str) -> str | None:
-        """What to say if ``text`` is of a worker's end, and not raised by a worker itself."""
-        raised = "in DataLoader worker process" in text
-        return cls.WORDS if cls._SIGNS.search(text) and not raised else None
 
 
 class _Keys:
@@ -408,14 +318,3 @@ class _Keys:
 
     def __len__(self) -> int:
         return len(self.steps) * len(self.micro_batches)
-
-
-def start_worker(_: int) -> None:
-    """Prepare a loader worker: signals are for the process that reads, and one thread is enough."""
-    # Ctrl-C, schedulers and timeout(1) signal the whole group; the trainer alone decides when to
-    # stop, and until then it needs batches.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
-    torch.set_num_threads(1)

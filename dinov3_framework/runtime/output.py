@@ -20,9 +20,8 @@ import tomli
 
 from dinov3_framework.errors import ExitCode, OutputError
 from dinov3_framework.kinds import TaskConfig
-from dinov3_framework.recipes.compose import to_toml
-from dinov3_framework.recipes.structure import unstructure
-from dinov3_framework.recipes.toml_text import KeyPath
+from dinov3_framework.recipes.plain import unstructure
+from dinov3_framework.recipes.toml_text import KeyPath, to_toml
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime.durable import no_room
 from dinov3_framework.runtime.inner_runs import naming_stage

@@ -16,8 +16,9 @@ from torch import Tensor
 from dinov3_framework.checkpoints.store import CheckpointStore, Restored
 from dinov3_framework.contracts.running import Observer, StepRecord
 from dinov3_framework.contracts.training import Batch, Step, TrainUnit
-from dinov3_framework.data.loader import BatchMaker, TrainingLoader, WorkerDied
-from dinov3_framework.errors import DataError, DivergenceError, PeerError, UserError
+from dinov3_framework.data.loader import BatchMaker, TrainingLoader
+from dinov3_framework.data.workers import WorkerError
+from dinov3_framework.errors import DivergenceError, PeerError, UserError
 from dinov3_framework.randomness import keyed_seed
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.console import TrainingProgress
@@ -302,9 +303,11 @@ def _observing(name: str) -> Iterator[None]:
     """Report a loader worker that dies in an observer's own loader as the observer's."""
     try:
         yield
+    except WorkerError as error:
+        raise WorkerError(f"observer {name!r}: {error}") from error
     except RuntimeError as error:
-        if complaint := WorkerDied.in_message(str(error)):
-            raise DataError(
+        if complaint := WorkerError.of(error):
+            raise WorkerError(
                 f"observer {name!r}: {complaint} of its own loader\n    {error}"
             ) from error
         raise

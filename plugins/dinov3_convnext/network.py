@@ -198,8 +198,8 @@ class ConvNeXt(Backbone):
     # ----------------------------------------------------------------------- for the engine
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """As the published models were trained: norms between stages decay, others do not."""
-        return (
-            parameter.ndim > 1 or name.startswith("downsample_layers.") and name.endswith("weight")
+        return parameter.ndim > 1 or (
+            name.startswith("downsample_layers.") and name.endswith("weight")
         )
 
     def blocks_to_shard(self) -> Iterable[nn.Module]:

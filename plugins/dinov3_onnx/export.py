@@ -20,7 +20,7 @@ from dinov3_framework.weights.info import BackboneInfo
 from dinov3_onnx.files import NAMES, STORED_AS, TENSORS_KEY
 from dinov3_onnx.graph import backbone_graph
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("dinov3_framework.onnx")
 
 _LARGEST = 2**31 - 2**24  # bytes of weights in one file; a protobuf ends at 2 GiB
 _PAGE = 4096  # bytes; tensors outside the model begin on pages, so that they can be mapped

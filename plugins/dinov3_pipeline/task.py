@@ -24,7 +24,7 @@ from dinov3_framework.runtime.stopping import LateSignal
 from dinov3_pipeline.check import check_pipeline
 from dinov3_pipeline.configs import PipelineConfig
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("dinov3_framework.pipeline")
 
 # Seconds that the others may wait at the end of a stage for the main process, which alone merges
 # and writes.

@@ -29,7 +29,7 @@ from dinov3_ssl.teacher_projectors import TeacherProjectors
 from dinov3_ssl.teaching import OwnTeaching, Teaching
 from dinov3_ssl.unit import StudentUnit
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("dinov3_framework.ssl")
 
 
 class DistilledUnit(StudentUnit):

@@ -20,7 +20,7 @@ from dinov3_framework.runtime import collectives
 from dinov3_framework.training.coordination import NullCoordinator
 from dinov3_framework.training.trainer import Trainer
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("dinov3_framework.ssl")
 
 T = TypeVar("T")
 

@@ -38,7 +38,7 @@ from dinov3_ssl.simulation import simulated_batches
 from dinov3_ssl.teaching import Teaching
 from dinov3_ssl.unit import StudentUnit
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("dinov3_framework.ssl")
 
 INITIAL = "exports/initial_backbone.safetensors"  # the teacher's before the first iteration
 

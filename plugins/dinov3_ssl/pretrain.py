@@ -17,7 +17,7 @@ from dinov3_ssl.method import INITIAL, StudentMethod
 from dinov3_ssl.networks import Networks
 from dinov3_ssl.preflight import Parts
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("dinov3_framework.ssl")
 
 
 class Pretrain(StudentMethod):

@@ -21,7 +21,7 @@ from dinov3_ssl.batches import CropBatch
 from dinov3_ssl.networks import Networks
 from dinov3_ssl.objective import Objective
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("dinov3_framework.ssl")
 
 
 class StudentUnit(TrainUnit):

@@ -42,7 +42,7 @@ def test_the_teacher_begins_with_the_features_of_its_source(kind: str, tmp_path:
     expected = features(load_backbone(path).backbone)
     torch.testing.assert_close(expected, features(vit()), rtol=0, atol=1e-6)
     with trainer(tmp_path / "new", *start(path), *GRAM) as ours:
-        networks = ours.networks
+        networks = ours.unit.placed
         assert torch.equal(features(networks.teacher["backbone"]), expected)
         assert torch.equal(features(networks.student["backbone"]), expected)
         assert torch.equal(features(networks.anchors["gram"]), expected)
@@ -59,9 +59,9 @@ def test_the_teacher_begins_with_the_features_of_its_source(kind: str, tmp_path:
 
 def test_a_run_without_it_still_begins_at_random(tmp_path: Path) -> None:
     with trainer(tmp_path) as ours:
-        drawn = ours.networks.initial_backbone().state_dict()
+        drawn = ours.unit.placed.initial_backbone().state_dict()
         assert_same(ours.run.initial_model().backbone.state_dict(), drawn)
-        assert_same(dict(ours.networks.teacher["backbone"].state_dict()), drawn)
+        assert_same(dict(ours.unit.placed.teacher["backbone"].state_dict()), drawn)
         assert not (tmp_path / "exports").exists()
 
 
@@ -69,8 +69,8 @@ def test_a_run_without_it_still_begins_at_random(tmp_path: Path) -> None:
 def test_into_one_network_alone(into: str, tmp_path: Path) -> None:
     path = own_export(tmp_path, vit())
     with trainer(tmp_path / "new", *start(path, into=into)) as ours:
-        networks = {"student": ours.networks.student, "teacher": ours.networks.teacher}
-        drawn = ours.networks.initial_backbone().state_dict()
+        networks = {"student": ours.unit.placed.student, "teacher": ours.unit.placed.teacher}
+        drawn = ours.unit.placed.initial_backbone().state_dict()
         other = networks.pop("teacher" if into == "student" else "student")
         assert_same(whole(networks[into]["backbone"]), vit().state_dict())
         assert_same(whole(other["backbone"]), drawn)
@@ -82,7 +82,7 @@ def test_into_one_network_alone(into: str, tmp_path: Path) -> None:
 def test_the_student_of_a_training_checkpoint(tmp_path: Path) -> None:
     path = reference_checkpoint(tmp_path, vit())
     with trainer(tmp_path / "new", *start(path, network="student")) as ours:
-        assert_same(whole(ours.networks.teacher["backbone"]), vit(seed=7).state_dict())
+        assert_same(whole(ours.unit.placed.teacher["backbone"]), vit(seed=7).state_dict())
 
 
 # --------------------------------------------------------------------------- projectors
@@ -91,9 +91,9 @@ def test_projectors_too(kind: Any, tmp_path: Path) -> None:
     path = kind(tmp_path, vit())
     keys = {"projectors": True, "new": ["ibot_head.*"]}
     with trainer(tmp_path / "plain") as ours:
-        drawn = whole(ours.networks.student["ibot_head"])
+        drawn = whole(ours.unit.placed.student["ibot_head"])
     with trainer(tmp_path / "new", *start(path, **keys)) as ours:
-        for network in (ours.networks.student, ours.networks.teacher):
+        for network in (ours.unit.placed.student, ours.unit.placed.teacher):
             assert_same(whole(network["backbone"]), vit().state_dict())
             assert_same(
                 {f"dino_head.{n}": t for n, t in whole(network["dino_head"]).items()}, heads()
@@ -104,7 +104,7 @@ def test_projectors_too(kind: Any, tmp_path: Path) -> None:
 def test_projectors_are_left_alone_by_default(tmp_path: Path) -> None:
     path = reference_checkpoint(tmp_path, vit())
     with trainer(tmp_path / "new", *start(path)) as ours:
-        found = whole(ours.networks.teacher["dino_head"])
+        found = whole(ours.unit.placed.teacher["dino_head"])
     assert {f"dino_head.{name}" for name in found} == set(HEADS)
     assert not torch.equal(found["last_layer.weight"], heads()["dino_head.last_layer.weight"])
 
@@ -117,8 +117,8 @@ def test_new_tensors_are_drawn_and_the_rest_is_loaded(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         overrides = [*start(path, new=new), f"seed={seed}"]
         with trainer(tmp_path / name, *overrides) as ours:
-            found.append(whole(ours.networks.teacher["backbone"]))
-            assert_same(whole(ours.networks.student["backbone"]), found[-1])
+            found.append(whole(ours.unit.placed.teacher["backbone"]))
+            assert_same(whole(ours.unit.placed.student["backbone"]), found[-1])
             assert_same(ours.run.initial_model().backbone.state_dict(), found[-1])
     tokens = [state.pop("storage_tokens") for state in found]
     assert tokens[0].std() == pytest.approx(0.02, rel=0.5)
@@ -133,13 +133,16 @@ def test_unused_tensors_are_left_out(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "classifier.pth")
     overrides = start(tmp_path / "classifier.pth", unused=["backbone.head.*"])
     with trainer(tmp_path / "new", *overrides) as ours:
-        assert_same(whole(ours.networks.teacher["backbone"]), vit().state_dict())
+        assert_same(whole(ours.unit.placed.teacher["backbone"]), vit().state_dict())
 
 
 def test_a_tensor_that_is_new_and_unused_begins_anew(tmp_path: Path) -> None:
     path, both = own_export(tmp_path, vit(patch_size=14)), ["backbone.patch_embed.proj.weight"]
     with trainer(tmp_path / "new", *start(path, new=both, unused=both)) as ours:
-        found, expected = whole(ours.networks.teacher["backbone"]), vit(patch_size=14).state_dict()
+        found, expected = (
+            whole(ours.unit.placed.teacher["backbone"]),
+            vit(patch_size=14).state_dict(),
+        )
     assert found.pop("patch_embed.proj.weight").shape == (32, 3, 7, 7)
     del expected["patch_embed.proj.weight"]
     assert_same(found, expected)
@@ -148,21 +151,21 @@ def test_a_tensor_that_is_new_and_unused_begins_anew(tmp_path: Path) -> None:
 def test_training_only_settings_may_differ(tmp_path: Path) -> None:
     path = own_export(tmp_path, vit(drop_path_rate=0.1, pos_embed_rope_shift_coords=0.5))
     with trainer(tmp_path / "new", *start(path)) as ours:
-        assert_same(whole(ours.networks.teacher["backbone"]), vit().state_dict())
+        assert_same(whole(ours.unit.placed.teacher["backbone"]), vit().state_dict())
 
 
 def test_grey_images_whose_scale_the_weights_do_not_say(tmp_path: Path) -> None:
     torch.save(vit(in_chans=1).state_dict(), tmp_path / "grey.pth")
     weights = f"init_from.weights={tmp_path / 'grey.pth'}"
     with trainer(tmp_path / "new", weights, 'init_from.differing=["images"]') as ours:
-        assert_same(whole(ours.networks.teacher["backbone"]), vit(in_chans=1).state_dict())
+        assert_same(whole(ours.unit.placed.teacher["backbone"]), vit(in_chans=1).state_dict())
 
 
 # --------------------------------------------------------------------------- precision, processes
 def test_sharded_in_bfloat16(tmp_path: Path) -> None:
     path = own_export(tmp_path, vit())
     with trainer(tmp_path / "new", *start(path), "parallel.param_dtype=bf16") as ours:
-        networks = ours.networks
+        networks = ours.unit.placed
         parameters = list(networks.teacher.parameters())
         assert all(isinstance(parameter, DTensor) for parameter in parameters)
         assert_same(whole(networks.teacher["backbone"]), vit().state_dict())
@@ -173,7 +176,7 @@ def test_sharded_in_bfloat16(tmp_path: Path) -> None:
 def test_weights_in_bfloat16_become_float32(tmp_path: Path) -> None:
     torch.save(vit().bfloat16().state_dict(), tmp_path / "bf16.pth")
     with trainer(tmp_path / "new", *start(tmp_path / "bf16.pth")) as ours:
-        found = whole(ours.networks.teacher["backbone"])
+        found = whole(ours.unit.placed.teacher["backbone"])
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
     assert_same(found, {n: t.float() for n, t in vit().bfloat16().state_dict().items()})
 
@@ -184,14 +187,14 @@ def begin(output: Path, overrides: list[str], path: Path) -> tuple[Any, ...]:
     one process."""
     task = pretrain(*overrides)
     ours = task._trainer(task._parts(), task._dataset(), output, torch.device("cpu"))
-    sharded = isinstance(next(ours.networks.student.parameters()), DTensor)
+    sharded = isinstance(next(ours.unit.placed.student.parameters()), DTensor)
     alone = load_placed(path, sharder=Sharder(ours.config.parallel, torch.device("cpu")))
     there = path if collectives.is_main() else path.with_name("nowhere")
     with pytest.raises((CheckpointError, PeerError), match="there is no file"):
         load_placed(there, sharder=Sharder(ours.config.parallel, torch.device("cpu")))
     return (
-        whole(ours.networks.student),
-        whole(ours.networks.teacher),
+        whole(ours.unit.placed.student),
+        whole(ours.unit.placed.teacher),
         sharded,
         whole(alone.backbone),
     )
@@ -202,8 +205,8 @@ def test_two_processes_begin_as_one(tmp_path: Path) -> None:
     keys = {"projectors": True, "new": ["ibot_head.*", "backbone.storage_tokens"]}
     overrides = start(path, **keys)
     with trainer(tmp_path / "one", *overrides) as ours:
-        expected = whole(ours.networks.teacher)
-        backbone = features(ours.networks.teacher["backbone"])
+        expected = whole(ours.unit.placed.teacher)
+        backbone = features(ours.unit.placed.teacher["backbone"])
     (tmp_path / "two").mkdir()
     results = run_processes(2, tmp_path / "processes", begin, tmp_path / "two", overrides, path)
     for student, teacher, sharded, alone in results:

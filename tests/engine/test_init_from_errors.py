@@ -23,7 +23,7 @@ from init_from_support import (
     under,
     vit,
 )
-from trainer_support import pretrain, trainer
+from trainer_support import prepared, pretrain, trainer
 
 from dinov3_framework import BackboneConfig, CheckpointError, RecipeError, config, option
 from dinov3_framework.weights.matching import match, patterns_for
@@ -280,7 +280,7 @@ def test_evaluation_settings() -> None:
 
 
 def test_the_support_is_as_the_recipe(tmp_path: Path) -> None:
-    student = pretrain(*RGB)._parts().blueprint.student()
+    student = prepared(*RGB).blueprint.student()
     assert {n: t.shape for n, t in student["backbone"].state_dict().items()} == {
         n: t.shape for n, t in vit().state_dict().items()
     }

@@ -43,7 +43,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(tmp_path: Path) ->
     with trainer(output, *start(path)) as ours:
         ours.resume()
         assert ours.done == 0
-        assert torch.equal(features(ours.networks.teacher["backbone"]), features(vit()))
+        assert torch.equal(features(ours.unit.placed.teacher["backbone"]), features(vit()))
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +84,16 @@ def test_a_run_from_another_runs_folder(finished: tuple[Path, str], tmp_path: Pa
     before, _ = finished
     exported = load_backbone(before / "exports" / "teacher_backbone.safetensors")
     with trainer(tmp_path, *start(before)) as ours:
-        assert torch.equal(features(ours.networks.teacher["backbone"]), features(exported.backbone))
+        assert torch.equal(
+            features(ours.unit.placed.teacher["backbone"]), features(exported.backbone)
+        )
         assert ours.origin["init_from"] == str(before)
         assert ours.origin["init_from.iterations"] == "6"
         assert ours.origin["init_from.init_from"] == exported.provenance["init_from"]
     with trainer(tmp_path / "heads", *start(before / "checkpoints", projectors=True)) as ours:
-        assert torch.equal(features(ours.networks.teacher["backbone"]), features(exported.backbone))
+        assert torch.equal(
+            features(ours.unit.placed.teacher["backbone"]), features(exported.backbone)
+        )
         assert ours.origin["init_from.tensors"].endswith(" loaded, 0 new, 0 unused")
 
 

@@ -110,7 +110,7 @@ def test_other_channels(tmp_path: Path, registry: Registry) -> None:
         (3, "is int"),
         ("absent.png", "there is no image absent.png"),
         (__file__, "cannot be read as an image"),
-        (Image.new("F", (16, 16)), "more than 16 bits"),
+        (Image.new("F", (16, 16)), "8 or 16 bits are read"),
     ],
 )
 def test_what_is_no_image(loaded: LoadedBackbone, wrong: Any, message: str) -> None:
