@@ -33,11 +33,11 @@ def estimate(task: Any, world_size: int, accelerator: str = "h100") -> Plan:
     task.simulated = True
     trainings = task.side_by_side(world_size)
     missing = task.check(world_size).missing
-    found = {each.name: simulate(each.task, _fullest(each, trainings)) for each in trainings}
+    found = {each.name: simulate(each.task, fullest_rank(each, trainings)) for each in trainings}
     return Plan(sections(config, found, machine), missing)
 
 
-def _fullest(training: SideBySide, trainings: list[SideBySide]) -> SimulatedRank:
+def fullest_rank(training: SideBySide, trainings: list[SideBySide]) -> SimulatedRank:
     """The first of a training's processes that have the largest share of the job's batch."""
     config, world = training.task.config, sum(len(each.ranks) for each in trainings)
 

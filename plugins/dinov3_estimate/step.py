@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ from dinov3_framework.training import TrainingConfig
 from dinov3_framework.training.clock import StepClock
 from dinov3_framework.training.coordination import NullCoordinator
 from dinov3_framework.training.metrics import FiniteCheck
-from dinov3_framework.training.run import TrainingRun
 from dinov3_framework.training.simulation import NEEDS_VALUES, SimulatedBatch, reason
 from dinov3_framework.training.task import InitialState, TrainingTask
 from dinov3_framework.training.trainer import Trainer
@@ -171,10 +170,10 @@ class _Hooks(StepClock, NullCoordinator):
 
 def _trainer(task: TrainingTask, unit: TrainUnit, recorder: OpRecorder) -> Trainer:
     """The trainer of a task, without data, checkpoints and observers."""
-    hooks = _Hooks(recorder)
-    absent: Any = None
+    hooks, config = _Hooks(recorder), task.config
     hooks.networks = list(unit.networks.values())
-    config = task.config
+    absent: Any = None
+    run: Any = SimpleNamespace(device=CPU)
     return Trainer(
         # From the second micro-batch on all are alike: gradients are there to be added to.
         config=evolve(config, accumulation_steps=min(config.accumulation_steps, 2)),
@@ -183,7 +182,7 @@ def _trainer(task: TrainingTask, unit: TrainUnit, recorder: OpRecorder) -> Train
         maker=absent,
         store=absent,
         observers={},
-        run=TrainingRun(config, Path(), CPU, task.registry, unit, absent),
+        run=run,
         clock=hooks,
         coordinator=hooks,
         reduce=hooks.reduce,

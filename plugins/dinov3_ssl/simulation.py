@@ -10,6 +10,7 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor, empty, int64, uint8
 from torch import bool as torch_bool
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov3_framework.contracts.data import Augmentation
 from dinov3_framework.contracts.networks import Backbone
@@ -135,7 +136,8 @@ def tokens_of(parts: Parts, augmentation: Augmentation, teacher: Any) -> dict[st
         return int(view.crops * backbone.forward_features(image)["x_prenorm"].shape[1])
 
     blueprint = parts.blueprint
-    with torch.no_grad():
+    # Fake besides being on the meta device, so that who asks for values says so in one way.
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         return {
             "student": sum(of_view(name, blueprint.backbone) for name in seen["student"]),
             "teacher": sum(of_view(name, teacher) for name in seen["teacher"]),
