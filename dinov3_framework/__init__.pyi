@@ -57,13 +57,13 @@ from dinov3_framework.errors import RecipeError as RecipeError
 from dinov3_framework.errors import UserError as UserError
 from dinov3_framework.kinds import AugmentationConfig as AugmentationConfig
 from dinov3_framework.kinds import BackboneConfig as BackboneConfig
+from dinov3_framework.kinds import BackboneTaskConfig as BackboneTaskConfig
 from dinov3_framework.kinds import Component as Component
 from dinov3_framework.kinds import DatasetConfig as DatasetConfig
 from dinov3_framework.kinds import HeadConfig as HeadConfig
 from dinov3_framework.kinds import LauncherConfig as LauncherConfig
 from dinov3_framework.kinds import LossConfig as LossConfig
 from dinov3_framework.kinds import ObserverConfig as ObserverConfig
-from dinov3_framework.kinds import SubjectConfig as SubjectConfig
 from dinov3_framework.kinds import TaskConfig as TaskConfig
 from dinov3_framework.plugins import hookimpl as hookimpl
 from dinov3_framework.randomness import keyed_rng as keyed_rng
@@ -74,9 +74,11 @@ from dinov3_framework.schedules import Constant as Constant
 from dinov3_framework.schedules import Cosine as Cosine
 from dinov3_framework.schedules import Schedule as Schedule
 from dinov3_framework.schedules import WarmupCosine as WarmupCosine
+from dinov3_framework.weights.loaded import LoadedBackbone as LoadedBackbone
 from dinov3_framework.weights.loading import describe_backbone as describe_backbone
+from dinov3_framework.weights.loading import describe_recipe_backbone as describe_recipe_backbone
 from dinov3_framework.weights.loading import load_backbone as load_backbone
-from dinov3_framework.weights.subject import Subject as Subject
+from dinov3_framework.weights.loading import load_recipe_backbone as load_recipe_backbone
 
 __version__: str
 from dinov3_framework.contracts.data import SampleBatch as SampleBatch

@@ -5,9 +5,9 @@ from __future__ import annotations
 import attrs
 
 from dinov3_framework import (
+    BackboneTaskConfig,
     DatasetConfig,
     ObserverConfig,
-    SubjectConfig,
     config,
     not_negative,
     option,
@@ -65,7 +65,7 @@ class KnnConfig(ObserverConfig, KnnSettings):
 
 
 @config
-class KnnTaskConfig(SubjectConfig, KnnSettings):
+class KnnTaskConfig(BackboneTaskConfig, KnnSettings):
     """k-NN accuracy of a backbone with weights, or of a randomly initialised one.
 
     Either ``weights`` or ``backbone`` is given.

@@ -8,7 +8,17 @@ from typing import Any
 from dinov3_classify.configs import KnnTaskConfig
 from dinov3_classify.evaluation import KnnEvaluation
 from dinov3_classify.results import print_table, write_results
-from dinov3_framework import DataError, Plan, Problem, RecipeError, Registry, Subject, Task
+from dinov3_framework import (
+    DataError,
+    LoadedBackbone,
+    Plan,
+    Problem,
+    RecipeError,
+    Registry,
+    Task,
+    describe_recipe_backbone,
+    load_recipe_backbone,
+)
 from dinov3_framework.runtime import collectives
 
 
@@ -20,7 +30,7 @@ class KnnTask(Task):
 
     def check(self, world_size: int) -> Plan:
         config = self.config
-        subject = Subject.described(config, self.registry)
+        subject = describe_recipe_backbone(config, self.registry)
         _raise(_size_problems(config, subject))
         parameters = sum(parameter.numel() for parameter in subject.backbone.parameters())
         data: list[tuple[str, str]] = []
@@ -46,7 +56,7 @@ class KnnTask(Task):
         )
 
     def run(self, output_dir: Path, plan: Plan | None = None) -> None:
-        subject = Subject.opened(self.config, self.registry)
+        subject = load_recipe_backbone(self.config, self.registry)
         evaluation = self._evaluation(subject)
         pixels = evaluation.raw_pixels()
         rows = [] if pixels is None else [pixels.row("raw pixels")]
@@ -67,7 +77,7 @@ class KnnTask(Task):
         write_results(output_dir, results, rows)
         print_table("k-NN accuracy in percent", rows)
 
-    def _evaluation(self, subject: Subject) -> KnnEvaluation:
+    def _evaluation(self, subject: LoadedBackbone) -> KnnEvaluation:
         size = self.config.size or subject.size
         return KnnEvaluation.build(self.config, self.registry.build, subject.images, size)
 
@@ -77,7 +87,7 @@ def _raise(problems: list[Problem]) -> None:
         raise RecipeError(problems)
 
 
-def _size_problems(config: KnnTaskConfig, subject: Subject) -> list[Problem]:
+def _size_problems(config: KnnTaskConfig, subject: LoadedBackbone) -> list[Problem]:
     patch = subject.backbone.patch_size
     if config.size is None or config.size % patch == 0:
         return []

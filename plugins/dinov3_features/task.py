@@ -25,7 +25,8 @@ from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.agreement import RankFailure, from_main
 from dinov3_framework.runtime.output import write_results
 from dinov3_framework.runtime.processes import pick_device
-from dinov3_framework.weights.subject import Subject
+from dinov3_framework.weights.loaded import LoadedBackbone
+from dinov3_framework.weights.loading import describe_recipe_backbone
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class FeaturesTask(Task):
     # ------------------------------------------------------------------ checking
     def check(self, world_size: int) -> Plan:
         config = self.config
-        subject = Subject.described(config, self.registry)
+        subject = describe_recipe_backbone(config, self.registry)
         fit = self._fit(subject)
         found = list(problems(config, subject, fit, world_size))
         if found:
@@ -121,7 +122,7 @@ class FeaturesTask(Task):
         if collectives.is_main():
             self._conclude(subject, dataset, store, output_dir)
 
-    def _extract(self, subject: Subject, dataset: Dataset, store: PartStore) -> None:
+    def _extract(self, subject: LoadedBackbone, dataset: Dataset, store: PartStore) -> None:
         config = self.config
         extraction = Extraction(
             reader=self._reader(subject),
@@ -136,7 +137,7 @@ class FeaturesTask(Task):
         extract_parts(extraction, store)
 
     def _conclude(
-        self, subject: Subject, dataset: Dataset, store: PartStore, output_dir: Path
+        self, subject: LoadedBackbone, dataset: Dataset, store: PartStore, output_dir: Path
     ) -> None:
         config = self.config
         summary = summarise(store)
@@ -160,7 +161,7 @@ class FeaturesTask(Task):
         log.info("Features of %d images: %s", summary.rows, output_dir)
 
     def _results(
-        self, subject: Subject, dataset: Dataset, summary: Summary, files: Sequence[str]
+        self, subject: LoadedBackbone, dataset: Dataset, summary: Summary, files: Sequence[str]
     ) -> dict[str, Any]:
         return {
             "task": "features",
@@ -177,7 +178,7 @@ class FeaturesTask(Task):
             "files": list(files),
         }
 
-    def _metadata(self, subject: Subject) -> dict[str, str]:
+    def _metadata(self, subject: LoadedBackbone) -> dict[str, str]:
         config = self.config
         values = {
             "backbone": dict(subject.origin),
@@ -195,7 +196,7 @@ class FeaturesTask(Task):
         store.prepare()
         return store
 
-    def _dataset(self, subject: Subject) -> Dataset:
+    def _dataset(self, subject: LoadedBackbone) -> Dataset:
         dataset: Dataset = self.registry.build(
             self.config.dataset, channels=subject.images.channels
         )
@@ -203,13 +204,13 @@ class FeaturesTask(Task):
             raise DataError(f"{dataset.describe()}: holds no images")
         return dataset
 
-    def _fit(self, subject: Subject) -> ImageFit:
+    def _fit(self, subject: LoadedBackbone) -> ImageFit:
         size = self.config.size
         if size is None and self.config.fit in ("crop", "squash"):
             size = subject.size
         return ImageFit(subject.images, subject.backbone.patch_size, self.config.fit, size)
 
-    def _reader(self, subject: Subject) -> TokenReader:
+    def _reader(self, subject: LoadedBackbone) -> TokenReader:
         config = self.config
         return TokenReader(subject.backbone, config.outputs, config.layers, config.norm)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from dinov3_framework import (
+    BackboneTaskConfig,
     DatasetConfig,
     ObserverConfig,
-    SubjectConfig,
     config,
     option,
     positive,
@@ -63,7 +63,7 @@ def _typical(value: int) -> str | None:
 
 
 @config
-class VisualizeConfig(SubjectConfig):
+class VisualizeConfig(BackboneTaskConfig):
     """Pictures of what a backbone's patch features see, and a page to explore them.
 
     Writes figures/<name>.png for each image, figures/overview.png and index.html. Either

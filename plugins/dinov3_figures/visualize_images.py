@@ -19,9 +19,9 @@ from dinov3_framework import (
     CorruptSampleError,
     DataError,
     Dataset,
+    LoadedBackbone,
     Problem,
     RecipeError,
-    Subject,
     UserError,
     normalize,
 )
@@ -113,7 +113,10 @@ def resized(image: Tensor, shape: tuple[int, int]) -> Tensor:
 
 # --------------------------------------------------------------------------- looking
 def look(
-    subject: Subject, dataset: Dataset, choice: Sequence[Sequence[int]], config: VisualizeConfig
+    subject: LoadedBackbone,
+    dataset: Dataset,
+    choice: Sequence[Sequence[int]],
+    config: VisualizeConfig,
 ) -> list[Seen]:
     """Show every chosen image to the backbone, on its own device; processes share the work.
 
@@ -142,7 +145,7 @@ def look(
 
 
 def _look_at(
-    subject: Subject, dataset: Dataset, candidates: Sequence[int], config: VisualizeConfig
+    subject: LoadedBackbone, dataset: Dataset, candidates: Sequence[int], config: VisualizeConfig
 ) -> Seen | None:
     for index in candidates[:_TRIES]:
         try:

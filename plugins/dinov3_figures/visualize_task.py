@@ -20,13 +20,15 @@ from dinov3_framework import (
     Backbone,
     DataError,
     Dataset,
+    LoadedBackbone,
     OutputError,
     Plan,
     Problem,
     RecipeError,
     Registry,
-    Subject,
     Task,
+    describe_recipe_backbone,
+    load_recipe_backbone,
 )
 from dinov3_framework.runtime import collectives
 
@@ -46,7 +48,7 @@ class Visualize(Task):
 
     def check(self, world_size: int) -> Plan:
         config = self.config
-        subject = Subject.described(config, self.registry)
+        subject = describe_recipe_backbone(config, self.registry)
         _raise(_problems(config, subject))
         backbone = subject.backbone
         parameters = sum(parameter.numel() for parameter in backbone.parameters())
@@ -75,7 +77,7 @@ class Visualize(Task):
 
     def run(self, output_dir: Path, plan: Plan | None = None) -> None:
         config = self.config
-        subject = Subject.opened(config, self.registry)
+        subject = load_recipe_backbone(config, self.registry)
         _raise(_problems(config, subject))
         dataset = self._dataset(subject)
         choice = choose(dataset, config.names, config.count)
@@ -89,13 +91,13 @@ class Visualize(Task):
                 f"{error.filename or output_dir} cannot be written: {error.strerror or error}"
             ) from error
 
-    def _dataset(self, subject: Subject) -> Dataset:
+    def _dataset(self, subject: LoadedBackbone) -> Dataset:
         dataset: Dataset = self.registry.build(
             self.config.dataset, channels=subject.images.channels
         )
         return dataset
 
-    def _size(self, subject: Subject) -> str:
+    def _size(self, subject: LoadedBackbone) -> str:
         size = self.config.size or subject.size
         patch = subject.backbone.patch_size
         length = f"{self.config.side} side {size} px" if size else "as they are"
@@ -103,7 +105,7 @@ class Visualize(Task):
 
     # ------------------------------------------------------------------ files
     def _write(
-        self, output_dir: Path, subject: Subject, dataset: Dataset, seen: Sequence[Seen]
+        self, output_dir: Path, subject: LoadedBackbone, dataset: Dataset, seen: Sequence[Seen]
     ) -> None:
         """All files; results.json, which says that they are complete, last."""
         maps = maps_of([each.features for each in seen], self.config)
@@ -142,7 +144,9 @@ class Visualize(Task):
     def _codes(self, seen: Seen) -> Codes | None:
         return encode(seen.features, _DIMS) if "similarity" in self.config.maps else None
 
-    def _facts(self, subject: Subject, dataset: Dataset, seen: Sequence[Seen]) -> dict[str, str]:
+    def _facts(
+        self, subject: LoadedBackbone, dataset: Dataset, seen: Sequence[Seen]
+    ) -> dict[str, str]:
         columns, width = seen[0].features.shape[1:]
         # Of the layer shown, which may have a finer grid than the last.
         cell = seen[0].image.shape[-1] // columns
@@ -182,7 +186,7 @@ class Visualize(Task):
 
 
 # --------------------------------------------------------------------------- checks
-def _problems(config: VisualizeConfig, subject: Subject) -> list[Problem]:
+def _problems(config: VisualizeConfig, subject: LoadedBackbone) -> list[Problem]:
     backbone = subject.backbone
     layers, patch = backbone.n_layers, backbone.patch_size
     problems = []

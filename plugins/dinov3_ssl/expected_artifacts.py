@@ -32,7 +32,7 @@ from dinov3_framework.registry import Registry
 from dinov3_framework.runtime.durable import write_and_sync
 from dinov3_framework.training.optimizer import MOMENTS, parameter_settings
 from dinov3_framework.weights.info import BackboneInfo
-from dinov3_framework.weights.opening import EXPORT, RECIPE
+from dinov3_framework.weights.locations import EXPORT, RECIPE
 from dinov3_ssl.configs import TrainingConfig, resolved_backbone
 from dinov3_ssl.preflight import Parts
 

@@ -9,7 +9,7 @@ from typing import Any
 from dinov3_framework.contracts.data import Augmentation
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime.console import print_table
-from dinov3_framework.weights.gathered_export import export_gathered
+from dinov3_framework.weights.export import export_gathered
 from dinov3_framework.weights.info import BackboneInfo
 from dinov3_ssl.configs import TrainingConfig, resolved_backbone
 from dinov3_ssl.networks import Networks

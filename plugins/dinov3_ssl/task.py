@@ -32,7 +32,7 @@ from dinov3_framework.training.clock import StepClock
 from dinov3_framework.training.optimizer import Optimizer
 from dinov3_framework.training.run import TrainingRun
 from dinov3_framework.training.trainer import Trainer
-from dinov3_framework.weights.opening import exists
+from dinov3_framework.weights.locations import exists
 from dinov3_ssl.configs import TrainingConfig, resolved_backbone
 from dinov3_ssl.expected_artifacts import write_stand_in
 from dinov3_ssl.finishing import export_average, say_goodbye
