@@ -39,10 +39,14 @@ from torch import Tensor
 from dinov3_framework import Constant, Registry
 from dinov3_framework.checkpoints.store import CheckpointStore
 from dinov3_framework.configs import WEB_IMAGES
-from dinov3_framework.kinds import AugmentationConfig, BackboneConfig, DatasetConfig
+from dinov3_framework.kinds import (
+    AugmentationConfig,
+    BackboneConfig,
+    DatasetConfig,
+    OptimizerConfig,
+)
 from dinov3_framework.parallel import ParallelConfig
 from dinov3_framework.parallel.sharder import Sharder, tensors_of
-from dinov3_framework.training import OptimizerConfig
 from dinov3_framework.weights.convert import convert_backbone
 from dinov3_framework.weights.export import export_gathered, export_tensors
 from dinov3_framework.weights.info import BackboneInfo

@@ -23,12 +23,13 @@ from dinov3_framework.kinds import resolve
 if TYPE_CHECKING:
     from dinov3_framework.contracts.running import Job, Launcher, Plan, Task
     from dinov3_framework.kinds import Flag, TaskConfig
-    from dinov3_framework.recipes.compose import Composed
     from dinov3_framework.registry import Registry
 
 _EPILOG = """\
-key=value replaces one value of the recipe, in TOML syntax; a bare word is a string:
-  dinov3-run recipes/my.toml optimizer.lr=1e-4 backbone.use=vit_small
+A recipe is a file, an installed recipe's name, or package:recipe. Several are put one over the
+other, from left to right; key=value replaces one value of what comes of them, in TOML syntax, where
+a bare word is a string:
+  dinov3-run recipes/my.toml 8gpu optimizer.lr=1e-4 backbone.use=vit_small
 
 exit codes: 0 done, 1 a fault of the program, 2 the recipe, the data or the output folder has to
 change first, 3 training diverged, 75 stopped on request (the same command goes on), 130 Ctrl-C
@@ -79,8 +80,7 @@ def _parse(argv: Sequence[str], registry: Registry) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("recipe", nargs="?", help="a file, an installed recipe's name, or package:recipe")
-    add("overrides", nargs="*", metavar="key=value", help="replaces a value of the recipe")
+    add("words", nargs="*", metavar="RECIPE ... key=value", help="what to run; see below")
     add("--check", action="store_true", help="say what would run, and write nothing")
     for flag in registry.flags.values():
         add(f"--{flag.name}", action="store_true", help=flag.help)
@@ -100,8 +100,12 @@ def _parse(argv: Sequence[str], registry: Registry) -> argparse.Namespace:
     )
     add("--traceback", action="store_true", help="show where an error came from")
     add("--version", action="version", version=f"dinov3-framework {__version__}")
+    from dinov3_framework.recipes.compose import is_override
+
     options = parser.parse_intermixed_args(argv)
-    if options.recipe is None and options.list is None and options.describe is None:
+    options.overrides = [word for word in options.words if is_override(word)]
+    options.recipes = [word for word in options.words if word not in options.overrides]
+    if not (options.recipes or options.list is not None or options.describe is not None):
         parser.error("a recipe is needed: a file, an installed recipe's name, or package:recipe")
     for flag in registry.flags.values():
         if not _given(options, flag.name) and any(_given(options, each) for each in flag.options):
@@ -130,10 +134,12 @@ def _dispatch(options: argparse.Namespace, registry: Registry) -> int:
 
 def _recipe(options: argparse.Namespace, registry: Registry) -> int:
     from dinov3_framework.configs import replace
-    from dinov3_framework.recipes.compose import annotated_toml, compose
-    from dinov3_framework.recipes.structure import structure_recipe, unstructure
+    from dinov3_framework.recipes.compose import compose
+    from dinov3_framework.recipes.plain import unstructure
+    from dinov3_framework.recipes.structure import structure_recipe
+    from dinov3_framework.recipes.toml_text import annotated_toml
 
-    composed = compose(options.recipe, _overrides(options))
+    composed = compose(options.recipes, _overrides(options))
     config = structure_recipe(registry, composed)
     if options.print_recipe:
         return _show(annotated_toml(unstructure(registry, config), composed.origins).rstrip())
@@ -154,7 +160,7 @@ def _recipe(options: argparse.Namespace, registry: Registry) -> int:
         return int(session.run_task(task, config, registry, output_dir, plan, **chosen))
 
     job = _job(output_dir, options.block_plugin, run)
-    if not _is_launched(composed, output_dir):
+    if not _is_launched(options.recipes, output_dir):
         plan = _check(task, launcher, may_miss=options.check)
         if _rank() in (None, 0):
             code = _show(_plan_text(plan, launcher, job))
@@ -193,10 +199,10 @@ def _launcher(config: TaskConfig, registry: Registry) -> Launcher | None:
     return launcher
 
 
-def _is_launched(composed: Composed, output_dir: Path) -> bool:
+def _is_launched(recipes: Sequence[str], output_dir: Path) -> bool:
     """Whether a launcher started this process: the one that called it has checked everything."""
-    written = output_dir / "recipe.toml"
-    return _rank() is not None and composed.path.resolve() == written.resolve()
+    written = (output_dir / "recipe.toml").resolve()
+    return _rank() is not None and [Path(recipe).resolve() for recipe in recipes] == [written]
 
 
 def _check(task: Task, launcher: Launcher | None, may_miss: bool) -> Plan:

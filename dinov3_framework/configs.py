@@ -6,7 +6,7 @@ be lost between the recipe and the code that uses it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar, dataclass_transform
 
 import attrs
@@ -21,10 +21,13 @@ def option(
     default: Any = attrs.NOTHING,
     factory: Callable[[], Any] | None = None,
     check: Check | None = None,
+    formerly: Sequence[str] = (),
 ) -> Any:
     """A field of a config, with the sentence that ``dinov3-run --describe`` prints.
 
-    ``check`` gets the value and returns what is wrong with it, or None.
+    ``check`` gets the value and returns what is wrong with it, or None. ``formerly`` are keys that
+    this field replaces in its table: whoever still writes one is told this field's name. A key that
+    moved into a table is given at the field that holds the table.
     """
 
     def validate(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -35,7 +38,7 @@ def option(
     return attrs.field(
         default=attrs.Factory(factory) if factory is not None else default,
         validator=validate,
-        metadata={"doc": doc},
+        metadata={"doc": doc, "formerly": tuple(formerly)},
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 from attrs import frozen
@@ -18,6 +18,7 @@ from attrs import frozen
 from dinov3_framework.configs import (
     ImagesConfig,
     config,
+    fraction,
     not_negative,
     option,
     positive,
@@ -31,12 +32,14 @@ class Component:
     """A name, a config class, and what builds an object from such a config.
 
     ``factory`` is called as ``factory(config, **runtime)``; given as ``"module:attribute"`` it is
-    imported at the first build, so that a plugin's ``__init__`` stays light.
+    imported at the first build, so that a plugin's ``__init__`` stays light. ``formerly`` are names
+    of its kind that went: whoever still writes one is told this component's.
     """
 
     name: str
     config: type
     factory: Callable[..., Any] | str
+    formerly: Sequence[str] = ()
 
     def resolve(self) -> Callable[..., Any]:
         """The factory itself, imported if need be."""
@@ -132,7 +135,28 @@ class EvaluationConfig:
 
 @config
 class OptimizerConfig:
-    """Base of every optimizer's config."""
+    """Base of every optimizer's config: schedules, and how parameters differ."""
+
+    lr: Schedule = option("learning rate, before scaling: a number or a schedule")
+    lr_scaling: Literal["none", "sqrt_wrt_1024", "linear_wrt_256"] = option(
+        "how the learning rate grows with the global batch: 4 sqrt(batch / 1024), batch / 256",
+        default="none",
+    )
+    freeze_last_layer: int = option(
+        "iterations in which prototypes do not learn", default=0, check=not_negative
+    )
+    weight_decay: Schedule = option(
+        "weight decay of parameters of two dimensions or more: a number or a schedule"
+    )
+    clip_grad: float | None = option(
+        'largest gradient norm of each network; "none": no clipping', default=3.0, check=positive
+    )
+    layerwise_decay: float = option(
+        "factor of the learning rate from a layer to the one below", default=0.9, check=fraction
+    )
+    patch_embed_lr_mult: float = option(
+        "factor of the patch embedding's learning rate", default=0.2, check=not_negative
+    )
 
 
 @config
@@ -164,7 +188,7 @@ class TaskConfig:
     """Base of every task's config, and so of every recipe: the keys that all recipes share."""
 
     output_dir: str | None = option(
-        "folder of all that the run writes; left out, runs/<name of the recipe>", default=None
+        "folder of all that the run writes; left out, runs/<name of the first recipe>", default=None
     )
     seed: int = option("seed of everything random", default=0, check=not_negative)
     launcher: LauncherConfig | None = option(

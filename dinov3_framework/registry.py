@@ -101,11 +101,12 @@ class Registry:
         if isinstance(offer, Layout):
             self.layouts.append(offer)
             return
-        table, key = {
+        tables: dict[str, tuple[dict[str, Any], str]] = {
             "dinov3_published": (self.published, "name"),
             "dinov3_weights_writers": (self.weights_writers, "format"),
             "dinov3_flags": (self.flags, "name"),
-        }[hook]
+        }
+        table, key = tables[hook]
         taken = getattr(offer, key)
         if taken in table:
             raise PluginError(
@@ -122,7 +123,7 @@ class Registry:
 
     def values_of(self, config: Any) -> tuple[str, dict[str, Any]]:
         """(name, plain values) of a component's config: what :meth:`config_of` takes."""
-        from dinov3_framework.recipes.structure import unstructure
+        from dinov3_framework.recipes.plain import unstructure
 
         values = unstructure(self, config)
         return values.pop("use"), values
@@ -136,13 +137,17 @@ class Registry:
         kind = self._known_kind(kind)
         if name in self._components[kind]:
             return self._components[kind][name]
-        raise UnknownNameError(
-            f"no {kind} is named {name!r}; {self.suggest(kind, name)}" + self.failed_plugins()
-        )
+        raise UnknownNameError(f"no {kind} is named {name!r}; {self.suggest(kind, name)}")
 
     def suggest(self, kind: str, name: str) -> str:
-        """What somebody who wrote ``name`` may have meant."""
-        return suggest(name, self.names(kind))
+        """What somebody may have meant by a name that is not there; the plugins it may be of."""
+        offered = [found.component for found in self._components[kind].values()]
+        now = [component.name for component in offered if name in component.formerly]
+        hint = f"it is called {now[0]!r} now" if now else suggest(name, self.names(kind))
+        absent = [str(broken) for broken in self.broken]
+        if self.blocked:
+            absent.append(f"blocked plugins: {', '.join(self.blocked)}")
+        return "\n    ".join([hint, *absent])
 
     def of_config(self, config: Any) -> Registered:
         """The component that a config belongs to."""
@@ -174,13 +179,6 @@ class Registry:
                 return kind.name
         hint = suggest(name, list(KINDS), "kinds")
         raise UnknownNameError(f"no kind is named {name!r}; {hint}")
-
-    def failed_plugins(self) -> str:
-        """Broken and blocked plugins, a line each: what is missing may be theirs."""
-        notes = [str(broken) for broken in self.broken]
-        if self.blocked:
-            notes.append(f"blocked plugins: {', '.join(self.blocked)}")
-        return "".join(f"\n  {note}" for note in notes)
 
 
 def _offered(registry: Registry, found: FoundPlugins, hook: str) -> Iterator[tuple[str, str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,42 +15,68 @@ from attrs import evolve
 from dinov3_framework import Constant, Cosine, ExitCode, Registry
 from dinov3_framework.cli import main
 from dinov3_framework.parallel.compiling import compiler_complaint
-from dinov3_framework.recipes.compose import compose, to_toml
-from dinov3_framework.recipes.structure import structure_recipe, unstructure
+from dinov3_framework.recipes.compose import compose, is_override
+from dinov3_framework.recipes.files import FORMERLY
+from dinov3_framework.recipes.structure import structure_recipe
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
-NAMES = [path.stem for path in RECIPES]
+FILES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.toml"))}
+NAMES = [name for name, path in FILES.items() if "task" in compose(path).data]
+
+# Recipes with the overlays that are for them.
+STAGES = [
+    *("vitl_im1k", "vits_pretrain", "vitb_pretrain", "vitl_pretrain", "vith_plus_pretrain"),
+    *("vits_gram_anchor", "vitb_gram_anchor", "vitl_gram_anchor", "vith_plus_gram_anchor"),
+]
+HIGH_RES = [f"{size}_high_res_adapt" for size in ("vits", "vitb", "vitl", "vith_plus")]
+OVERLAID = [
+    *((stage, overlay) for overlay in ("1gpu", "8gpu") for stage in STAGES),
+    *((stage, overlay) for overlay in ("1gpu_high_res", "8gpu_high_res") for stage in HIGH_RES),
+]
+RUNNABLE = [*((name,) for name in NAMES), *OVERLAID]
 
 
-def test_there_are_recipes() -> None:
+def test_there_are_recipes_and_overlays() -> None:
     assert {"quickstart", "knn", "vit7b_pretrain", "vitl_im1k"} <= set(NAMES)
+    assert FILES.keys() - set(NAMES) == {overlay for _, overlay in OVERLAID}
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+@pytest.mark.parametrize("names", RUNNABLE, ids=" ".join)
 def test_a_recipe_passes_its_check(
-    path: Path,
+    names: tuple[str, ...],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = structure_recipe(Registry.load(), compose(path))
+    words = [str(FILES[name]) for name in names]
+    config = structure_recipe(Registry.load(), compose(words))
     weights = getattr(config, "weights", None)
     here = [] if weights is None else [f"weights={_export(tmp_path)}"]
     if compiler_complaint(torch.device("cpu")) and hasattr(config, "parallel"):
         here.append("parallel.compile=false")
-    assert main([str(path), "--check", *here]) == 0, capsys.readouterr().err
+    assert main([*words, "--check", *here]) == 0, capsys.readouterr().err
     assert capsys.readouterr().out.strip()
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+@pytest.mark.parametrize("path", FILES.values(), ids=FILES)
 def test_a_recipe_is_found_by_its_name(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert compose(path.stem).data == compose(path).data
+
+
+def test_recipes_that_went_are_composed_now() -> None:
+    registry = Registry.load()
+    for name, now in json.loads((ROOT / "recipes" / FORMERLY).read_text()).items():
+        assert name not in FILES
+        words = {
+            kind: [word for word in now.split() if is_override(word) == kind]
+            for kind in (True, False)
+        }
+        structure_recipe(registry, compose(words[False], words[True]))
 
 
 def _export(folder: Path) -> Path:
@@ -73,7 +100,7 @@ def _export(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+@pytest.mark.parametrize("path", FILES.values(), ids=FILES)
 def test_the_header_states_command_cost_and_expectation(path: Path) -> None:
     lines = path.read_text().splitlines()
     header = []
@@ -82,10 +109,10 @@ def test_the_header_states_command_cost_and_expectation(path: Path) -> None:
             break
         header.append(line)
     text = "\n".join(header)
-    for word in ("Run", "Cost", "Expected"):
+    for word in ("Run", "Cost", "Expected") if path.stem in NAMES else ("Overlay", "Run"):
         assert re.search(rf"^# {word}: +[^\s@]", text, re.MULTILINE), f"{path.name} lacks {word}:"
-    commands = re.findall(r"(?:dinov3-run|recipes)[ /](\S+)", text)
-    assert path.stem in {Path(command).stem for command in commands}
+    commands = re.findall(r"(?:dinov3-run|recipes)[ /](\S+)(?: (\w+))?", text)
+    assert path.stem in {Path(word).stem for command in commands for word in command}
 
 
 def test_the_documentation_lists_every_recipe_of_a_training() -> None:
@@ -93,7 +120,7 @@ def test_the_documentation_lists_every_recipe_of_a_training() -> None:
     listed = set(re.findall(r"`(\w+)`", page.partition("\n## Recipes\n")[2]))
     tasks = {"pretrain", "distill", "multi_distill", "pipeline"}
     trainings = {name for name in NAMES if compose(name).data["task"] in tasks}
-    assert {name.removesuffix("_8gpu").removesuffix("_1gpu") for name in trainings} <= listed
+    assert trainings | (FILES.keys() - set(NAMES)) <= listed
 
 
 # --------------------------------------------------------------------------- values
@@ -227,35 +254,19 @@ def test_large_convnexts_have_optimizers_of_their_own() -> None:
         assert config.students[student].optimizer == evolve(config.optimizer, **values)
 
 
-STAGES = ("pretrain", "gram_anchor", "high_res_adapt")
-
-
-@pytest.mark.parametrize("gpus", [1, 8])
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("size", ["vits", "vitb", "vitl", "vith_plus"])
-def test_numbers_of_gpus_differ_in_batch_memory_and_predecessors_alone(
-    size: str, stage: str, gpus: int
-) -> None:
-    base, config = _config(f"{size}_{stage}"), _config(f"{size}_{stage}_{gpus}gpu")
-    passes = gpus * config.accumulation_steps
-    assert config.batch_size % passes == 0
-    assert config.batch_size // passes == base.batch_size // (32 * base.accumulation_steps)
-    # What recomputing changes is memory and time.
-    if size == "vith_plus" and gpus == 1:
-        assert config.parallel == evolve(base.parallel, checkpointing="full")
-        config = evolve(config, parallel=base.parallel)
+@pytest.mark.parametrize(("name", "overlay"), OVERLAID)
+def test_overlays_change_hardware_and_batch_alone(name: str, overlay: str) -> None:
+    base, config = _config(name), _config(name, overlay)
+    gpus = int(overlay[0])
+    micro_batches = gpus * config.accumulation_steps
+    assert config.batch_size % micro_batches == 0
+    assert config.batch_size // micro_batches == base.batch_size // (32 * base.accumulation_steps)
     same = ("batch_size", "accumulation_steps", "launcher")
-    config = evolve(config, **{key: getattr(base, key) for key in same})
-    before = f"runs/{size}_{STAGES[STAGES.index(stage) - 1]}"
-    text = to_toml(unstructure(Registry.load(), config))
-    assert (f"{before}_{gpus}gpu" in text) == (stage != "pretrain")
-    assert text.replace(f"{before}_{gpus}gpu", before) == to_toml(
-        unstructure(Registry.load(), base)
-    )
+    assert evolve(config, **{key: getattr(base, key) for key in same}) == base
 
 
-def _config(name: str) -> Any:
-    return structure_recipe(Registry.load(), compose(ROOT / "recipes" / f"{name}.toml"))
+def _config(*names: str) -> Any:
+    return structure_recipe(Registry.load(), compose([FILES[name] for name in names]))
 
 
 def _at(config: Any, key: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, Self
 
@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from dinov3_framework.contracts.running import Model
+from dinov3_framework.contracts.running import Model, Rows
 from dinov3_framework.schedules import Schedule
 
 
@@ -98,6 +98,24 @@ class TrainUnit(abc.ABC):
 
     def accept(self, notes: Mapping[str, Any]) -> None:
         """Look at the notes of a checkpoint before it is loaded; may raise ``CheckpointError``."""
+
+    def memory_roles(self) -> Mapping[str, Iterable[Tensor]]:
+        """The tensors that it holds, by what they are for; by default as names in ``state`` begin.
+
+        For estimates of memory; ``networks`` are ``student`` whatever their names.
+        """
+        roles: dict[str, list[Tensor]] = {}
+        for name, tensor in self.state().items():
+            roles.setdefault(name.partition(".")[0], []).append(tensor)
+        return roles
+
+    def simulation_rows(self) -> Rows:
+        """What an estimate is to report of the unit after its steps."""
+        return ()
+
+    def memory_hints(self) -> Sequence[str]:
+        """Changes to the recipe that save memory, for the error when it runs out."""
+        return ()
 
     @abc.abstractmethod
     def model(self) -> Model:

@@ -1,4 +1,4 @@
-"""Features of a whole dataset, by all processes together.
+"""Features of a whole dataset, gathered to every process.
 
 The dataset is walked in global batches: process r takes the r-th slice of each, so that gathered
 slices stand in the dataset's order and every process calls the backbone equally often, which a
@@ -9,33 +9,36 @@ wrong shape) is agreed on at the end; nobody leaves early and lets the others wa
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import cast
 
 import torch
 from attrs import frozen
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
+from torch import Tensor
 
 from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts.data import Dataset
 from dinov3_framework.contracts.networks import Backbone
-from dinov3_framework.data.images import evaluation_image, normalize
+from dinov3_framework.data.images import ImageFit, normalize
+from dinov3_framework.data.inference import (
+    FitSamples,
+    FittedImages,
+    InferenceBatch,
+    InferenceLoader,
+    evaluating,
+    rank_batches,
+)
 from dinov3_framework.errors import CorruptSampleError, DataError
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.processes import pick_device
 
 log = logging.getLogger(__name__)
 
-_TIMEOUT = 600.0  # seconds that a loader worker may take for one batch
 _SHOWN = 5  # corrupt samples that the warning names
 
-# What became of a place in a batch.
-_READ, _CORRUPT, _PADDING = 0, 1, 2
-_UNLABELLED = torch.iinfo(torch.int64).min
+# In place of a label: of a sample that has none, and of a place whose sample was not read.
+_UNLABELED = torch.iinfo(torch.int64).min
+_UNREAD = _UNLABELED + 1
 
 
 @frozen
@@ -96,7 +99,7 @@ def raw_pixels(
     batch_size: int = 256,
     workers: int = 0,
 ) -> Features:
-    """The normalised pixels themselves as features, [N, C * H * W]: what any network must beat.
+    """The normalized pixels themselves as features, [N, C * H * W]: what any network must beat.
 
     Arguments and errors as in :func:`extract_features`.
     """
@@ -107,62 +110,6 @@ def raw_pixels(
     return _extract(embed, dataset, images, size, batch_size, workers)
 
 
-@frozen
-class _Place:
-    """What was read for one place of a batch."""
-
-    image: Tensor  # zeros unless read
-    label: int
-    state: int
-    complaint: str = ""
-
-
-@frozen
-class _Slice:
-    """One process's part of a global batch."""
-
-    images: Tensor  # uint8 [n, C, H, W]
-    notes: Tensor  # int64 [n, 2]: label and state
-    corrupt: list[str]
-    misfits: list[str]
-
-
-class _Reader(TorchDataset[_Place]):
-    """Evaluation images of one shape by index; what cannot be read is said, not raised."""
-
-    def __init__(self, dataset: Dataset, size: int | None, shape: tuple[int, ...]) -> None:
-        self.dataset, self.size, self.shape = dataset, size, shape
-
-    def __getitem__(self, index: int) -> _Place:
-        if index >= len(self.dataset):
-            return _Place(self._blank(), _UNLABELLED, _PADDING)
-        try:
-            sample = self.dataset[index]
-        except CorruptSampleError as error:
-            return _Place(self._blank(), _UNLABELLED, _CORRUPT, str(error))
-        label = _UNLABELLED if sample.label is None else int(sample.label)
-        image = sample.image if self.size is None else evaluation_image(sample.image, self.size)
-        if image.shape == self.shape:
-            return _Place(image, label, _READ)
-        complaint = (
-            f"sample {index} has shape {list(image.shape)} where {list(self.shape)} is expected; "
-            "give a size to resize to, and one number of channels"
-        )
-        return _Place(self._blank(), label, _READ, complaint)
-
-    def _blank(self) -> Tensor:
-        return torch.zeros(self.shape, dtype=torch.uint8)
-
-
-def _collate(places: list[_Place]) -> _Slice:
-    return _Slice(
-        images=torch.stack([place.image for place in places]),
-        notes=torch.tensor([(place.label, place.state) for place in places]),
-        corrupt=[place.complaint for place in places if place.state == _CORRUPT],
-        misfits=[p.complaint for p in places if p.complaint and p.state == _READ],
-    )
-
-
 def _extract(
     embed: Callable[[Tensor], Tensor],
     dataset: Dataset,
@@ -171,48 +118,39 @@ def _extract(
     batch_size: int,
     workers: int,
 ) -> Features:
-    total, world = len(dataset), collectives.world_size()
-    loader = DataLoader(
-        _Reader(dataset, size, _shape(dataset, images, size)),
-        batch_sampler=_slices(total, batch_size, world, collectives.rank()),
-        num_workers=workers,
-        collate_fn=_collate,
-        timeout=_TIMEOUT if workers else 0,
+    total = len(dataset)
+    shape = _shape(dataset, images, size)
+    loader = InferenceLoader(
+        dataset,
+        FitSamples(ImageFit(images, 1, "native" if size is None else "crop", size)),
+        rank_batches(total, batch_size),
+        collate=FittedImages.collate,
+        workers=workers,
     )
     cls = torch.empty(0)
-    notes = torch.empty(total, 2, dtype=torch.int64)
+    labels = torch.empty(total, dtype=torch.int64)
     corrupt: list[str] = []
     misfits: list[str] = []
     start = 0
-    for part in loader:
-        embedded = collectives.all_gather(embed(part.images).float()).cpu()
+    for batch in loader:
+        misfits += [f"sample {index}: {error}" for index, error in batch.refused.items()]
+        corrupt += [str(error) for error in batch.corrupt.values()]
+        pixels = _pixels(batch, shape, misfits)
+        embedded = collectives.all_gather(embed(pixels).float()).cpu()
         if start == 0:
             cls = torch.empty(total, embedded.shape[1])  # once: it may be most of the memory
         stop = min(start + len(embedded), total)
         cls[start:stop] = embedded[: stop - start]
-        notes[start:stop] = collectives.all_gather(part.notes)[: stop - start]
-        corrupt += part.corrupt
-        misfits += part.misfits
+        labels[start:stop] = collectives.all_gather(_batch_labels(batch))[: stop - start]
         start = stop
-    _agree(corrupt, misfits, total)
-    labels, states = notes.T
-    read = states == _READ
+    agree_on_skipped(corrupt, misfits, total)
+    read = labels != _UNREAD
     if not read.all():
         cls, labels = cls[read], labels[read]
-    return Features(cls, _labels(labels.contiguous()), total - len(cls))
+    return Features(cls, _known(labels), total - len(cls))
 
 
-def _slices(total: int, batch_size: int, world: int, rank: int) -> list[list[int]]:
-    """This process's indices in each global batch; those from ``total`` on are padding."""
-    slices = []
-    for start in range(0, total, batch_size * world):
-        length = min(batch_size, math.ceil((total - start) / world))
-        first = start + rank * length
-        slices.append(list(range(first, first + length)))
-    return slices
-
-
-def _shape(dataset: Dataset, images: ImagesConfig, size: int | None) -> tuple[int, ...]:
+def _shape(dataset: Dataset, images: ImagesConfig, size: int | None) -> tuple[int, int, int]:
     """[C, H, W] of every evaluation image; found alike by every process."""
     if len(dataset) == 0:
         raise DataError(f"{dataset.describe()}: holds no images to evaluate")
@@ -220,13 +158,43 @@ def _shape(dataset: Dataset, images: ImagesConfig, size: int | None) -> tuple[in
         return (images.channels, size, size)
     for index in range(len(dataset)):
         try:
-            return (images.channels, *dataset[index].image.shape[1:])
+            height, width = dataset[index].image.shape[1:]
         except CorruptSampleError:
             continue
+        return (images.channels, height, width)
     raise DataError(f"{dataset.describe()}: not one sample can be decoded")
 
 
-def _agree(corrupt: list[str], misfits: list[str], total: int) -> None:
+def _pixels(
+    batch: InferenceBatch[FittedImages], shape: tuple[int, int, int], misfits: list[str]
+) -> Tensor:
+    """uint8 [places of the batch, C, H, W], zeros where no image of this shape was read."""
+    padded = torch.zeros(len(batch.indices), *shape, dtype=torch.uint8)
+    for places, pixels in [] if batch.data is None else batch.data.by_shape():
+        at = [batch.places[place] for place in places]
+        if pixels.shape[1:] != shape:
+            misfits.append(
+                f"sample {batch.indices[at[0]]} has shape {list(pixels.shape[1:])} where "
+                f"{list(shape)} is expected; give a size to resize to"
+            )
+        elif len(pixels) == len(padded):
+            return pixels
+        else:
+            padded[at] = pixels
+    return padded
+
+
+def _batch_labels(batch: InferenceBatch[FittedImages]) -> Tensor:
+    """int64 [places of the batch]."""
+    labels = torch.full((len(batch.indices),), _UNREAD, dtype=torch.int64)
+    if batch.data is not None:
+        known = [targets.get("label") for targets in batch.data.targets]
+        found = [_UNLABELED if label is None else int(label) for label in known]
+        labels[list(batch.places)] = torch.tensor(found)
+    return labels
+
+
+def agree_on_skipped(corrupt: list[str], misfits: list[str], total: int) -> None:
     """Tell every process what each found; raise on all of them or on none."""
     mine = (corrupt[:_SHOWN], len(corrupt), misfits[:1])
     found = cast("list[tuple[list[str], int, list[str]]]", collectives.all_gather_object(mine))
@@ -242,22 +210,10 @@ def _agree(corrupt: list[str], misfits: list[str], total: int) -> None:
         log.warning("%d of %d samples left out, undecodable: %s", skipped, total, shown)
 
 
-def _labels(labels: Tensor) -> Tensor | None:
-    missing = int((labels == _UNLABELLED).sum())
+def _known(labels: Tensor) -> Tensor | None:
+    missing = int((labels == _UNLABELED).sum())
     if missing == len(labels):
         return None
     if missing:
         raise DataError(f"{missing:,} of {len(labels):,} samples have no label, the others do")
     return labels
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode for the duration of a ``with``; parts that were in it before stay in it after."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from dinov3_framework.contracts.networks import Backbone
+from dinov3_framework.contracts.networks import Shardable
 from dinov3_framework.errors import Problem
 from dinov3_framework.parallel import ParallelConfig
 from dinov3_framework.parallel.compiling import compiler_complaint
@@ -46,10 +46,10 @@ def machine_problems(config: ParallelConfig, device: torch.device) -> Iterator[P
         )
 
 
-def backbone_problems(config: ParallelConfig, backbone: Backbone) -> Iterator[Problem]:
-    """What this backbone, which may be on the meta device, does not offer."""
-    if not list(backbone.blocks_to_shard()):
-        name = type(backbone).__name__
+def network_problems(config: ParallelConfig, network: Shardable) -> Iterator[Problem]:
+    """What this network, which may be on the meta device, does not offer."""
+    if not list(network.blocks_to_shard()):
+        name = type(network).__name__
         for key, on in (
             ("checkpointing", config.checkpointing != "none"),
             ("compile", config.compile),
@@ -58,24 +58,24 @@ def backbone_problems(config: ParallelConfig, backbone: Backbone) -> Iterator[Pr
                 yield Problem(
                     f"parallel.{key}",
                     f"goes by blocks, and a {name} names none (blocks_to_shard)",
-                    "leave it out, or take another backbone",
+                    "leave it out, or take another one",
                 )
     if config.fp8 != "off":
-        yield from layer_problems(config, backbone)
+        yield from layer_problems(config, network)
 
 
 def parallel_rows(
-    config: ParallelConfig, backbone: Backbone, processes: int
+    config: ParallelConfig, network: Shardable, processes: int
 ) -> list[tuple[str, str]]:
     """The section of a check's report."""
-    blocks = len(list(backbone.blocks_to_shard()))
+    blocks = len(list(network.blocks_to_shard()))
     row = processes // config.replicas
     mesh = "1, networks whole" if processes == 1 else f"{processes}, networks spread over them"
     if config.replicas > 1:
         mesh = f"{config.replicas} replicas x {row}, networks spread over each {row}"
     fp8: str = config.fp8
     if fp8 != "off":
-        layers = len(chosen(config, backbone))
+        layers = len(chosen(config, network))
         fp8 = f"{fp8}, {layers} linear layers with {config.fp8_filter!r} in their names"
     return [
         ("processes", mesh),

@@ -4,7 +4,7 @@ asks, and their first values."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from dinov3_framework.contracts.networks import Backbone
+from dinov3_framework.contracts.networks import Backbone, Shardable
 from dinov3_framework.errors import Problem, RecipeError
 from dinov3_framework.parallel import ParallelConfig
 from dinov3_framework.parallel.activation_checkpointing import recompute
@@ -30,7 +30,6 @@ from dinov3_framework.parallel.meshes import broadcast_from_first, is_first, mes
 from dinov3_framework.parallel.state_dicts import put
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_FORWARD_METHODS = ("forward_features", "get_intermediate_layers")
 
 
 class Sharder:
@@ -48,6 +47,7 @@ class Sharder:
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self.config, self.device = config, device
+        self.group = group
         processes = dist.get_world_size(group)
         problems = [*parallel_problems(config, processes), *self._machine_problems()]
         if problems:
@@ -60,12 +60,16 @@ class Sharder:
     def _machine_problems(self) -> Iterable[Problem]:
         return machine_problems(self.config, self.device)
 
+    def over_all(self) -> Sharder:
+        """The same for what is spread over all processes there are."""
+        return type(self)(self.config, self.device)
+
     def place(self, module: nn.Module, *, trains: bool = True) -> nn.Module:
         """Shard a network that is on the meta device and allocate it, without values.
 
         Only one that ``trains`` has anything to recompute. Names of parameters stay as they are.
         """
-        if isinstance(module, Backbone):
+        if isinstance(module, Shardable):
             self._prepare(module, trains)
         if self.mesh is not None:
             self._shard(module, self.mesh)
@@ -75,32 +79,44 @@ class Sharder:
         """Move a network from the meta device, without values."""
         return module.to_empty(device=self.device)
 
-    def _prepare(self, backbone: Backbone, trains: bool) -> None:
+    def _prepare(self, network: Shardable, trains: bool) -> None:
         """What comes before sharding, from the inside out: a block is compiled as it then is."""
-        if self.config.fp8 != "off":
-            use_fp8(self.config, backbone)
+        if self.config.fp8 != "off" and isinstance(network, Backbone):
+            use_fp8(self.config, network)
         if trains and self.config.checkpointing != "none":
-            for block in backbone.blocks_to_shard():
+            for block in network.blocks_to_shard():
                 recompute(block, selective=self.config.checkpointing == "selective")
         if self.config.compile:
-            compile_blocks(backbone.blocks_to_shard())
+            compile_blocks(network.blocks_to_shard())
 
     def _shard(self, module: nn.Module, mesh: DeviceMesh) -> None:
         types: dict[str, Any] = {
             "param_dtype": DTYPES[self.config.param_dtype],
             "reduce_dtype": DTYPES[self.config.reduce_dtype],
         }
-        if isinstance(module, Backbone):
+        if isinstance(module, Shardable) and (blocks := list(module.blocks_to_shard())):
             # Inputs are cast once, at the root: a block would also cast its float32 RoPE tables.
             inner = MixedPrecisionPolicy(**types, cast_forward_inputs=False)
-            for block in module.blocks_to_shard():
+            for block in blocks:
                 fully_shard(block, mesh=mesh, mp_policy=inner, reshard_after_forward=True)
         fully_shard(
             module, mesh=mesh, mp_policy=MixedPrecisionPolicy(**types), reshard_after_forward=True
         )
-        for name in _FORWARD_METHODS:
-            if hasattr(module, name):
-                register_fsdp_forward_method(module, name)
+        for name in getattr(module, "forward_methods", ()):
+            register_fsdp_forward_method(module, name)
+
+
+class MetaSharder(Sharder):
+    """Leaves networks on the meta device: for their names and shapes alone, without processes."""
+
+    def __init__(self, config: ParallelConfig) -> None:
+        self.config, self.device, self.group, self.mesh = config, torch.device("meta"), None, None
+
+    def over_all(self) -> MetaSharder:
+        return self
+
+    def place(self, module: nn.Module, *, trains: bool = True) -> nn.Module:
+        return module
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -111,6 +127,15 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by name, the buffers that state dicts leave out too."""
     yield from module.named_parameters()
     yield from module.named_buffers()
+
+
+def state_of(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The tensors of several networks as ``<network>.<name>``, for a train unit's ``state``."""
+    return {
+        f"{network}.{name}": tensor.detach()
+        for network, module in networks.items()
+        for name, tensor in tensors_of(module)
+    }
 
 
 def initialise(module: nn.Module, blueprint: nn.Module, seed: int) -> None:

@@ -1,1 +1,1 @@
-"""Recipes: composed from files and overrides, given types, described."""
+"""Recipes: compose files and overrides, give them types, describe components."""

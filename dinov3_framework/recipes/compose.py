@@ -1,4 +1,4 @@
-"""Composes a recipe: a file, what it extends, what it drops, and the command line's overrides.
+"""Compose a recipe: files one over the other, what they extend and drop, and overrides over all.
 
 The result is one plain dict in which each value's origin is known; ``structure`` gives it types.
 A table called ``recipe`` is a recipe inside a recipe and may say all that a file may.
@@ -6,22 +6,21 @@ A table called ``recipe`` is a recipe inside a recipe and may say all that a fil
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tomli
-from attrs import evolve, field, frozen
+from attrs import define, field, frozen
 
 from dinov3_framework.errors import Problem, RecipeError, suggest
-from dinov3_framework.recipes.files import RecipeProblem, Source, find_base, find_recipe
+from dinov3_framework.recipes.files import Mistake, Source, find_base, find_recipe
 from dinov3_framework.recipes.toml_text import KeyPath, dotted, inline, split_key
-from dinov3_framework.recipes.toml_text import annotated_toml as annotated_toml
-from dinov3_framework.recipes.toml_text import to_toml as to_toml
 
-COMMAND_LINE = "command line"
+COMMAND_LINE = Source(Path("command line"), "command line")
 NESTED = "recipe"  # a table of this name holds a whole recipe
+NO_TASK = "missing, so this is an overlay: name a recipe before it, or give it a task (--list task)"
 
 
 @frozen
@@ -29,254 +28,231 @@ class Composed:
     """A recipe in one piece."""
 
     data: dict[str, Any]
-    origins: dict[
-        KeyPath, str
-    ]  # of each value and table: the file that set it, as messages name it
-    name: str
-    path: Path
-    source: str  # the recipe's own file, as messages name it
+    # Of each value and table: the file that set it, as messages name it.
+    origins: dict[KeyPath, str]
+    name: str  # of the first file, and so of the run
+    source: str  # the first file, as messages name it
 
 
 @frozen
-class _Layer:
-    """A table, the origin of everything in it, and what it builds on, by the path of the recipe."""
+class _Value:
+    """Anything but a table."""
 
-    data: dict[str, Any] = field(factory=dict)
-    origins: dict[KeyPath, str] = field(factory=dict)
-    origin: str = ""  # of what has none of its own
-    bases: dict[KeyPath, list[_Layer]] = field(factory=dict)
-    drops: dict[KeyPath, list[str]] = field(factory=dict)
+    content: Any
+    origin: str
 
-    @classmethod
-    def of(cls, data: Mapping[str, Any], origin: str) -> _Layer:
-        return cls(dict(data), dict.fromkeys(_paths(data), origin), origin)
+    def plain(self) -> Any:
+        return self.content
 
 
-def compose(recipe: str | Path, overrides: Sequence[str] = ()) -> Composed:
-    """Read a recipe and everything it extends, and apply ``key.path=value`` overrides.
+@define
+class _Table:
+    """Values and tables by key and, of a recipe, what it is put over."""
 
-    Tables merge; numbers, strings and arrays replace; a table whose ``use`` differs from the
-    inherited one replaces it whole. Later bases win over earlier ones, the file over its bases, the
-    overrides over all. Raises ``RecipeError`` with every mistake found.
+    origin: str
+    items: dict[str, _Table | _Value] = field(factory=dict)
+    bases: list[_Table] = field(factory=list)
+    drop: list[str] = field(factory=list)
+
+    @property
+    def use(self) -> Any:
+        use = self.items.get("use")
+        return use.content if isinstance(use, _Value) else None
+
+    def plain(self) -> dict[str, Any]:
+        return {key: item.plain() for key, item in self.items.items()}
+
+    def origins(self, path: KeyPath = ()) -> dict[KeyPath, str]:
+        """Who set what, of every value and table."""
+        found: dict[KeyPath, str] = {}
+        for key, item in self.items.items():
+            found[*path, key] = item.origin
+            if isinstance(item, _Table):
+                found |= item.origins((*path, key))
+        return found
+
+
+def is_override(word: str) -> bool:
+    """Whether a word of a command line is an override rather than the name of a recipe.
+
+    It is if it begins like ``key.path=``, unless there is a file of that name.
     """
+    _, rest = split_key(word) or ((), "")
+    return rest.startswith("=") and not os.path.isfile(word)
+
+
+def compose(recipes: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Composed:
+    """Read one recipe or several, and all that they extend; apply ``key.path=value`` overrides.
+
+    Each recipe is put over those before it, as if it extended them; the overrides over all. Tables
+    merge; numbers, strings and arrays replace; a table whose ``use`` differs from that of the table
+    below replaces it whole. Raises ``RecipeError`` with every mistake found.
+    """
+    names = [recipes] if isinstance(recipes, str | Path) else recipes
+    sources: list[Source] = []
     problems: list[Problem] = []
-    try:
-        source = find_recipe(recipe)
-    except RecipeProblem as error:
-        raise RecipeError([error.problem]) from error
-    file = _read(source, (), problems)
-    incomplete = file is None or bool(problems)
+    for name in names:
+        try:
+            sources.append(find_recipe(name))
+        except Mistake as error:
+            problems.append(error.problem(""))
+    files = [_read(source, (), problems) for source in sources]
     last = _command_line(overrides, problems)
-    if file is None or incomplete:  # what is found from here on might only be a consequence
-        raise RecipeError(list(dict.fromkeys(problems)))
-    layer = _Layer()
-    for each in (file, last):
-        _merge(layer, each, (), problems)
-    if problems:
+    if problems:  # what is found from here on might only be a consequence
         raise RecipeError(list(dict.fromkeys(problems)))  # a file may be extended twice
-    return Composed(layer.data, layer.origins, source.path.stem, source.path, source.label)
+    whole = _Table("")
+    has_task = []  # after each file
+    for table in files:
+        _put(whole, table, (), problems)
+        has_task.append("task" in whole.items)
+    if not has_task[0] and (has_task[-1] or problems):
+        problems = [Problem("task", NO_TASK, "", files[0].origin)]
+    _put(whole, last, (), problems)
+    if problems:
+        raise RecipeError(list(dict.fromkeys(problems)))
+    return Composed(whole.plain(), whole.origins(), sources[0].path.stem, sources[0].label)
 
 
-# --------------------------------------------------------------------------- files
-def _read(source: Source, chain: tuple[Source, ...], problems: list[Problem]) -> _Layer | None:
-    """A file and all that it builds on; ``chain`` is what leads to it."""
-    chain = (*chain, source)
-    if any(earlier.path.resolve() == source.path.resolve() for earlier in chain[:-1]):
-        message = f"goes round in a circle: {' -> '.join(link.label for link in chain)}"
-        raise RecipeProblem(Problem("extends", message, "", chain[-2].label))
+# --------------------------------------------------------------------------- reading
+def _read(source: Source, chain: tuple[Source, ...], problems: list[Problem]) -> _Table:
+    """A file and all that it extends; ``chain`` is what leads to it."""
     try:
         data = source.load()
-    except RecipeProblem as error:
-        problems.append(error.problem)
-        return None
-    extended: dict[KeyPath, list[str]] = {}
-    drops: dict[KeyPath, list[str]] = {}
-    for path, table in _recipes(data):
-        for key, found in (("extends", extended), ("drop", drops)):
-            where = dotted((*path, key))
-            found[path] = _entries(table.pop(key, []), where, source.label, problems)
-    bases: dict[KeyPath, list[_Layer]] = {}
-    for path, names in extended.items():
-        for name in names:
-            try:
-                base = _read(find_base(name, source), chain, problems)
-            except RecipeProblem as error:
-                problem = error.problem
-                if problem.where == "extends" and problem.source == source.label:
-                    problem = problem._replace(where=dotted((*path, "extends")))
-                problems.append(problem)
-                continue
-            if base is not None:
-                bases.setdefault(path, []).append(base)
-    return evolve(_Layer.of(data, source.label), bases=bases, drops=drops)
+    except Mistake as error:
+        problems.append(error.problem(source.label))
+        return _Table(source.label)
+    return _table(data, (), source, (*chain, source), problems)
 
 
-def _recipes(table: dict[str, Any], path: KeyPath = ()) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
-    """The recipe itself and all tables in it that hold one."""
-    if not path or path[-1] == NESTED:
-        yield path, table
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _recipes(value, (*path, key))
-
-
-def _entries(value: object, key: str, origin: str, problems: list[Problem]) -> list[str]:
-    """``extends`` or ``drop``: a string or an array of strings."""
-    entries = [value] if isinstance(value, str) else value
-    if isinstance(entries, list) and all(isinstance(entry, str) for entry in entries):
-        return entries
-    message = f"expected a string or an array of strings, found {inline(value)}"
-    problems.append(Problem(key, message, "", origin))
-    return []
-
-
-# --------------------------------------------------------------------------- layers
-def _paths(table: Mapping[str, Any], path: KeyPath = ()) -> Iterator[KeyPath]:
-    """The path of every value and table."""
-    for key, value in table.items():
-        yield (*path, key)
-        if isinstance(value, Mapping):
-            yield from _paths(value, (*path, key))
-
-
-def _merge(
-    layer: _Layer,
-    top: _Layer,
-    at: KeyPath,
+def _table(
+    data: Mapping[str, Any],
+    path: KeyPath,
+    source: Source,
+    chain: tuple[Source, ...],
     problems: list[Problem],
-    *,
-    use_replaces: bool = True,
-) -> None:
-    """Put ``top`` over the table ``at`` a path of ``layer``, in place.
+) -> _Table:
+    """A table of a file, with what it extends if it is a recipe."""
+    table, data = _Table(source.label), dict(data)
 
-    What a recipe in ``top`` builds on goes there first, then its drops are removed, then comes what
-    it says itself.
-    """
+    def entries(key: str) -> list[str]:
+        """``extends`` or ``drop``: a string or an array of strings."""
+        value = data.pop(key, [])
+        found = [value] if isinstance(value, str) else value
+        if isinstance(found, list) and all(isinstance(entry, str) for entry in found):
+            return found
+        message = f"expected a string or an array of strings, found {inline(value)}"
+        problems.append(Problem(dotted((*path, key)), message, "", source.label))
+        return []
 
-    def go(below: dict[str, Any], above: Mapping[str, Any], path: KeyPath) -> None:
-        here = (*at, *path)
-        for base in top.bases.get(path, ()):
-            whole = _Layer()
-            _merge(whole, base, (), problems)
-            _merge(layer, whole, here, problems)
-        if drop := top.drops.get(path):
-            _drop(layer, here, drop, top.origin, problems)
-        for key, value in above.items():
-            put(below, key, value, (*path, key))
-
-    def put(below: dict[str, Any], key: str, value: Any, path: KeyPath) -> None:
-        here, old = (*at, *path), below.get(key)
+    if not path or path[-1] == NESTED:
+        for name in entries("extends"):
+            try:
+                base = find_base(name, source)
+                if any(base.path.resolve() == link.path.resolve() for link in chain):
+                    links = " -> ".join(link.label for link in (*chain, base))
+                    raise Mistake(f"goes round in a circle: {links}")
+            except Mistake as error:
+                problems.append(error.problem(source.label, dotted((*path, "extends"))))
+            else:
+                table.bases.append(_read(base, chain, problems))
+        table.drop = entries("drop")
+    for key, value in data.items():
         if isinstance(value, Mapping):
-            both = isinstance(old, dict) and "use" in value and "use" in old
-            if isinstance(old, dict) and not (use_replaces and both and value["use"] != old["use"]):
-                go(old, value, path)
-                return
-            if key in below and not isinstance(old, dict) and "use" not in value:
-                problems.append(_into_scalar(here, old, layer.origins[here], value, top))
-                return
-        _forget(layer.origins, here)
-        layer.origins[here] = top.origins[path]
-        if isinstance(value, Mapping):
-            below[key] = {}
-            go(below[key], value, path)
+            table.items[key] = _table(value, (*path, key), source, chain, problems)
         else:
-            below[key] = copy.deepcopy(value)
-
-    table = layer.data
-    for key in at:
-        table = table[key]
-    go(table, top.data, ())
+            table.items[key] = _Value(value, source.label)
+    return table
 
 
-def _into_scalar(
-    path: KeyPath, old: Any, origin: str, value: Mapping[str, Any], top: _Layer
-) -> Problem:
-    inner = next(_paths(value, path), path)
-    array = isinstance(old, list)
-    whole = "array" if array else "table"
-    text = "[..., ...]" if array else "{ use = ..., ... }"
-    return Problem(
-        dotted(inner),
-        f"{dotted(path)} is {inline(old)} (set by {origin}), which has no keys",
-        f"replace it by a whole {whole}: {dotted(path)} = {text}",
-        top.origins[path],
+# --------------------------------------------------------------------------- merging
+def _put(below: _Table, above: _Table, path: KeyPath, problems: list[Problem]) -> None:
+    """Put a table over another, in place: what it extends, then its drops, then its own keys."""
+    for base in above.bases:
+        _put(below, base, path, problems)
+    for text in above.drop:
+        _drop(below, text, above.origin, path, problems)
+    for key, item in above.items.items():
+        here, old = (*path, key), below.items.get(key)
+        if isinstance(item, _Value):
+            below.items[key] = item
+            continue
+        if isinstance(old, _Value) and item.use is None:
+            inner = next(iter(item.origins(here)), here)
+            problems.append(_no_keys(inner, here, old.content, old.origin).problem(item.origin))
+            continue
+        if not isinstance(old, _Table) or (None not in (item.use, old.use) and item.use != old.use):
+            old = below.items[key] = _Table(item.origin)
+        _put(old, item, here, problems)
+
+
+def _no_keys(path: KeyPath, known: KeyPath, value: Any, origin: str) -> Mistake:
+    """What to say of a ``path`` that leads into a value."""
+    array = isinstance(value, list)
+    return Mistake(
+        f"{dotted(known)} is {inline(value)} (set by {origin}), which has no keys",
+        f"replace it by a whole {'array' if array else 'table'}: {dotted(known)} = "
+        + ("[..., ...]" if array else "{ use = ..., ... }"),
+        dotted(path),
     )
 
 
-def _forget(origins: dict[KeyPath, str], path: KeyPath) -> None:
-    for known in [known for known in origins if known[: len(path)] == path]:
-        del origins[known]
-
-
-def _drop(
-    layer: _Layer, at: KeyPath, keys: Sequence[str], origin: str, problems: list[Problem]
-) -> None:
-    """Remove keys that the recipe ``at`` a path has inherited, in place."""
-    inherited = [path[len(at) :] for path in layer.origins if path[: len(at)] == at and path != at]
-    for text in keys:
-        path, rest = split_key(text) or ((), text)
-        if rest or path not in inherited or (*at, *path) not in layer.origins:
-            names = [dotted(known) for known in inherited]
-            hint = suggest(text, names, "inherited keys") if names else "nothing is inherited"
-            message = f"no inherited key is {text!r}"
-            problems.append(Problem(dotted((*at, "drop")), message, hint, origin))
-            continue
-        table = layer.data
-        for key in (*at, *path[:-1]):
-            table = table[key]
-        del table[path[-1]]
-        _forget(layer.origins, (*at, *path))
+def _drop(table: _Table, text: str, origin: str, path: KeyPath, problems: list[Problem]) -> None:
+    """Remove the key that ``drop`` names by its path from the recipe's table on, in place."""
+    keys, rest = split_key(text) or ((), text)
+    known = table.origins()
+    if rest or keys not in known:
+        names = list(map(dotted, known))
+        hint = suggest(text, names, "inherited keys") if names else "nothing is inherited"
+        message = f"no inherited key is {text!r}"
+        problems.append(Problem(dotted((*path, "drop")), message, hint, origin))
+        return
+    for key in keys[:-1]:
+        table = table.items[key]  # type: ignore[assignment]
+    del table.items[keys[-1]]
 
 
 # --------------------------------------------------------------------------- command line
-def _command_line(overrides: Sequence[str], problems: list[Problem]) -> _Layer:
-    """All overrides as one layer, so that their order does not matter (but the last of a key)."""
-    layer = _Layer(origin=COMMAND_LINE)
+def _command_line(overrides: Iterable[str], problems: list[Problem]) -> _Table:
+    """All overrides as one table, so that their order does not matter (but the last of a key)."""
+    data: dict[str, Any] = {}
     for text in overrides:
         try:
-            path, value = _override(text)
-        except RecipeProblem as error:
-            problems.append(error.problem)
-            continue
-        for key in reversed(path):
-            value = {key: value}
-        _merge(layer, _Layer.of(value, COMMAND_LINE), (), problems, use_replaces=False)
-    for path, table in _recipes(layer.data):
-        where = dotted((*path, "drop"))
-        layer.drops[path] = _entries(table.pop("drop", []), where, COMMAND_LINE, problems)
-        if table.pop("extends", None) is not None:
-            message, hint = "cannot be overridden", "write a recipe file that extends both"
-            where = dotted((*path, "extends"))
-            problems.append(Problem(where, message, hint, COMMAND_LINE))
-    return layer
+            _insert(data, *_override(text))
+        except Mistake as mistake:
+            problems.append(mistake.problem(COMMAND_LINE.label))
+    return _table(data, (), COMMAND_LINE, (), problems)
+
+
+def _insert(data: dict[str, Any], path: KeyPath, value: Any) -> None:
+    """Merge one override into those before it."""
+    for depth, key in enumerate(path[:-1], 1):
+        data = data.setdefault(key, {})
+        if not isinstance(data, dict):
+            raise _no_keys(path, path[:depth], data, COMMAND_LINE.label)
+    old = data.get(path[-1])
+    if isinstance(old, dict) and isinstance(value, dict):
+        for key, inner in value.items():
+            _insert(old, (key,), inner)
+    else:
+        data[path[-1]] = value
 
 
 def _override(text: str) -> tuple[KeyPath, Any]:
-    """``losses.gram.weight=1.5`` taken apart."""
-    key, equals, _ = text.partition("=")
-    split = split_key(text)
-    if not equals or split is None or not split[1].startswith("="):
-        message = f"{text!r} is not an override"
-        raise RecipeProblem(Problem("", message, "write key.path=value", COMMAND_LINE))
-    path, value = split[0], split[1][1:].strip()
+    """``losses.gram.weight=1.5`` taken apart: a value in TOML syntax, or a bare word or path."""
+    path, rest = split_key(text) or ((), "")
+    if not rest.startswith("="):
+        raise Mistake(f"{text!r} is not an override", "write key.path=value")
+    value, where = rest[1:].strip(), dotted(path)
     if not value:
-        message, hint = "no value after the equals sign", f"an empty string is {key}='\"\"'"
-        raise RecipeProblem(Problem(dotted(path), message, hint, COMMAND_LINE))
-    return path, _value(value, dotted(path))
-
-
-def _value(text: str, where: str) -> Any:
-    """A value in TOML syntax; a bare word or path is a string."""
+        raise Mistake("no value after the equals sign", f"an empty string is {where}='\"\"'", where)
     try:
-        parsed = tomli.loads(f"value = {text}")
+        parsed = tomli.loads(f"value = {value}")
     except tomli.TOMLDecodeError as error:
-        if text[0] not in "[{\"'" and "\n" not in text:
-            return text
+        if value[0] not in "[{\"'" and "\n" not in value:
+            return path, value
         reason = str(error).partition(" (at ")[0]  # places would count our own "value = "
-        message = f"{text} is not a TOML value: {reason}"
         hint = "strings inside arrays and tables need quotes, and the shell wants quotes around all"
-        raise RecipeProblem(Problem(where, message, hint, COMMAND_LINE)) from error
+        raise Mistake(f"{value} is not a TOML value: {reason}", hint, where) from error
     if len(parsed) > 1:
-        message = f"{text!r} is more than one value"
-        raise RecipeProblem(Problem(where, message, "", COMMAND_LINE))
-    return parsed["value"]
+        raise Mistake(f"{value!r} is more than one value", "", where)
+    return path, parsed["value"]

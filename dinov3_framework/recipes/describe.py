@@ -1,4 +1,4 @@
-"""Text for people: what the command line lists, describes and reports."""
+"""Format text for people: what the command line lists, describes and reports."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from attrs import field, frozen
 
 from dinov3_framework.kinds import KINDS, Registered
 from dinov3_framework.recipes.option_types import nested_config, resolved_fields, type_name
-from dinov3_framework.recipes.plain import to_toml_value
-from dinov3_framework.recipes.protocol import Components
+from dinov3_framework.recipes.plain import Components, to_toml_value
 
 if TYPE_CHECKING:  # contracts import torch, and listing shall not wait for it
     from dinov3_framework.contracts.running import Plan
@@ -64,29 +63,23 @@ def _describe_fields(config: type) -> list[FieldInfo]:
         if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
             default = default.factory()
         nested = nested_config(attribute.type)
+        inner = _describe_fields(nested) if nested is not None else []
         if default is attrs.NOTHING:
             shown = "required"
-        elif nested is not None and default == nested_default(nested):
+        elif default is None:
+            shown = "none"
+        elif type(default) is nested and _is_as_described(default, inner):
             shown = "as below"
         else:
-            shown = show_default(default)
-        inner = _describe_fields(nested) if nested is not None else []
+            shown = to_toml_value(default)
         doc = attribute.metadata.get("doc", "")
         fields.append(FieldInfo(attribute.name, type_name(attribute.type), shown, doc, inner))
     return fields
 
 
-def nested_default(config: type) -> Any:
-    """A config with nothing set; None if it has required fields."""
-    required = [a for a in attrs.fields(config) if a.init and a.default is attrs.NOTHING]
-    return None if required else config()
-
-
-def show_default(value: Any) -> str:
-    """A default as a recipe would spell it."""
-    if value is None:
-        return "none"
-    return to_toml_value(value)
+def _is_as_described(default: Any, fields: Sequence[FieldInfo]) -> bool:
+    """Whether nothing is set in the default of a table that its own fields' defaults do not say."""
+    return all(each.default != "required" for each in fields) and default == type(default)()
 
 
 def columns(rows: Iterable[Sequence[str]], indent: int = 2) -> str:
@@ -106,9 +99,9 @@ def listing(registry: Components, kind: str | None) -> str:
     for shown in [kind] if kind else list(KINDS):
         rows = []
         for name in registry.names(shown):
-            component = describe(registry.get(shown, name))
-            summary = component.doc.partition("\n")[0]
-            rows.append((name, f"{component.plugin} ({component.distribution})", summary))
+            found = registry.get(shown, name)
+            summary = (found.component.config.__doc__ or "").strip().partition("\n")[0]
+            rows.append((name, f"{found.plugin} ({found.distribution})", summary))
         blocks.append(f"{shown}\n{columns(rows) if rows else '  none'}")
     return "\n\n".join(blocks)
 
@@ -116,29 +109,22 @@ def listing(registry: Components, kind: str | None) -> str:
 def description(found: Description) -> str:
     """One component: its doc, and every field with type, default and doc."""
     title = f"{found.kind} {found.name}, of plugin {found.plugin!r} ({found.distribution})"
-    parts = [title]
-    if found.doc:
-        parts.append(textwrap.indent(found.doc, "  "))
-    width = _name_width(found.fields, 2) + 2
-    parts.append("\n".join(_fields(found.fields, 2, width)) or "  It has no options.")
-    return "\n\n".join(parts)
-
-
-def _name_width(fields: Iterable[FieldInfo], indent: int) -> int:
-    """How far names reach; those of a nested table stand further in."""
-    reach = [
-        max(indent + len(field.name), _name_width(field.fields, indent + 2)) for field in fields
-    ]
-    return max(reach, default=0)
-
-
-def _fields(fields: Iterable[FieldInfo], indent: int, width: int) -> Iterator[str]:
-    margin = " " * width
-    for each in fields:
+    doc = [textwrap.indent(found.doc, "  ")] if found.doc else []
+    rows = list(_rows(found.fields, 2))
+    width = max((len(indented) for indented, _ in rows), default=0) + 2
+    margin, lines = " " * width, []
+    for indented, each in rows:
         default = each.default if each.default == "required" else f"default {each.default}"
-        yield f"{' ' * indent + each.name:{width}}{each.type}; {default}"
-        yield from textwrap.wrap(each.doc, _WIDTH, initial_indent=margin, subsequent_indent=margin)
-        yield from _fields(each.fields, indent + 2, width)
+        lines.append(f"{indented:{width}}{each.type}; {default}")
+        lines += textwrap.wrap(each.doc, _WIDTH, initial_indent=margin, subsequent_indent=margin)
+    return "\n\n".join([title, *doc, "\n".join(lines) or "  It has no options."])
+
+
+def _rows(fields: Iterable[FieldInfo], indent: int) -> Iterator[tuple[str, FieldInfo]]:
+    """Each field with its name, those of a nested table further in."""
+    for each in fields:
+        yield " " * indent + each.name, each
+        yield from _rows(each.fields, indent + 2)
 
 
 def report_text(report: Plan) -> str:

@@ -1,9 +1,10 @@
-"""Where recipes are: files, recipes inside packages, and the installed ones by name."""
+"""Find recipes: files, recipes inside packages, and the installed ones by name."""
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
+import json
 import os
 import re
 from pathlib import Path
@@ -14,16 +15,20 @@ from attrs import frozen
 from dinov3_framework.errors import Problem, suggest
 
 RECIPES_PACKAGE = "dinov3_recipes"
+FORMERLY = "formerly.json"  # in a package: {name of a recipe that went: what to write instead}
 
 _IN_PACKAGE = re.compile(r"([A-Za-z_][\w.]*):([\w./-]+)")
 
 
-class RecipeProblem(Exception):
-    """One reason why a recipe cannot be had."""
+class Mistake(Exception):
+    """Why a recipe or an override is of no use, and what to do about it."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        super().__init__(str(problem))
+    def __init__(self, message: str, hint: str = "", where: str = "") -> None:
+        self.message, self.hint, self.where = message, hint, where
+        super().__init__(message)
+
+    def problem(self, source: str, where: str = "") -> Problem:
+        return Problem(self.where or where, self.message, self.hint, source)
 
 
 @frozen
@@ -38,15 +43,52 @@ class Source:
         try:
             return tomli.loads(self.path.read_text("utf-8"))
         except tomli.TOMLDecodeError as error:
-            raise RecipeProblem(Problem("", f"is not TOML: {error}", source=self.label)) from error
+            raise Mistake(f"is not TOML: {error}") from error
         except UnicodeDecodeError as error:
-            raise RecipeProblem(Problem("", f"is not UTF-8: {error}", source=self.label)) from error
+            raise Mistake(f"is not UTF-8: {error}") from error
         except OSError as error:
-            message = f"cannot be read: {error.strerror}"
-            raise RecipeProblem(Problem("", message, source=self.label)) from error
+            raise Mistake(f"cannot be read: {error.strerror}") from error
 
 
-def package_folders(package: str) -> list[Path]:
+def find_recipe(recipe: str | Path) -> Source:
+    """The file meant by a path, an installed recipe's name or ``package:recipe``."""
+    text = os.fspath(recipe)
+    if os.path.isfile(text):  # Path.is_file refuses what is too long for a name
+        return Source(Path(text), text)
+    if match := _IN_PACKAGE.fullmatch(text):
+        return _in_package(match[1], match[2])
+    if text.removesuffix(".toml") in recipes_of(RECIPES_PACKAGE):
+        return _in_package(RECIPES_PACKAGE, text)
+    hints = []
+    if "=" in text:
+        hints.append("to replace a value, write key.path=value")
+    if now := _formerly(RECIPES_PACKAGE, Path(text).stem):
+        hints.append(f"it is composed now: {now}")
+    raise _not_found(text, Path(text), hints)
+
+
+def find_base(base: str, extending: Source) -> Source:
+    """The file that ``extending`` means by an entry of its ``extends``."""
+    path = extending.path.parent / base
+    if os.path.isfile(path):
+        if not extending.package:
+            label = os.path.normpath(os.path.join(os.path.dirname(extending.label), base))
+            return Source(path, label)
+        if os.path.basename(base) != base:
+            return Source(path, os.path.normpath(path))
+        label = f"{extending.package}:{base.removesuffix('.toml')}"
+        return Source(path, label, extending.package)
+    if match := _IN_PACKAGE.fullmatch(base):
+        return _in_package(match[1], match[2])
+    raise _not_found(base, path, [], f" (as {RECIPES_PACKAGE}:name)")
+
+
+def recipes_of(package: str) -> list[str]:
+    """Names of the recipes that lie in a package, sorted."""
+    return sorted({file.stem for folder in _folders(package) for file in folder.glob("*.toml")})
+
+
+def _folders(package: str) -> list[Path]:
     """The folders of a package, found without importing it.
 
     ``importlib.resources`` cannot look into a package without ``__init__`` that is installed in
@@ -60,86 +102,45 @@ def package_folders(package: str) -> list[Path]:
     return [Path(place) for place in locations or () if os.path.isdir(place)]
 
 
-def recipes_of(package: str) -> list[str]:
-    """Names of the recipes that lie in a package, sorted."""
-    folders = package_folders(package)
-    return sorted({file.stem for folder in folders for file in folder.glob("*.toml")})
-
-
-def find_recipe(recipe: str | Path) -> Source:
-    """The file that somebody means by a path, an installed recipe's name or package:recipe."""
-    text = os.fspath(recipe)
-    if Path(text).is_file():
-        return Source(Path(text), text)
-    if match := _IN_PACKAGE.fullmatch(text):
-        return _in_package(match[1], match[2], asked_by="")
-    if text.removesuffix(".toml") in recipes_of(RECIPES_PACKAGE):
-        return _in_package(RECIPES_PACKAGE, text, asked_by="")
-    raise _not_found(text, Path(text), asked_by="")
-
-
-def find_base(base: str, extending: Source) -> Source:
-    """The file that ``extending`` means by an entry of its ``extends``."""
-    path = extending.path.parent / base
-    if path.is_file():
-        return Source(path, *_label(base, extending))
-    if match := _IN_PACKAGE.fullmatch(base):
-        return _in_package(match[1], match[2], asked_by=extending.label)
-    raise _not_found(base, path, asked_by=extending.label)
-
-
-def _label(base: str, extending: Source) -> tuple[str, str]:
-    if extending.package and os.path.basename(base) == base:
-        return f"{extending.package}:{base.removesuffix('.toml')}", extending.package
-    if extending.package:
-        return os.path.normpath(extending.path.parent / base), ""
-    return os.path.normpath(os.path.join(os.path.dirname(extending.label), base)), ""
-
-
-def _in_package(package: str, name: str, asked_by: str) -> Source:
+def _in_package(package: str, name: str) -> Source:
     name = name.removesuffix(".toml")
-    folders = package_folders(package)
+    folders = _folders(package)
     for folder in folders:
         path = folder / f"{name}.toml"
         if path.is_file():
             return Source(path, f"{package}:{name}", package)
-    where = "extends" if asked_by else ""
     if not folders:
-        message, hint = f"no package is named {package!r}", "is it installed in this environment?"
-    else:
-        message = f"package {package!r} has no recipe {name!r}"
-        hint = suggest(name, recipes_of(package), "its recipes")
-    raise RecipeProblem(Problem(where, message, hint, asked_by))
+        message = f"no package is named {package!r}"
+        raise Mistake(message, "is it installed in this environment?")
+    now = _formerly(package, name)
+    known = recipes_of(package)
+    hint = f"it is composed now: {now}" if now else suggest(name, known, "its recipes")
+    raise Mistake(f"package {package!r} has no recipe {name!r}", hint)
 
 
-def _not_found(text: str, path: Path, asked_by: str) -> RecipeProblem:
-    """The message for a file that is not there: near files first, then installed recipes."""
-    if not asked_by and "=" in text:
-        hint = "the recipe comes first, overrides (key=value) after it"
-        return RecipeProblem(Problem("", f"no recipe is named {text!r}", hint))
-    hints = []
-    if path.is_dir():
+def _formerly(package: str, name: str) -> str | None:
+    """What to write instead of a recipe that a package used to have; None if it had none."""
+    tables = [folder / FORMERLY for folder in _folders(package)]
+    known = [json.loads(table.read_text("utf-8")) for table in tables if table.is_file()]
+    return next((str(table[name]) for table in known if name in table), None)
+
+
+def _not_found(text: str, path: Path, hints: list[str], how: str = "") -> Mistake:
+    """What to say of a file that is not there: near files first, then installed recipes."""
+    if os.path.isdir(path):
         hints.append("that is a folder; name a file in it")
-    folder = path.parent
     shown = os.path.dirname(text) or "."
-    neighbours = [file.name for file in folder.glob("*.toml")] if folder.is_dir() else []
-    if not folder.is_dir():
+    if not os.path.isdir(path.parent):
         hints.append(f"there is no folder {shown}")
-    elif neighbours:
+    elif neighbours := [file.name for file in path.parent.glob("*.toml")]:
         hints.append(f"recipes in {shown}: {_nearest_first(path.name, neighbours)}")
-    installed = recipes_of(RECIPES_PACKAGE)
-    if installed:
-        hints.append(f"installed recipes: {_nearest_first(path.stem, installed)}")
-        if asked_by:
-            hints[-1] += f" (as {RECIPES_PACKAGE}:name)"
-    where = "extends" if asked_by else ""
-    message = f"no such recipe: {text}"
-    return RecipeProblem(Problem(where, message, "\n    ".join(hints), asked_by))
+    if installed := recipes_of(RECIPES_PACKAGE):
+        hints.append(f"installed recipes: {_nearest_first(path.stem, installed)}{how}")
+    return Mistake(f"no such recipe: {text}", "\n    ".join(hints))
 
 
 def _nearest_first(name: str, known: list[str]) -> str:
     """At most ten names."""
-    known = sorted(
-        sorted(known), key=lambda other: -difflib.SequenceMatcher(None, name, other).ratio()
-    )
-    return ", ".join(known[:10]) + (f" and {len(known) - 10} more" if len(known) > 10 else "")
+    ratio = {other: difflib.SequenceMatcher(None, name, other).ratio() for other in known}
+    ordered = sorted(sorted(known), key=lambda other: -ratio[other])
+    return ", ".join(ordered[:10]) + (f" and {len(known) - 10} more" if len(known) > 10 else "")

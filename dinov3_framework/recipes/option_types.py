@@ -1,4 +1,4 @@
-"""The types that a config's field may have, in words."""
+"""Name the types that a config's field may have, and the values that stand where they should."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from dinov3_framework.errors import PluginError
 from dinov3_framework.kinds import KINDS
 from dinov3_framework.recipes.toml_text import inline
 from dinov3_framework.schedules import Schedule
+
+NONE = "none"  # how a recipe says None; TOML has no null
 
 _WORDS: dict[Any, str] = {int: "integer", float: "number", bool: "boolean", str: "string"}
 
@@ -31,22 +33,11 @@ def without_none(declared: Any) -> Any:
     return declared
 
 
-NONE = "none"  # how a recipe says None; TOML has no null
-
-
-def says_none(value: Any, declared: Any) -> bool:
-    """Whether a recipe turns an optional field off, whatever its default or inherited value is."""
-    inner = without_none(declared)
-    return inner is not declared and inner is not str and value == NONE
-
-
 def type_name(declared: Any) -> str:
     """A type for people; ``TypeError`` if a recipe cannot spell it."""
     inner = without_none(declared)
     if inner is not declared:
-        return (
-            f"{type_name(inner)}, optional" if inner is str else f'{type_name(inner)} or "{NONE}"'
-        )
+        return type_name(inner) + (", optional" if inner is str else f' or "{NONE}"')
     if declared in _WORDS:
         return _WORDS[declared]
     if declared is Schedule:
@@ -62,7 +53,7 @@ def type_name(declared: Any) -> str:
         return _array_name(parts)
     if origin in (dict, Mapping) and parts[0] is str:
         return f"table of name = {type_name(parts[1])}"
-    raise TypeError(f"{declared} cannot be spelt in a recipe")
+    raise TypeError(f"{declared} cannot be spelled in a recipe")
 
 
 def _array_name(parts: tuple[Any, ...]) -> str:
@@ -78,7 +69,7 @@ def _plural(declared: Any) -> str:
     return f"{name}s" if declared in _WORDS or name == "table" else f"({name})"
 
 
-def found(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """What stands where something else was expected."""
     if isinstance(value, Mapping):
         return "a table"

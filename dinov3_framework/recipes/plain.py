@@ -1,14 +1,14 @@
-"""Configs as plain TOML values: the way back from a typed recipe to its text."""
+"""Turn configs into plain TOML values: the way back from a typed recipe to its text."""
 
 from __future__ import annotations
 
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 
-from dinov3_framework.kinds import KINDS
+from dinov3_framework.kinds import KINDS, Registered
 from dinov3_framework.recipes.option_types import (
     NONE,
     element_types,
@@ -16,9 +16,17 @@ from dinov3_framework.recipes.option_types import (
     resolved_fields,
     without_none,
 )
-from dinov3_framework.recipes.protocol import Components
 from dinov3_framework.recipes.toml_text import inline
 from dinov3_framework.schedules import Constant, Schedule
+
+
+class Components(Protocol):
+    """What recipes need to know of components; the registry is one."""
+
+    def names(self, kind: str, /) -> list[str]: ...
+    def get(self, kind: str, name: str, /) -> Registered: ...
+    def suggest(self, kind: str, name: str, /) -> str: ...
+    def of_config(self, config: Any, /) -> Registered: ...
 
 
 def unstructure(registry: Components, config: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Gives a recipe its types: a plain dict in, one frozen config out, or every mistake at once.
+"""Give a recipe its types: a plain dict in, one frozen config out, or every mistake at once.
 
 Nothing is coerced: ``"7"`` is no integer, ``3.7`` is none either, ``"false"`` and ``1`` are no
 booleans. The one exception is an integer where a number is wanted.
@@ -8,42 +8,42 @@ from __future__ import annotations
 
 import math
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import attrs
-from cattrs import BaseValidationError, Converter, IterableValidationError, IterableValidationNote
-from cattrs.gen import make_dict_structure_fn, mapping_structure_factory, override
+from attrs import define, field
+from cattrs import Converter
 
+from dinov3_framework.configs import InvalidOption
 from dinov3_framework.errors import Problem, RecipeError, suggest
 from dinov3_framework.kinds import KINDS, TaskConfig
-from dinov3_framework.recipes.compose import Composed
-from dinov3_framework.recipes.faults import Fault, problems_of
+from dinov3_framework.recipes.compose import NO_TASK, Composed
 from dinov3_framework.recipes.option_types import (
+    NONE,
+    describe_value,
     element_types,
-    found,
     kind_of,
+    nested_config,
     resolved_fields,
-    says_none,
+    type_name,
+    without_none,
 )
-from dinov3_framework.recipes.option_types import type_name as type_name
-from dinov3_framework.recipes.plain import to_toml_value as to_toml_value
-from dinov3_framework.recipes.plain import unstructure as unstructure
-from dinov3_framework.recipes.protocol import Components
+from dinov3_framework.recipes.plain import Components
+from dinov3_framework.recipes.toml_text import KeyPath, dotted
 from dinov3_framework.schedules import SCHEDULES, Constant, Schedule
 
-Hook = Callable[[Any, Any], Any]
+Fault = tuple[KeyPath, str, str]  # keys that lead to a mistake, what is wrong there, a hint
 
 
 def structure_recipe(registry: Components, composed: Composed) -> TaskConfig:
     """The typed config of a whole recipe; its key ``task`` says of which class."""
-    values = dict(composed.data)
-    name = values.pop("task", None)
-    if not isinstance(name, str) or name not in registry.names("task"):
-        source = composed.origins.get(("task",), composed.source)
-        raise RecipeError([_unknown_task(registry, name, source)])
-    cls = registry.get("task", name).component.config
-    config: TaskConfig = _structure(registry, values, cls, composed.origins, composed.source)
+    if "task" not in composed.data:
+        raise RecipeError([Problem("task", NO_TASK, "", composed.source)])
+    config: TaskConfig = _structure(
+        registry, composed.data, TaskConfig, composed.origins, composed.source
+    )
     return config
 
 
@@ -54,79 +54,121 @@ def structure_component(
 
     ``values`` may also hold configs and schedules that are already built.
     """
-    return _structure(registry, dict(values), registry.get(kind, name).component.config, {}, "")
+    return _structure(registry, values, registry.get(kind, name).component.config, {}, "")
 
 
 def _structure(
     registry: Components,
     values: Mapping[str, Any],
     cls: type,
-    origins: Mapping[tuple[str, ...], str],
+    origins: Mapping[KeyPath, str],
     source: str,
 ) -> Any:
     try:
         return _converter(registry).structure(values, cls)
-    except Exception as error:
-        problems = list(problems_of(error, cls, origins, source))
+    except _Faults as error:
+        problems = [
+            Problem(dotted(path), message, hint, _source(path, origins) or source)
+            for path, message, hint in error.faults
+        ]
         raise RecipeError(problems) from error
 
 
+def _source(path: KeyPath, origins: Mapping[KeyPath, str]) -> str:
+    """The file or override that set a key or, if there is none, the nearest table above it."""
+    if path in origins:
+        return origins[path]
+    table = next((path[:n] for n in range(len(path) - 1, 0, -1) if path[:n] in origins), None)
+    if table is None:
+        return ""
+    # A key that is missing was left out by whoever chose the component.
+    chosen = (origins.get((*table, key)) for key in ("use", "task"))
+    return next(filter(None, chosen), origins[table])
+
+
+# --------------------------------------------------------------------------- faults
+class _Faults(Exception):
+    """All that is wrong with a value."""
+
+    def __init__(self, faults: list[Fault]) -> None:
+        self.faults = faults
+        super().__init__(faults)
+
+
+def _fault(message: str, hint: str = "", *at: str) -> _Faults:
+    return _Faults([(at, message, hint)])
+
+
+def _mismatch(expected: str, value: Any, hint: str = "") -> _Faults:
+    return _fault(f"expected {expected}, found {describe_value(value)}", hint)
+
+
+@define
+class _Collector:
+    """Collects what is wrong in a table or an array, so that all of it comes at once."""
+
+    faults: list[Fault] = field(factory=list)
+
+    @contextmanager
+    def below(self, *keys: str) -> Iterator[None]:
+        """Take what is wrong with the value under ``keys``."""
+        try:
+            yield
+        except _Faults as error:
+            self.faults += [((*keys, *path), message, hint) for path, message, hint in error.faults]
+        except InvalidOption as error:  # which names a key of the table
+            self.faults.append((tuple(error.name.split(".")), error.message, ""))
+
+    def each(self, rows: Iterable[tuple[str, Any, Any]], converter: Converter) -> dict[str, Any]:
+        """The values of ``(key, value, type)``."""
+        structured = {}
+        for key, value, declared in rows:
+            with self.below(key):
+                structured[key] = converter.structure(value, declared)
+        self.refuse()
+        return structured
+
+    def refuse(self) -> None:
+        if self.faults:
+            raise _Faults(self.faults)
+
+
+# --------------------------------------------------------------------------- types
 def _converter(registry: Components) -> Converter:
     """A converter whose hooks are all ours. cattrs asks the last one registered first."""
-    converter = Converter(detailed_validation=True, forbid_extra_keys=True)
-    for primitive, hook in ((int, _integer), (float, _number), (bool, _boolean), (str, _string)):
-        converter.register_structure_hook(primitive, hook)
-    converter.register_structure_hook_func(lambda declared: _origin(declared) is Literal, _literal)
-    converter.register_structure_hook_func(
-        lambda declared: _origin(declared) is tuple,
-        lambda value, declared: _array(value, declared, converter),
-    )
-    converter.register_structure_hook_factory(
-        lambda declared: _origin(declared) in (dict, Mapping),
-        lambda declared: _mapping_hook(declared, converter),
-    )
-    converter.register_structure_hook_factory(attrs.has, lambda cls: _class_hook(cls, converter))
+    converter = Converter()
+
+    def hook(is_meant: Callable[[Any], bool], structure: Callable[..., Any], *more: Any) -> None:
+        converter.register_structure_hook_func(
+            is_meant, lambda value, declared: structure(value, declared, *more)
+        )
+
+    for scalar in (int, float, bool, str):
+        converter.register_structure_hook(scalar, _scalar)
+    hook(lambda declared: typing.get_origin(declared) is Literal, _literal)
+    hook(lambda declared: typing.get_origin(declared) is tuple, _array, converter)
+    hook(lambda declared: typing.get_origin(declared) in (dict, Mapping), _mapping, converter)
+    hook(lambda declared: without_none(declared) is not declared, _optional, converter)
+    hook(attrs.has, _table, converter)
     # Predicates by identity: a hook registered for a base class would capture its subclasses.
-    converter.register_structure_hook_func(
-        lambda declared: declared is Schedule, lambda value, _: _schedule(value, converter)
-    )
-    converter.register_structure_hook_func(
-        lambda declared: kind_of(declared) is not None,
-        lambda value, base: _component(value, base, registry, converter),
-    )
+    hook(lambda declared: declared is Schedule, _schedule, converter)
+    hook(lambda declared: kind_of(declared) is not None, _component, registry, converter)
     return converter
 
 
-def _origin(declared: Any) -> Any:
-    return typing.get_origin(declared)
-
-
-def _integer(value: Any, _: Any) -> int:
-    if type(value) is int:
-        return value
-    raise Fault.mismatch("integer", value)
-
-
-def _number(value: Any, _: Any) -> float:
-    if type(value) not in (int, float):
-        raise Fault.mismatch("number", value)
-    if math.isnan(value):
-        raise Fault("must not be nan")
-    return float(value)
-
-
-def _boolean(value: Any, _: Any) -> bool:
-    if type(value) is bool:
-        return value
-    hint = "booleans are true and false, without quotes" if isinstance(value, str) else ""
-    raise Fault.mismatch("boolean", value, hint)
-
-
-def _string(value: Any, _: Any) -> str:
-    if type(value) is str:
-        return value
-    hint = "" if isinstance(value, Mapping | list) else "strings need quotes"
-    raise Fault.mismatch("string", value, hint)
+def _scalar(value: Any, declared: Any) -> Any:
+    if declared is float and type(value) is int:
+        return float(value)
+    if type(value) is not declared:
+        hint = ""
+        if declared is bool and isinstance(value, str):
+            hint = "booleans are true and false, without quotes"
+        elif declared is str and not isinstance(value, Mapping | list):
+            hint = "strings need quotes"
+        raise _mismatch(type_name(declared), value, hint)
+    if declared is float and math.isnan(value):
+        raise _fault("must not be nan")
+    return value
 
 
 def _literal(value: Any, declared: Any) -> str:
@@ -134,82 +176,82 @@ def _literal(value: Any, declared: Any) -> str:
     if type(value) is str and value in choices:
         return value
     hint = suggest(value, choices) if isinstance(value, str) else ""
-    raise Fault.mismatch(type_name(declared), value, hint)
+    raise _mismatch(type_name(declared), value, hint)
+
+
+def _optional(value: Any, declared: Any, converter: Converter) -> Any:
+    inner = without_none(declared)
+    # A recipe turns an optional field off whatever its default or inherited value is.
+    if value is None or (value == NONE and inner is not str):
+        return None
+    return converter.structure(value, inner)
 
 
 def _array(value: Any, declared: Any, converter: Converter) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
-        raise Fault.mismatch(type_name(declared), value)
+        raise _mismatch(type_name(declared), value)
     types = element_types(declared, len(value))
     if types is None:
-        raise Fault(f"expected {type_name(declared)}, found an array of {len(value)}")
-    elements = []
-    tables: list[Exception] = []
-    for index, (item, inner) in enumerate(zip(value, types, strict=True), 1):
-        try:
-            elements.append(converter.structure(item, inner))
-        except Fault as fault:
-            raise Fault(f"element {index}: {fault.message}", fault.hint) from fault
-        except BaseValidationError as error:
-            error.add_note(IterableValidationNote(f"element {index}", index, inner))
-            tables.append(error)
-    if tables:
-        raise IterableValidationError("in an array of tables", tables, type(value))
-    return tuple(elements)
+        raise _fault(f"expected {type_name(declared)}, found an array of {len(value)}")
+    rows = ((str(n), *row) for n, row in enumerate(zip(value, types, strict=True), 1))
+    return tuple(_Collector().each(rows, converter).values())
 
 
-def _mapping_hook(declared: Any, converter: Converter) -> Hook:
-    structure = mapping_structure_factory(declared, converter, detailed_validation=True)
-
-    def hook(value: Any, _: Any) -> Any:
-        if not isinstance(value, Mapping):
-            raise Fault.mismatch(type_name(declared), value)
-        return structure(value, declared)
-
-    return hook
+def _mapping(value: Any, declared: Any, converter: Converter) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise _mismatch(type_name(declared), value)
+    inner = typing.get_args(declared)[1]
+    return _Collector().each(((key, item, inner) for key, item in value.items()), converter)
 
 
-def _class_hook(cls: type, converter: Converter) -> Hook:
-    """A config's fields, each with its own check, so that all complaints come at once."""
-    overrides: dict[str, Any] = {
-        attribute.name: override(struct_hook=_checked(attribute, converter))
-        for attribute in resolved_fields(cls)
-    }
-    # The converter says that extra keys are forbidden and that every mistake is collected.
-    structure: Hook = make_dict_structure_fn(cls, converter, **overrides)
-
-    def hook(value: Any, _: Any) -> Any:
-        if isinstance(value, cls):
-            return value
-        if not isinstance(value, Mapping):
-            raise Fault.mismatch("table", value)
-        return structure(value, cls)
-
-    return hook
-
-
-def _checked(attribute: attrs.Attribute[Any], converter: Converter) -> Hook:
-    def hook(value: Any, declared: Any) -> Any:
-        if says_none(value, declared):
-            return None
-        structured = converter.structure(value, declared)
-        if attribute.validator is not None:
-            attribute.validator(None, attribute, structured)
-        return structured
-
-    return hook
-
-
-def _schedule(value: Any, converter: Converter) -> Schedule:
-    if isinstance(value, Schedule):
+def _table(value: Any, cls: Any, converter: Converter) -> Any:
+    """A config: each field has its own check, so that all complaints come at once."""
+    if isinstance(value, cls):
         return value
     if not isinstance(value, Mapping):
-        if type(value) not in (int, float):
-            raise Fault.mismatch("number or schedule", value)
-        return Constant(value=_number(value, float))
-    name, rest = _chosen(value, "use", "a schedule", list(SCHEDULES))
-    if name not in SCHEDULES:
-        raise Fault(f"no schedule is named {name!r}", suggest(name, list(SCHEDULES)), at="use")
+        raise _mismatch("table", value)
+    fields = {attribute.name: attribute for attribute in resolved_fields(cls)}
+    collector = _Collector()
+    values: dict[str, Any] = {}
+    for name, attribute in fields.items():
+        if name in value:
+            with collector.below(name):
+                values[name] = converter.structure(value[name], typing.cast(type, attribute.type))
+                if attribute.validator is not None:
+                    attribute.validator(None, attribute, values[name])
+        elif attribute.default is attrs.NOTHING:
+            doc = attribute.metadata.get("doc", "")
+            collector.faults.append(((name,), f"missing: {type_name(attribute.type)}", doc))
+    for key in sorted(value.keys() - fields.keys()):
+        collector.faults.append(((key,), "unknown key", _meant(key, fields)))
+    collector.refuse()
+    with collector.below():
+        return cls(**values)
+    raise _Faults(collector.faults)
+
+
+def _meant(key: str, fields: Mapping[str, attrs.Attribute[Any]]) -> str:
+    """What somebody may have meant by a key that is not there."""
+    for name, attribute in fields.items():
+        if key in attribute.metadata.get("formerly", ()):
+            table = nested_config(attribute.type)
+            moved = table is not None and key in attrs.fields_dict(table)
+            now = f"{name}.{key}" if moved else name
+            return f"it is called {now!r} now"
+    return suggest(key, list(fields), "keys here")
+
+
+# --------------------------------------------------------------------------- choices
+def _schedule(value: Any, _: Any, converter: Converter) -> Schedule:
+    if isinstance(value, Schedule):
+        return value
+    if type(value) in (int, float):
+        return Constant(value=_scalar(value, float))
+    if not isinstance(value, Mapping):
+        raise _mismatch("number or schedule", value)
+    name, rest = _chosen(
+        value, "use", "schedule", SCHEDULES, lambda name: suggest(name, [*SCHEDULES])
+    )
     schedule: Schedule = converter.structure(rest, SCHEDULES[name])
     return schedule
 
@@ -223,45 +265,26 @@ def _component(value: Any, base: Any, registry: Components, converter: Converter
         hint = f'write {{ {key} = "..." }}: it picks the {kind}'
         if kind == "task":
             hint = 'a recipe in a file is a table that says extends = "..."'
-        raise Fault.mismatch("table", value, hint)
-    name, rest = _chosen(value, key, f"the {kind}", registry.names(kind))
-    if name not in registry.names(kind):
-        hint = registry.suggest(kind, name) + _absent_plugins(registry)
-        raise Fault(f"no {kind} is named {name!r}", hint, at=key)
+        raise _mismatch("table", value, hint)
+    known = registry.names(kind)
+    name, rest = _chosen(value, key, kind, known, lambda name: registry.suggest(kind, name))
     return converter.structure(rest, registry.get(kind, name).component.config)
 
 
 def _chosen(
-    value: Mapping[str, Any], key: str, what: str, known: list[str]
+    value: Mapping[str, Any],
+    key: str,
+    what: str,
+    known: Collection[str],
+    hint: Callable[[str], str],
 ) -> tuple[str, dict[str, Any]]:
-    """The name under ``key``, and the table without it."""
+    """The name under ``key``, one of the ``known``, and the table without it."""
     rest = dict(value)
     if key not in rest:
-        raise Fault("missing", f"it picks {what}; known: {', '.join(known) or 'none'}", at=key)
+        raise _fault("missing", f"it picks the {what}; known: {', '.join(known) or 'none'}", key)
     name = rest.pop(key)
     if type(name) is not str:
-        raise Fault(f"expected string, found {found(name)}", at=key)
+        raise _fault(f"expected string, found {describe_value(name)}", "", key)
+    if name not in known:
+        raise _fault(f"no {what} is named {name!r}", hint(name), key)
     return name, rest
-
-
-def _absent_plugins(registry: Components) -> str:
-    """Plugins that might have offered what is missing; the reasons are printed once, elsewhere."""
-    notes = [
-        f"\n    {what}: {', '.join(names)}"
-        for what, names in (
-            ("plugins that could not be loaded", [broken.name for broken in registry.broken]),
-            ("blocked plugins", registry.blocked),
-        )
-        if names
-    ]
-    return "".join(notes)
-
-
-def _unknown_task(registry: Components, name: Any, source: str) -> Problem:
-    known = f"known: {', '.join(registry.names('task')) or 'none'}" + _absent_plugins(registry)
-    if name is None:
-        return Problem("task", "missing", f"it says what the recipe runs; {known}", source)
-    if not isinstance(name, str):
-        return Problem("task", f"expected string, found {found(name)}", known, source)
-    hint = registry.suggest("task", name) + _absent_plugins(registry)
-    return Problem("task", f"no task is named {name!r}", hint, source)

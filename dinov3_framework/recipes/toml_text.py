@@ -1,4 +1,4 @@
-"""Recipes as text: keys, values and whole files in TOML."""
+"""Write recipes as text: keys, values and whole files in TOML."""
 
 from __future__ import annotations
 
@@ -34,7 +34,6 @@ def split_key(text: str) -> tuple[KeyPath, str] | None:
         if text[position : position + 1] != ".":
             return tuple(path), text[position:]
         position += 1
-    return None
     return None
 
 

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from dinov3_framework.configs import config, fraction, not_negative, option, positive
-from dinov3_framework.schedules import Schedule
+from dinov3_framework.checkpoints import CheckpointConfig
+from dinov3_framework.configs import ImagesConfig, config, not_negative, option, positive
+from dinov3_framework.data import LoaderConfig
+from dinov3_framework.kinds import DatasetConfig, ObserverConfig, OptimizerConfig, TaskConfig
+from dinov3_framework.parallel import ParallelConfig
 
 
 @config
-class OptimizerConfig:
-    """AdamW and its schedules."""
+class TrainingConfig(TaskConfig):
+    """What all trainings share: data, an optimizer, and the loop around them."""
 
-    lr: Schedule = option("learning rate, before scaling: a number or a schedule")
-    lr_scaling: Literal["none", "sqrt_wrt_1024", "linear_wrt_256"] = option(
-        "how the learning rate grows with the global batch: 4 sqrt(batch / 1024), batch / 256",
-        default="none",
+    iterations: int = option("optimizer steps of the run", check=positive)
+    batch_size: int = option("images of one optimizer step, over all processes", check=positive)
+    accumulation_steps: int = option(
+        "micro-batches that a process splits its share of the batch into",
+        default=1,
+        check=positive,
     )
-    freeze_last_layer: int = option(
-        "iterations in which prototypes do not learn", default=0, check=not_negative
+    dataset: DatasetConfig = option("where the images come from")
+    images: ImagesConfig = option("channels and normalization", factory=ImagesConfig)
+    optimizer: OptimizerConfig = option("how the networks learn")
+    loader: LoaderConfig = option("how batches are made", factory=LoaderConfig)
+    parallel: ParallelConfig = option("devices, precision, sharding", factory=ParallelConfig)
+    checkpoint: CheckpointConfig = option("what is saved when", factory=CheckpointConfig)
+    observers: dict[str, ObserverConfig] = option(
+        "what watches the run, by names of your choice", factory=dict
     )
-    weight_decay: Schedule = option("weight decay: a number or a schedule")
-    betas: tuple[float, float] = option("AdamW's betas", default=(0.9, 0.999))
-    clip_grad: float | None = option(
-        'largest gradient norm of each network; "none": no clipping', default=3.0, check=positive
-    )
-    layerwise_decay: float = option(
-        "factor of the learning rate from a layer to the one below", default=0.9, check=fraction
-    )
-    patch_embed_lr_mult: float = option(
-        "factor of the patch embedding's learning rate", default=0.2, check=not_negative
+    log_every: int = option("iterations between lines of metrics.jsonl", default=10, check=positive)
+    max_nonfinite_steps: int = option(
+        "steps in a row that may be skipped for a NaN or inf before the run ends",
+        default=3,
+        check=not_negative,
     )

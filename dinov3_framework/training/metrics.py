@@ -1,4 +1,4 @@
-"""Figures of a run: averaged over processes, one JSON object a line."""
+"""Metrics of a run: averaged over processes, one JSON object a line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class MetricsFile:
             raise unwritable(error, path) from error
 
     def write(self, iteration: int, values: Mapping[str, float]) -> None:
-        # JSON knows no NaN; a reader of null sees that the figure was not finite.
+        # JSON knows no NaN; a reader of null sees that the number was not finite.
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         try:
             self._file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
@@ -61,7 +61,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 @frozen
-class Agreement:
+class FiniteCheck:
     """What all processes know after a step."""
 
     metrics: dict[str, float]  # averaged
@@ -69,28 +69,28 @@ class Agreement:
     stop: bool  # whether anybody was asked to stop
 
 
-def agree(
+def reduce_step_metrics(
     metrics: Mapping[str, Tensor | float],
     must_be_finite: Mapping[str, Tensor],
     stop: bool,
     device: torch.device,
-) -> Agreement:
-    """Average figures and share verdicts, with one collective in a normal step."""
+) -> FiniteCheck:
+    """Average metrics over processes and check what must be finite, with one collective."""
     names, guarded = sorted(metrics), sorted(must_be_finite)
-    figures = [_figure(metrics[name], device) for name in names]
+    numbers = [_number(metrics[name], device) for name in names]
     flags = [(~must_be_finite[name].isfinite()).any().to(device) for name in guarded]
     flags.append(torch.as_tensor(stop, device=device))
-    vector = torch.stack([value.to(torch.float64) for value in (*figures, *flags)])
+    vector = torch.stack([value.to(torch.float64) for value in (*numbers, *flags)])
     total = collectives.all_reduce_sum(vector.clone()).tolist()
     world = collectives.world_size()
     averages = {name: value / world for name, value in zip(names, total, strict=False)}
     nonfinite: dict[str, list[int]] = {}
     if any(total[len(names) : -1]):
         nonfinite = _by_rank(guarded, vector.tolist()[len(names) : -1])
-    return Agreement(averages, nonfinite, total[-1] > 0)
+    return FiniteCheck(averages, nonfinite, total[-1] > 0)
 
 
-def _figure(value: Tensor | float, device: torch.device) -> Tensor:
+def _number(value: Tensor | float, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().to(device, torch.float64)
     return torch.tensor(value, dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""AdamW over a student's networks: which parameter learns how fast, decays or not."""
+"""An optimizer over the networks of a train unit: schedules, parameter groups, clipping, state."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from attrs import frozen
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dinov3_framework.contracts.networks import Backbone
+from dinov3_framework.contracts.networks import Shardable
+from dinov3_framework.contracts.optimizers import OptimizerFactory
+from dinov3_framework.kinds import OptimizerConfig
 from dinov3_framework.schedules import Schedule
-from dinov3_framework.training import OptimizerConfig
-
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
 
 
 @frozen
@@ -28,24 +27,26 @@ class ParameterSetting:
     is_last_layer: bool
 
 
-def parameter_settings(
-    module: nn.Module, *, layerwise_decay: float, patch_embed_lr_mult: float
-) -> dict[str, ParameterSetting]:
-    """The settings of every parameter of one network, by name.
+def parameter_settings(module: nn.Module, config: OptimizerConfig) -> dict[str, ParameterSetting]:
+    """The settings of every parameter of one network that learns, by name.
 
-    The learning rate falls by ``layerwise_decay`` with each layer below the top; biases, norms and
-    layer-scale gammas do not decay; prototypes (``last_layer``) are frozen at first.
+    The learning rate falls by ``layerwise_decay`` with each layer below the top. Layers, roles and
+    what decays are the network's own knowledge (``Shardable``).
     """
     settings = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer, layers = module.layer_of(name) if isinstance(module, Backbone) else (0, 0)
-        lr_mult = layerwise_decay ** (layers - layer)
-        if "patch_embed" in name:
-            lr_mult *= patch_embed_lr_mult
-        decays = not (name.endswith("bias") or "norm" in name or "gamma" in name)
-        settings[name] = ParameterSetting(lr_mult, float(decays), "last_layer" in name)
+        (layer, layers), role, decays = (0, 0), None, parameter.ndim > 1
+        if isinstance(module, Shardable):
+            (layer, layers), role = module.layer_of(name), module.role_of(name)
+            decays = module.decays(name, parameter)
+        lr_mult = config.layerwise_decay ** (layers - layer)
+        if role == "patch_embed":
+            lr_mult *= config.patch_embed_lr_mult
+        settings[name] = ParameterSetting(
+            lr_mult, float(decays), is_last_layer=role == "prototypes"
+        )
     return settings
 
 
@@ -59,40 +60,28 @@ def lr_factor(config: OptimizerConfig, batch_size: int) -> float:
 
 
 class Optimizer:
-    """AdamW, its schedules, per-network clipping, and its state by parameter name."""
+    """An optimizer with its schedules, per-network clipping, and its state by parameter name."""
 
     def __init__(
-        self, networks: Mapping[str, nn.Module], config: OptimizerConfig, batch_size: int
+        self,
+        networks: Mapping[str, nn.Module],
+        config: OptimizerConfig,
+        factory: OptimizerFactory,
+        batch_size: int,
     ) -> None:
-        self.config = config
+        self.config, self.networks = config, dict(networks)
         self.lr: Schedule = config.lr.scaled(lr_factor(config, batch_size))
-        self.networks = dict(networks)
         self._names: dict[str, nn.Parameter] = {}
         groups: dict[ParameterSetting, list[nn.Parameter]] = defaultdict(list)
         for network, module in networks.items():
             parameters = dict(module.named_parameters())
-            settings = parameter_settings(
-                module,
-                layerwise_decay=config.layerwise_decay,
-                patch_embed_lr_mult=config.patch_embed_lr_mult,
-            )
-            for name, setting in settings.items():
+            for name, setting in parameter_settings(module, config).items():
                 groups[setting].append(parameters[name])
                 self._names[f"{network}.{name}"] = parameters[name]
         self._settings = list(groups)
-        self._adamw = torch.optim.AdamW(
-            [{"params": params} for params in groups.values()], betas=config.betas, fused=True
-        )
-        self._create_state()
-
-    def _create_state(self) -> None:
-        """Moments from the start, not at the first step: a checkpoint is then loaded in place."""
+        self._optimizer = factory.build([{"params": params} for params in groups.values()])
         for parameter in self._names.values():
-            self._adamw.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            }
+            self._optimizer.state[parameter] = factory.initial_state(parameter)
 
     def values(self, iteration: int, total: int) -> dict[str, float]:
         """Scheduled values of one iteration, as they are logged."""
@@ -106,7 +95,7 @@ class Optimizer:
 
     def set_values(self, values: Mapping[str, float]) -> None:
         """Apply what :meth:`values` gave."""
-        for group, setting in zip(self._adamw.param_groups, self._settings, strict=True):
+        for group, setting in zip(self._optimizer.param_groups, self._settings, strict=True):
             lr = values["last_layer_lr" if setting.is_last_layer else "lr"]
             group["lr"] = lr * setting.lr_mult
             group["weight_decay"] = values["weight_decay"] * setting.wd_mult
@@ -114,8 +103,8 @@ class Optimizer:
     def gradient_norms(self) -> dict[str, Tensor]:
         """The 2-norm of each network's gradient over all processes, before clipping."""
         norms = {}
-        for network in self.networks:
-            gradients = list(self._gradients(network))
+        for network, module in self.networks.items():
+            gradients = [p.grad for p in module.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
             norms[network] = norm.full_tensor() if isinstance(norm, DTensor) else norm
         return norms
@@ -128,22 +117,22 @@ class Optimizer:
             parameters = list(self.networks[network].parameters())
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad, norm)
 
-    def _gradients(self, network: str) -> Iterator[Tensor]:
-        for parameter in self.networks[network].parameters():
-            if parameter.grad is not None:
-                yield parameter.grad
-
     def step(self) -> None:
-        self._adamw.step()
+        self._optimizer.step()
 
     def zero_grad(self) -> None:
-        self._adamw.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=True)
 
-    def named_state(self) -> dict[str, Tensor]:
-        """The moments and step counts by parameter name, to save or to load in place."""
-        state: dict[str, Tensor] = {}
+    def _entries(self) -> Iterator[tuple[str, str, Tensor]]:
         for name, parameter in self._names.items():
-            entries: dict[str, Any] = self._adamw.state[parameter]
+            entries: dict[str, Any] = self._optimizer.state[parameter]
             for key, value in entries.items():
-                state[f"{name}.{key}"] = value
-        return state
+                yield name, key, value
+
+    def state(self) -> dict[str, Tensor]:
+        """What it keeps of each parameter, by name, to save or to load in place."""
+        return {f"{name}.{key}": value for name, key, value in self._entries()}
+
+    def owners(self) -> dict[str, str]:
+        """The parameter that each entry of :meth:`state` belongs to."""
+        return {f"{name}.{key}": name for name, key, _ in self._entries()}

@@ -1,4 +1,4 @@
-"""The training loop. It knows no loss, no backbone and no dataset."""
+"""The training loop. It knows no method, no network, no loss and no dataset."""
 
 from __future__ import annotations
 
@@ -6,85 +6,103 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from attrs import define, field
-from dinov3_ssl.configs import TrainingConfig, momentum
-from dinov3_ssl.lockstep import Alone
-from dinov3_ssl.networks import Networks
-from dinov3_ssl.objective import Objective
+from attrs import define, field, frozen
 from torch import Tensor
 
-from dinov3_framework.checkpoints.store import CheckpointStore
+from dinov3_framework.checkpoints.store import CheckpointStore, Restored
 from dinov3_framework.contracts.running import Observer, StepRecord
-from dinov3_framework.data.loader import Batch, BatchMaker, TrainingLoader
+from dinov3_framework.contracts.training import Batch, Step, TrainUnit
+from dinov3_framework.data.loader import BatchMaker, TrainingLoader
+from dinov3_framework.data.workers import WorkerError
 from dinov3_framework.errors import DivergenceError, PeerError, UserError
 from dinov3_framework.randomness import keyed_seed
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.console import TrainingProgress
 from dinov3_framework.runtime.stopping import StopFlag
+from dinov3_framework.training import TrainingConfig
 from dinov3_framework.training.clock import StepClock
-from dinov3_framework.training.metrics import Agreement, MetricsFile, agree
+from dinov3_framework.training.coordination import NullCoordinator
+from dinov3_framework.training.metrics import FiniteCheck, MetricsFile, reduce_step_metrics
 from dinov3_framework.training.optimizer import Optimizer
 from dinov3_framework.training.run import TrainingRun
 
 log = logging.getLogger(__name__)
+
+Reduce = Callable[
+    [Mapping[str, Tensor | float], Mapping[str, Tensor], bool, torch.device], FiniteCheck
+]
 
 
 class OutOfMemory(UserError):
     """A step did not fit."""
 
 
+@frozen
+class StepOutcome:
+    """What all processes know after a step, and how long this one waited for its batches."""
+
+    check: FiniteCheck
+    wait: float  # seconds
+
+
 @define
 class Trainer:
-    """All that a step touches, and the order in which it does."""
+    """Drives a train unit: loader, micro-batches, optimizer, checkpoints, observers."""
 
     config: TrainingConfig
-    networks: Networks
-    objective: Objective
+    unit: TrainUnit
     optimizer: Optimizer
-    maker: BatchMaker
+    maker: BatchMaker[Any, Any]
     store: CheckpointStore
     observers: Mapping[str, Observer]
     run: TrainingRun
+    clock: StepClock
+    coordinator: NullCoordinator = field(factory=NullCoordinator)
+    reduce: Reduce = reduce_step_metrics
     done: int = 0  # iterations
     origin: Mapping[str, str] = {}  # of the first values, where they were not drawn
-    memory: Mapping[str, Any] = {}  # what checkpoints remember besides tensors
-    # Looks at what a checkpoint remembers before it is loaded, and may raise.
-    accept: Callable[[Mapping[str, Any]], None] | None = None
-    peers: Alone = field(factory=Alone)
     _skipped: int = field(default=0, init=False)  # in a row
+    _streams: dict[str, Any] = field(factory=dict, init=False)  # where streams go on, by part
 
     @property
     def device(self) -> torch.device:
         return self.run.device
 
-    @property
-    def clock(self) -> StepClock:
-        return self.objective.clock
-
     # ------------------------------------------------------------------ state
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint holds, by name, to save or to load in place."""
-        optimizer = {f"optimizer.{k}": v for k, v in self.optimizer.named_state().items()}
-        return self.networks.named_state() | self.objective.named_state() | optimizer
+        return self.unit.state() | {f"optimizer.{k}": v for k, v in self.optimizer.state().items()}
 
     def resume(self, step: int | None = None) -> bool:
         """Go on from the newest whole checkpoint, or that of ``step``; whether there was one."""
-        restored = self.store.restore(self.tensors(), accept=self.accept, step=step)
+        restored = self.store.restore(self.tensors(), accept=self.unit.accept, step=step)
         if restored is None:
             return False
-        self.done = restored.step
-        self.origin = restored.state.get("init_from", {})
+        self.restored(restored)
         log.info("Going on after iteration %s, from %s", f"{self.done:,}", restored.path)
         return True
 
+    def restored(self, restored: Restored) -> None:
+        """Take over from a checkpoint what is no tensor."""
+        self.done = restored.step
+        self.origin = restored.state.get("init_from", {})
+        self._streams = restored.state.get("streams", {})
+
     def _save(self) -> None:
-        state: dict[str, Any] = {"iterations": self.config.iterations, **self.memory}
+        state: dict[str, Any] = {"iterations": self.config.iterations, **self.unit.notes()}
         if self.origin:
             state["init_from"] = dict(self.origin)
-        self.store.save(self.done, self.tensors(), state)
+        if self._streams:
+            parts: list[Any] = collectives.all_gather_object(self._streams)
+            state["streams"] = {name: each for part in parts for name, each in part.items()}
+        path = self.store.save(self.done, self.tensors(), state)
+        for name, observer in self.observers.items():
+            with _observing(name):
+                observer.on_checkpoint(self.run, self.done, path)
 
     # ------------------------------------------------------------------ loop
     def train(self) -> None:
@@ -96,11 +114,16 @@ class Trainer:
             else None
         )
         loader = TrainingLoader(
-            self.maker, self.config.loader, self.done, total, self.device.type == "cuda"
+            self.maker,
+            self.config.loader,
+            self.done,
+            total,
+            self.device.type == "cuda",
+            streams=self._streams,
         )
         batches = iter(loader)
         try:
-            shown = self.run.is_main and self.peers.speaks
+            shown = self.run.is_main and self.coordinator.is_logging_rank
             with StopFlag() as stop, TrainingProgress(self.done, total, shown) as bar:
                 self._write(metrics, self._start_observers())
                 while self.done < total:
@@ -122,27 +145,27 @@ class Trainer:
     ) -> None:
         started = time.perf_counter()
         try:
-            agreement, wait = self._step(batches, self.peers.share(bool(stop)))
+            outcome = self.step(batches, self.coordinator.any_stop(bool(stop)))
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory(error) from error
         except DivergenceError as error:
-            self.peers.leave(str(error))
+            self.coordinator.announce_exit(str(error))
             raise
         self.done += 1
-        left = self.peers.last_words()
+        left = self.coordinator.gather_exit_reasons()
         seconds = time.perf_counter() - started
-        figures = agreement.metrics | {
+        measured = outcome.check.metrics | {
             "images_per_second": self.config.batch_size / seconds,
-            "data_wait": wait,
+            "data_wait": outcome.wait,
         }
         if self._is_logged() or self.device.type != "cuda":  # it waits for the device
-            figures |= self.clock.read()
-        bar.update(self.done, figures["loss"], figures["images_per_second"], wait)
-        observed = self._call_observers(figures)
+            measured |= self.clock.read()
+        bar.update(self.done, measured["loss"], measured["images_per_second"], outcome.wait)
+        observed = self._call_observers(measured)
         if observed or self._is_logged():
-            self._write(metrics, figures | observed)
+            self._write(metrics, measured | observed)
         last = self.done == self.config.iterations
-        stopping = agreement.stop and not last
+        stopping = outcome.check.stop and not last
         if stopping or last or left or self.done % self.config.checkpoint.every == 0:
             self._save()
         if left:
@@ -156,70 +179,65 @@ class Trainer:
     def _is_logged(self) -> bool:
         return self.done % self.config.log_every == 0 or self.done == self.config.iterations
 
-    def _write(self, metrics: MetricsFile | None, figures: Mapping[str, float]) -> None:
-        if metrics is not None and figures:
-            metrics.write(self.done, figures)
+    def _write(self, metrics: MetricsFile | None, values: Mapping[str, float]) -> None:
+        if metrics is not None and values:
+            metrics.write(self.done, values)
 
     # ------------------------------------------------------------------ one step
-    def _step(self, batches: Iterator[Batch], stop: bool) -> tuple[Agreement, float]:
-        """One optimizer step, or none if anybody's losses or gradients are not finite."""
+    def step(self, batches: Iterator[Batch], stop: bool = False) -> StepOutcome:
+        """One optimizer step, or none if any process's losses or gradients are not finite."""
         iteration, total = self.done, self.config.iterations
         values = self.optimizer.values(iteration, total)
-        values["momentum"] = momentum(self.config).at(iteration, total)
         self.optimizer.set_values(values)
+        values |= {name: s.at(iteration, total) for name, s in self.unit.schedules.items()}
+        step = Step(iteration, total, values, self.clock.phase)
         self.clock.begin()
-        for name in self.networks.start_anchors(iteration):
-            log.info("Anchor of loss %r begins after iteration %d", name, iteration)
-        buffers = [(tensor, tensor.clone()) for tensor in self.buffers()]
-        figures, losses, wait = self._forward_backward(batches, iteration)
+        self.unit.before_step(step)
+        before = [(tensor, tensor.clone()) for tensor in self.unit.changed_by_forward()]
+        metrics, losses, wait = self._forward_backward(batches, step)
         norms = self.optimizer.gradient_norms()
-        figures |= values | {f"gradient_norm/{name}": norm for name, norm in norms.items()}
+        metrics |= values | {f"gradient_norm/{name}": norm for name, norm in norms.items()}
         guarded = {f"loss {name!r}": loss for name, loss in losses.items()}
         guarded |= {f"gradient of {name}": norm for name, norm in norms.items()}
-        agreement = agree(figures, guarded, stop, self.device)
-        if agreement.nonfinite:
-            for tensor, before in buffers:
-                tensor.copy_(before)
-            self._skip(agreement.nonfinite)
+        check = self.reduce(metrics, guarded, stop, self.device)
+        if check.nonfinite:
+            for tensor, value in before:
+                tensor.copy_(value)
+            self._skip(check.nonfinite)
+            self.unit.after_step(step, applied=False)
         else:
             self._skipped = 0
             with self.clock.phase("optimizer"):
                 self.optimizer.clip(norms)
                 self.optimizer.step()
-                self.networks.update_teacher(values["momentum"])
-        for name in self.networks.refresh_anchors(iteration + 1):
-            log.info("Anchor of loss %r refreshed after iteration %d", name, iteration + 1)
+                self.unit.after_step(step, applied=True)
         self.optimizer.zero_grad()
-        return agreement, wait
-
-    def buffers(self) -> Iterator[Tensor]:
-        """What a forward pass may change without the optimizer."""
-        yield from self.objective.named_state().values()
-        yield from self.networks.student.buffers()
+        return StepOutcome(check, wait)
 
     def _forward_backward(
-        self, batches: Iterator[Batch], iteration: int
+        self, batches: Iterator[Batch], step: Step
     ) -> tuple[dict[str, Tensor | float], dict[str, Tensor], float]:
-        """Gradients of one step's batch; figures and losses are means over its passes."""
-        passes, wait = self.config.accumulation_steps, 0.0
-        figures: dict[str, Any] = defaultdict(float)
+        """Gradients of one step's batch; metrics and losses are means over its micro-batches."""
+        count, wait = self.config.accumulation_steps, 0.0
+        metrics: dict[str, Any] = defaultdict(float)
         losses: dict[str, Any] = defaultdict(float)
-        for micro in range(passes):
+        for micro in range(count):
             asked = time.perf_counter()
-            batch = self.peers.next(batches).to(self.device)
+            batch = self.coordinator.next(batches).to(self.device)
             wait += time.perf_counter() - asked
             # Drop path and RoPE augmentation draw from the global generator.
             rank = collectives.rank()
-            torch.manual_seed(keyed_seed(self.config.seed, "forward", iteration, micro, rank))
-            outcome = self.objective(batch, iteration)
+            seed = keyed_seed(self.config.seed, "forward", step.iteration, micro, rank)
+            torch.manual_seed(seed)
+            result = self.unit.forward(batch, step)
             with self.clock.phase("backward"):
-                (outcome.total / passes).backward()
-            for name, loss in outcome.losses.items():
-                losses[name] = losses[name] + loss / passes
-            terms = {**outcome.metrics, **outcome.losses, "loss": outcome.total.detach()}
+                (result.total / count).backward()  # type: ignore[no-untyped-call]
+            for name, loss in result.losses.items():
+                losses[name] = losses[name] + loss / count
+            terms = {**result.metrics, **result.losses, "loss": result.total.detach()}
             for name, value in terms.items():
-                figures[name] = figures[name] + value / passes
-        return dict(figures), dict(losses), wait
+                metrics[name] = metrics[name] + value / count
+        return dict(metrics), dict(losses), wait
 
     def _skip(self, nonfinite: Mapping[str, list[int]]) -> None:
         self._skipped += 1
@@ -236,32 +254,66 @@ class Trainer:
             )
 
     def _out_of_memory(self, error: Exception) -> OutOfMemory:
-        layout = self.maker.layout
-        views = ", ".join(
-            f"{v.crops} x {v.size} px" for v in self.maker.augmentation.views.values()
-        )
+        count, what = self.maker.layout.per_micro_batch, self.maker.describe_item()
+        each = f" ({what} each)" if what else ""
         return OutOfMemory(
-            f"out of memory with {layout.per_pass} images per process and pass ({views} each): "
-            f"{error}\n    What helps: {', '.join(_savings(self.config))}.\n"
-            f"    dinov3-run RECIPE --rehearse --world-size {layout.world_size} estimates what a "
-            "step takes."
+            f"out of memory with {count} images per process and micro-batch{each}: {error}\n"
+            f"    What helps: {', '.join([*_savings(self.config), *self.unit.memory_hints()])}."
         )
 
     # ------------------------------------------------------------------ observers
     def _start_observers(self) -> dict[str, float]:
-        figures: dict[str, float] = {}
-        for observer in self.observers.values():
-            figures |= observer.on_start(self.run, self.done) or {}
-        return figures
-
-    def _call_observers(self, figures: Mapping[str, float]) -> dict[str, float]:
-        record = StepRecord(self.done, dict(figures))
         added: dict[str, float] = {}
         for name, observer in self.observers.items():
-            every = self.config.observers[name].every
-            if self.done % every == 0 or self.done == self.config.iterations:
-                added |= observer.on_step(self.run, record) or {}
+            with _observing(name):
+                added |= observer.on_start(self.run, self.done) or {}
         return added
+
+    def _call_observers(self, measured: Mapping[str, float]) -> dict[str, float]:
+        """What observers add; those that follow metrics come last, and see all of them."""
+        added: dict[str, float] = {}
+        last = self.done == self.config.iterations
+        for name in sorted(self.observers, key=lambda n: self.observers[n].follows_metrics):
+            if last or self.done % self.config.observers[name].every == 0:
+                observer = self.observers[name]
+                seen = {**measured, **added} if observer.follows_metrics else dict(measured)
+                with _observing(name):
+                    added |= observer.on_step(self.run, StepRecord(self.done, seen)) or {}
+        return added
+
+    def conclude(self) -> dict[str, Any]:
+        """What observers add to the results at the end."""
+        results: dict[str, Any] = {}
+        for name, observer in self.observers.items():
+            with _observing(name):
+                for key, value in (observer.on_end(self.run) or {}).items():
+                    known = results.get(key)
+                    both = isinstance(known, dict) and isinstance(value, Mapping)
+                    results[key] = {**known, **value} if both else value
+        return results
+
+    def close(self, error: BaseException | None) -> None:
+        """Tell observers that the run ends; what they raise is logged and changes nothing."""
+        for name, observer in self.observers.items():
+            try:
+                observer.on_close(self.run, error)
+            except Exception:
+                log.exception("observer %r failed while the run was closed", name)
+
+
+@contextmanager
+def _observing(name: str) -> Iterator[None]:
+    """Report a loader worker that dies in an observer's own loader as the observer's."""
+    try:
+        yield
+    except WorkerError as error:
+        raise WorkerError(f"observer {name!r}: {error}") from error
+    except RuntimeError as error:
+        if complaint := WorkerError.of(error):
+            raise WorkerError(
+                f"observer {name!r}: {complaint} of its own loader\n    {error}"
+            ) from error
+        raise
 
 
 def _savings(config: TrainingConfig) -> Iterator[str]:
@@ -273,8 +325,4 @@ def _savings(config: TrainingConfig) -> Iterator[str]:
         yield 'parallel.param_dtype = "bf16"'
     if parallel.replicas > 1:
         yield "fewer parallel.replicas"
-    for name, loss in config.losses.items():
-        if getattr(loss, "chunk", 0) is None:
-            yield f"losses.{name}.chunk"
-    yield from ("a larger accumulation_steps", "more processes", "smaller crops")
-    yield "fewer prototypes"
+    yield from ("a larger accumulation_steps", "more processes")

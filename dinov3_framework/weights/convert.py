@@ -113,7 +113,7 @@ def _format(target: Path, format: str | None, registry: Registry) -> str:
             if chosen is None
             else f"there is no format {chosen!r}"
         )
-        + f"; choose one of {', '.join(known)}{registry.failed_plugins()}"
+        + f"; choose one of {', '.join(known)}"
     )
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts.networks import Backbone
-from dinov3_framework.data.features import evaluating
-from dinov3_framework.data.fit import SQUARE, EvaluationTransform, ImageFit
+from dinov3_framework.data.images import SQUARE, EvaluationTransform, ImageFit
+from dinov3_framework.data.inference import evaluating, group_by_shape
 from dinov3_framework.data.tokens import TokenReader
 from dinov3_framework.errors import DataError
 from dinov3_framework.kinds import BackboneConfig
@@ -127,14 +127,10 @@ class LoadedBackbone:
     def _read(self, reader: TokenReader, pixels: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """Outputs of each image; those of one shape pass the backbone together."""
         first = next(self.backbone.parameters())
-        places: dict[torch.Size, list[int]] = {}
-        for place, image in enumerate(pixels):
-            places.setdefault(image.shape, []).append(place)
         found: list[dict[str, Tensor]] = [{} for _ in pixels]
-        for same in places.values():
-            batch = torch.stack([pixels[place] for place in same])
+        for places, batch in group_by_shape(pixels):
             for name, values in reader(batch.to(first.device, first.dtype)).items():
-                for place, value in zip(same, values.float().cpu(), strict=True):
+                for place, value in zip(places, values.float().cpu(), strict=True):
                     found[place][name] = value
         return found
 

@@ -17,7 +17,7 @@ from dinov3_framework.registry import Registry
 from dinov3_framework.runtime.agreement import RankFailure, together
 from dinov3_framework.runtime.processes import pick_device
 from dinov3_framework.weights.loaded import LoadedBackbone
-from dinov3_framework.weights.locations import exists
+from dinov3_framework.weights.locations import exists, published_file
 from dinov3_framework.weights.source import WeightSource
 
 if TYPE_CHECKING:
@@ -60,11 +60,24 @@ def describe_backbone(
     *,
     network: str = "teacher",
     images: ImagesConfig | None = None,
+    fetch: bool = True,
     registry: Registry | None = None,
 ) -> LoadedBackbone:
     """As :func:`load_backbone`, with the backbone on the meta device: names and shapes are
-    checked, values are not read and take no memory."""
+    checked, values are not read and take no memory.
+
+    Without ``fetch`` nothing is downloaded: published weights that are not a file here are
+    described by what is known of them.
+    """
     registry = registry if registry is not None else Registry.load()
+    file = None if fetch or Path(source).exists() else published_file(str(source), registry)
+    if file is not None:
+        with torch.device("meta"):
+            backbone = registry.build(file.config)
+        provenance = {"known as": f"the published {file.file}"}
+        component = registry.of_config(file.config).component.name
+        shown = file.images, file.size, provenance, component, file.config, str(source)
+        return LoadedBackbone(backbone.eval(), *shown)
     with WeightSource.open(source, registry, network=network, images=images) as weights:
         backbone = weights.build()
         weights.check_fit(backbone)
@@ -75,6 +88,7 @@ def load_sharded(
     source: str | Path,
     *,
     sharder: Sharder,
+    trains: bool = False,
     network: str = "teacher",
     images: ImagesConfig | None = None,
     registry: Registry | None = None,
@@ -83,7 +97,8 @@ def load_sharded(
 
     To be called by every process, each of which must see ``source``. Each reads it for itself, one
     tensor at a time, and keeps its shards: none ever holds the whole backbone. Parameters are in
-    float32; ``sharder`` says what they are gathered in. What any process raises ends all of them.
+    float32; ``sharder`` says what they are gathered in. A backbone that ``trains`` is placed as
+    such. What any process raises ends all of them.
     """
     registry = registry if registry is not None else Registry.load()
 
@@ -91,7 +106,7 @@ def load_sharded(
         with WeightSource.open(source, registry, network=network, images=images) as weights:
             blueprint = weights.build()
             weights.check_fit(blueprint)
-            placed = sharder.place(copy.deepcopy(blueprint), trains=False)
+            placed = sharder.place(copy.deepcopy(blueprint), trains=trains)
             weights.load_shards(placed, blueprint)
             return _loaded(source, weights, placed, registry)
 
@@ -117,14 +132,17 @@ def _loaded(
 
 
 # --------------------------------------------------------------------------- of a recipe
-def describe_recipe_backbone(config: BackboneTaskConfig, registry: Registry) -> LoadedBackbone:
+def describe_recipe_backbone(
+    config: BackboneTaskConfig, registry: Registry, *, simulated: bool = False
+) -> LoadedBackbone:
     """The backbone of a recipe for its check, on the meta device: names and shapes are right.
 
-    Raises ``RecipeError`` for a contradiction and ``CheckpointError`` for wrong weights.
+    For a ``simulated`` run nothing is downloaded. Raises ``RecipeError`` for a contradiction and
+    ``CheckpointError`` for wrong weights.
     """
     _refuse_contradictions(config, registry)
     if config.weights is not None:
-        return describe_backbone(config.weights, registry=registry)
+        return describe_backbone(config.weights, fetch=not simulated, registry=registry)
     images = config.images or ImagesConfig()
     backbone = replace(cast(Any, config.backbone), in_chans=images.channels)
     component = registry.of_config(backbone).component.name
@@ -144,16 +162,19 @@ def load_recipe_backbone(
     config: BackboneTaskConfig,
     registry: Registry,
     device: str = "auto",
+    *,
     sharder: Sharder | None = None,
+    trains: bool = False,
 ) -> LoadedBackbone:
     """The backbone of a recipe, with its weights or as initialized, in eval mode.
 
     Whole on this process's accelerator if ``device`` is ``auto``, else there; or spread over the
-    processes by ``sharder``. Errors as of :func:`describe_recipe_backbone`.
+    processes by ``sharder``, as one that ``trains``. Errors as of
+    :func:`describe_recipe_backbone`.
     """
     _refuse_contradictions(config, registry)
     if config.weights is not None and sharder is not None:
-        return load_sharded(config.weights, sharder=sharder, registry=registry)
+        return load_sharded(config.weights, sharder=sharder, trains=trains, registry=registry)
     if config.weights is not None:
         return load_backbone(config.weights, device=pick_device(device), registry=registry)
     from dinov3_framework.parallel.sharder import initial_values, initialise  # takes long
@@ -163,7 +184,7 @@ def load_recipe_backbone(
     if sharder is None:
         backbone: Any = initial_values(blueprint, seed).to(pick_device(device))
     else:
-        backbone = sharder.place(copy.deepcopy(blueprint), trains=False)
+        backbone = sharder.place(copy.deepcopy(blueprint), trains=trains)
         initialise(backbone, blueprint, seed)
     return attrs.evolve(described, backbone=backbone.eval())
 

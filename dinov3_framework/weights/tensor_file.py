@@ -1,7 +1,6 @@
-"""Writes safetensors files one tensor at a time.
+"""Write tensors to files piece by piece: safetensors and NumPy files larger than the memory.
 
-The safetensors library wants all tensors of a file in memory at once; here a file may be larger
-than the memory. Reading is the library's.
+The safetensors library wants all tensors of a file in memory at once. Reading is the library's.
 """
 
 from __future__ import annotations
@@ -11,7 +10,9 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,37 +40,71 @@ def write_tensor_file(
     tensors: Iterable[tuple[str, Tensor]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write ``path`` in place: ``tensors`` in any order, as ``specs`` announces them.
+    """Write a safetensors file in place: ``tensors`` in any order, as ``specs`` announces them.
 
-    Equal input gives equal bytes, in whatever order it comes. Raises ``OSError`` where the file
-    cannot be written, ``ValueError`` for a tensor that is not as announced or never comes. Write
-    aside and rename, as ``durable.written_aside`` does, where half a file would be mistaken for a
-    whole one.
+    A tensor may come in pieces along its first axis, under its name each. Equal input gives equal
+    bytes, in whatever order it comes. Raises ``OSError`` where the file cannot be written,
+    ``ValueError`` for a tensor that is not as announced or never comes whole. Write aside and
+    rename, as ``durable.written_aside`` does, where half a file would be mistaken for a whole one.
     """
-    header, places = file_header(specs, metadata)
-    waiting = dict(places)
+    header, missing = _header(specs, metadata)
     with path.open("wb") as file:
-        # All of the space at once: a disk that is too small says so now, not hours later.
-        size = len(header) + max((stop for _, stop in places.values()), default=0)
-        os.posix_fallocate(file.fileno(), 0, size)
+        _reserve(file, len(header) + max((stop for _, stop in missing.values()), default=0))
         file.write(header)
-        for name, tensor in tensors:
-            if name not in waiting:
+        for name, piece in tensors:
+            if name not in missing:
                 raise ValueError(f"{name!r} was not announced, or comes twice")
-            if (tensor.dtype, tuple(tensor.shape)) != specs[name]:
-                given = f"{tensor.dtype} {list(tensor.shape)}"
-                raise ValueError(f"{name!r} is {given}, not {specs[name]}")
-            start, _ = waiting.pop(name)
+            start, stop = missing.pop(name)
+            if not _is_piece(piece, *specs[name], stop - start):
+                given = f"{piece.dtype} {list(piece.shape)}"
+                raise ValueError(f"{name!r} is {given}, not {specs[name]} or what is left of it")
             file.seek(len(header) + start)
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
-    if waiting:
-        raise ValueError(f"announced and never given: {', '.join(sorted(waiting))}")
+            start += file.write(_bytes(piece))
+            if start < stop:
+                missing[name] = (start, stop)
+    if missing:
+        raise ValueError(f"announced and never given: {', '.join(sorted(missing))}")
 
 
-def file_header(
-    specs: Specs, metadata: Mapping[str, str]
-) -> tuple[bytes, Mapping[str, tuple[int, int]]]:
+def write_array_file(
+    path: Path, dtype: torch.dtype, shape: Shape, pieces: Iterable[Tensor]
+) -> None:
+    """Write one tensor as a NumPy file, from pieces along its first axis.
+
+    Raises as :func:`write_tensor_file` does, and ``TypeError`` for bfloat16, which NumPy lacks.
+    """
+    described = torch.empty(0, dtype=dtype).numpy().dtype.str
+    left = dtype.itemsize * math.prod(shape)
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_2_0(
+            file, {"descr": described, "fortran_order": False, "shape": tuple(shape)}
+        )
+        _reserve(file, file.tell() + left)
+        for piece in pieces:
+            if not _is_piece(piece, dtype, shape, left):
+                raise ValueError(f"{piece.dtype} {list(piece.shape)} is no piece of {list(shape)}")
+            left -= file.write(_bytes(piece))
+    if left:
+        raise ValueError(f"{left:,} bytes of {dtype} {list(shape)} never came")
+
+
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Take all of the space at once: a disk that is too small says so now, not hours later."""
+    os.posix_fallocate(file.fileno(), 0, size)
+
+
+def _is_piece(piece: Tensor, dtype: torch.dtype, shape: Shape, left: int) -> bool:
+    alike = piece.dtype == dtype and piece.ndim == len(shape)
+    return alike and tuple(piece.shape[1:]) == tuple(shape[1:]) and piece.nbytes <= left
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, in row-major order."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _header(specs: Specs, metadata: Mapping[str, str]) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """The file's beginning, and where each tensor's bytes lie after it: (start, stop), in order."""
     # The widest types first, so that every tensor is aligned to its own.
     order = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dinov3_convnext.configs import STAGES, STRIDE, ConvNextConfig
 from dinov3_convnext.layers import EPSILON, Block, downsampling, stem
-from dinov3_framework import Backbone, UserError
+from dinov3_framework import Backbone, FeatureInfo, UserError
 
 
 class ConvNeXt(Backbone):
@@ -66,6 +66,12 @@ class ConvNeXt(Backbone):
                 module.reset_parameters()
             elif isinstance(module, Block):
                 module.init_scale()
+
+    @property
+    def feature_info(self) -> tuple[FeatureInfo, ...]:
+        """Strides 4, 8, 16 and 32, or that of ``patch_size`` for all."""
+        strides = [self.config.patch_size or STRIDE >> (STAGES - 1 - i) for i in range(STAGES)]
+        return tuple(map(FeatureInfo, self.config.dims, strides))
 
     # ----------------------------------------------------------------------- features
     def forward_features(
@@ -190,6 +196,12 @@ class ConvNeXt(Backbone):
             )
 
     # ----------------------------------------------------------------------- for the engine
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """As the published models were trained: norms between stages decay, others do not."""
+        return parameter.ndim > 1 or (
+            name.startswith("downsample_layers.") and name.endswith("weight")
+        )
+
     def blocks_to_shard(self) -> Iterable[nn.Module]:
         """The blocks of all stages: a stage would be most of the network at once."""
         return [block for stage in self.stages for block in stage.children()]

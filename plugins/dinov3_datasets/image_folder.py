@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from dinov3_datasets.configs import ImageFolderConfig
-from dinov3_datasets.decoding import MODES, decode
 from dinov3_datasets.listing import FileList, image_files
 from dinov3_framework import DataError, Dataset, Sample, Target
+from dinov3_framework.data.pictures import MODES, read_image
 
 
 class ImageFolder(Dataset):
@@ -41,7 +41,7 @@ class ImageFolder(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]  # negative ones, and IndexError past the end
-        image = decode(self.root / self.files[index], self.channels, self.config.max_pixels)
+        image = read_image(self.root / self.files[index], self.channels, self.config.max_pixels)
         return Sample(image, {} if self.labels is None else {"label": int(self.labels[index])})
 
     def name(self, index: int) -> str:

@@ -10,25 +10,35 @@ import torch
 from attrs import frozen
 
 from dinov3_features.configs import FeaturesTaskConfig
-from dinov3_features.loop import DTYPES
-from dinov3_features.parts import Row
-from dinov3_features.reading import FittedImages, ReadImage
+from dinov3_features.extract import DTYPES
 from dinov3_framework.contracts.data import Dataset
-from dinov3_framework.data.fit import ImageFit
+from dinov3_framework.data.images import ImageFit
+from dinov3_framework.data.inference import FitSamples, FittedImages, InferenceLoader
 from dinov3_framework.data.tokens import TokenReader, layers_complaint
 from dinov3_framework.errors import DataError, OutputError, Problem, RecipeError, UserError
 from dinov3_framework.parallel.check import parallel_problems
 from dinov3_framework.weights.loaded import LoadedBackbone
 
 _LOOKED_AT = 16  # images that a check reads
-_MIB = 2**20
+
+Size = tuple[int, int]  # height and width in pixels
+Shapes = Mapping[str, tuple[int, ...]]  # of the outputs of one image
 
 
 def problems(
     config: FeaturesTaskConfig, subject: LoadedBackbone, fit: ImageFit, processes: int
 ) -> Iterator[Problem]:
     """What is wrong whatever the images are."""
-    yield from _parallel_problems(config, processes)
+    parallel = config.parallel
+    for key, off in (("checkpointing", "none"), ("compile", False), ("fp8", "off")):
+        if getattr(parallel, key) != off:
+            yield Problem(f"parallel.{key}", "is for training runs", "leave it out")
+    if config.sharded:
+        yield from parallel_problems(parallel, processes)
+    elif parallel.replicas > 1:
+        yield Problem(
+            "parallel.replicas", "every process holds all of the backbone", "set sharded = true"
+        )
     if config.format == "npy" and config.dtype == "bf16":
         yield Problem("dtype", "NumPy files know no bf16", 'take "fp16" or format = "safetensors"')
     if config.format == "npy" and not config.merge:
@@ -40,56 +50,74 @@ def problems(
         yield Problem("layers", complaint_of_layers)
 
 
-def _parallel_problems(config: FeaturesTaskConfig, processes: int) -> Iterator[Problem]:
-    parallel = config.parallel
-    for key, off in (("checkpointing", "none"), ("compile", False), ("fp8", "off")):
-        if getattr(parallel, key) != off:
-            yield Problem(f"parallel.{key}", "is for training runs", "leave it out")
-    if config.sharded:
-        yield from parallel_problems(parallel, processes)
-    elif parallel.replicas > 1:
-        yield Problem(
-            "parallel.replicas", "every process holds all of the backbone", "set sharded = true"
-        )
-
-
 @frozen
-class Look:
+class Sight:
     """A few images spread over the dataset, and what became of them."""
 
-    rows: Sequence[Row]
-    shapes: Sequence[tuple[int, int]]  # pixels as the backbone sees them
+    sizes: Sequence[Size]  # as they were read
+    shapes: Sequence[Size]  # as the backbone sees them
     unreadable: int
 
     @classmethod
-    def at(cls, dataset: Dataset, fit: ImageFit) -> Look:
+    def of(cls, dataset: Dataset, fit: ImageFit) -> Sight:
         """Raises ``DataError`` for an image that the backbone cannot take."""
-        total = len(dataset)
-        if total == 0:
-            raise DataError(f"{dataset.describe()}: holds no images")
-        count = min(total, _LOOKED_AT)
-        images = FittedImages(dataset, fit)
-        items = [images[index * total // count] for index in range(count)]
-        for item in items:
-            if isinstance(item, str):
-                raise DataError(item)
-        read = [item for item in items if isinstance(item, ReadImage)]
-        shapes = [(image.pixels.shape[1], image.pixels.shape[2]) for image in read]
-        return cls([image.row for image in read], shapes, count - len(read))
+        count = min(len(dataset), _LOOKED_AT)
+        indices = [place * len(dataset) // count for place in range(count)]
+        loader = InferenceLoader(dataset, FitSamples(fit), [indices], collate=FittedImages.collate)
+        (batch,) = loader
+        for index, error in batch.refused.items():
+            raise DataError(f"{dataset.name(index)}: {error}")
+        if batch.data is None:
+            return cls([], [], count)
+        shapes = [(height, width) for _, height, width in batch.data.shapes]
+        return cls(batch.data.sizes, shapes, len(batch.corrupt))
 
     def describe(self) -> str:
-        if not self.rows:
+        if not self.sizes:
             return f"none of {self.unreadable} could be read"
-        sides = [(row.height, row.width) for row in self.rows]
-        low, high = min(sides), max(sides)
+        low, high = min(self.sizes), max(self.sizes)
         text = f"{low[0]} x {low[1]}" + ("" if low == high else f" to {high[0]} x {high[1]}")
         lost = f", {self.unreadable} unreadable" if self.unreadable else ""
-        return f"{text} px (of {len(self.rows) + self.unreadable} looked at{lost})"
+        return f"{text} px (of {len(self.sizes) + self.unreadable} looked at{lost})"
 
 
-def output_shapes(
-    reader: TokenReader, channels: int, height: int, width: int
-) -> Mapping[str, tuple[int, ...]] | None:
+def feature_rows(
+    config: FeaturesTaskConfig, reader: TokenReader, fit: ImageFit, sight: Sight, images: int
+) -> list[tuple[str, str]]:
+    """What the files will hold, and the room they take.
+
+    Raises ``OutputError`` where they will not fit, ``RecipeError`` for what the backbone lacks.
+    """
+    shapes: dict[Size, Shapes] = {}
+    for size in sorted(set(sight.shapes)):
+        found = _output_shapes(reader, fit.images.channels, *size)
+        if found is None:
+            break
+        shapes[size] = found
+    if not shapes or len(shapes) < len(set(sight.shapes)):
+        return [("disk", "the shapes of the features are known when they are there")]
+    rows = []
+    for name in next(iter(shapes.values())):
+        different = {each[name] for each in shapes.values()}
+        low, high = min(different), max(different)
+        text = str(list(low)) if low == high else f"{list(low)} to {list(high)}"
+        rows.append((name, f"{text} {config.dtype}"))
+    values = [sum(map(_values, shapes[size].values())) for size in sight.shapes]
+    per_image = sum(values) / len(values) * DTYPES[config.dtype].itemsize
+    about = "about " if fit.ragged else ""
+    more = ", twice that while parts are merged" if config.merge else ""
+    output_dir = Path(config.output_dir or "runs")
+    free = _require_room(output_dir, round(per_image * images), config.merge)
+    part = round(per_image * min(config.rows_per_part, images))
+    return [
+        *rows,
+        ("size", f"{about}{_mib(round(per_image * images))}{more}"),
+        ("free", f"{_mib(free)} at {output_dir}"),
+        ("part", f"{about}{_mib(part)} in each process's memory"),
+    ]
+
+
+def _output_shapes(reader: TokenReader, channels: int, height: int, width: int) -> Shapes | None:
     """Shape of each output of one image, found on the meta device.
 
     None if the backbone cannot be run there. Raises ``RecipeError`` for what it does not give.
@@ -110,47 +138,24 @@ def output_shapes(
     return {name: tuple(tensor.shape[1:]) for name, tensor in named.items()}
 
 
-@frozen
-class Estimate:
-    """Bytes on the disk."""
-
-    part: int
-    features: int
-    needed: int  # at the worst moment
-    free: int
-
-    @classmethod
-    def of(
-        cls,
-        config: FeaturesTaskConfig,
-        images: int,
-        shapes: Sequence[Mapping[str, tuple[int, ...]]],
-        output_dir: Path,
-    ) -> Estimate:
-        """``shapes`` are those of the images that were looked at."""
-        width = DTYPES[config.dtype].itemsize
-        per_image = sum(_values(each) for each in shapes) / len(shapes) * width
-        features = round(per_image * images)
-        written = sum(path.stat().st_size for path in output_dir.glob("features/part-*"))
-        needed = max(features * (2 if config.merge else 1) - written, 0)
-        folder = next(each for each in (output_dir, *output_dir.resolve().parents) if each.exists())
-        part = round(per_image * min(config.rows_per_part, images))
-        return cls(part, features, needed, shutil.disk_usage(folder).free)
-
-    def require_room(self, output_dir: Path) -> None:
-        """Raises ``OutputError`` where the features will not fit."""
-        if self.needed > self.free:
-            raise OutputError(
-                f"{output_dir}: the features need about {mib(self.needed)} there, "
-                f"{mib(self.free)} are free\n"
-                "    make room, choose another --output-dir, fewer outputs or layers, or dtype = "
-                '"fp16"; merge = false needs half of it'
-            )
+def _require_room(output_dir: Path, features: int, merge: bool) -> int:
+    """Bytes that are free; raises ``OutputError`` where ``features`` bytes will not fit."""
+    written = sum(path.stat().st_size for path in output_dir.glob("features/part-*"))
+    needed = max(features * (2 if merge else 1) - written, 0)
+    folder = next(each for each in (output_dir, *output_dir.resolve().parents) if each.exists())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OutputError(
+            f"{output_dir}: the features need about {_mib(needed)} there, {_mib(free)} are free\n"
+            "    make room, choose another --output-dir, fewer outputs or layers, or dtype = "
+            '"fp16"; merge = false needs half of it'
+        )
+    return free
 
 
-def _values(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return sum(torch.Size(shape).numel() for shape in shapes.values())
+def _values(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
 
 
-def mib(count: int) -> str:
-    return f"{count / _MIB:,.1f} MiB"
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from dinov3_features.check import Estimate, Look, mib, output_shapes, problems
+import torch
+
+from dinov3_features.check import Sight, feature_rows, problems
 from dinov3_features.configs import FeaturesTaskConfig
-from dinov3_features.loop import DTYPES, Extraction, extract_parts
-from dinov3_features.merge import Summary, merge, summarise, write_tables
-from dinov3_features.parts import FOLDER, PartStore, Plan, digest
-from dinov3_features.placing import placed_subject
+from dinov3_features.extract import DTYPES, Extraction, extract_parts, log
+from dinov3_features.parts import FOLDER, Partition, PartStore, merge, summarize, write_tables
 from dinov3_framework.contracts.data import Dataset
 from dinov3_framework.contracts.running import Plan, Task
-from dinov3_framework.data.fit import ImageFit
+from dinov3_framework.data.images import SQUARE, ImageFit
 from dinov3_framework.data.tokens import TokenReader
 from dinov3_framework.errors import DataError, RecipeError
+from dinov3_framework.parallel.sharder import Sharder
 from dinov3_framework.parallel.state_dicts import full_tensors
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.agreement import RankFailure, from_main
-from dinov3_framework.runtime.output import write_results
 from dinov3_framework.runtime.processes import pick_device
+from dinov3_framework.runtime.results import write_results
 from dinov3_framework.weights.loaded import LoadedBackbone
-from dinov3_framework.weights.loading import describe_recipe_backbone
-
-log = logging.getLogger(__name__)
+from dinov3_framework.weights.loading import describe_recipe_backbone, load_recipe_backbone
+from dinov3_framework.weights.tensor_file import CODES
 
 
 class FeaturesTask(Task):
@@ -47,6 +45,7 @@ class FeaturesTask(Task):
             raise RecipeError(found)
         pick_device(config.parallel.device)
         reader = self._reader(subject)
+        dataset: Dataset | None = None
         missing: list[str] = []
         images: list[tuple[str, str]] = []
         features: list[tuple[str, str]] = []
@@ -55,147 +54,116 @@ class FeaturesTask(Task):
         except DataError as error:
             missing.append(str(error))
         else:
-            look = Look.at(dataset, fit)
-            images = [("dataset", dataset.describe()), ("sizes", look.describe())]
-            features = self._feature_rows(reader, fit, look, len(dataset))
+            sight = Sight.of(dataset, fit)
+            images = [("dataset", dataset.describe()), ("sizes", sight.describe())]
+            features = feature_rows(config, reader, fit, sight, len(dataset))
         parameters = sum(parameter.numel() for parameter in subject.backbone.parameters())
         sharded = f"sharded over {world_size}" if config.sharded else "whole in each process"
+        size = "each image's own size" if fit.size is None else f"{fit.size} px"
         return Plan(
             {
                 "backbone": [*subject.origin, ("parameters", f"{parameters:,}, {sharded}")],
-                "images": [*images, ("fit", f"{config.fit}, {_size_text(fit)}")],
+                "images": [*images, ("fit", f"{config.fit}, {size}")],
                 "features": features,
             },
             missing,
+            prepared=dataset,
         )
-
-    def _feature_rows(
-        self, reader: TokenReader, fit: ImageFit, look: Look, total: int
-    ) -> list[tuple[str, str]]:
-        channels = fit.images.channels
-        found = {
-            shape: output_shapes(reader, channels, *shape) for shape in sorted(set(look.shapes))
-        }
-        if not found or None in found.values():
-            return [("disk", "the shapes of the features are known when they are there")]
-        shapes = cast("dict[tuple[int, int], dict[str, tuple[int, ...]]]", found)
-        rows = []
-        for name in next(iter(shapes.values())):
-            different = {each[name]: None for each in shapes.values()}
-            low, high = min(different), max(different)
-            text = str(list(low)) if low == high else f"{list(low)} to {list(high)}"
-            rows.append((name, f"{text} {self.config.dtype}"))
-        output_dir = self._output_dir()
-        seen = [shapes[shape] for shape in look.shapes]
-        estimate = Estimate.of(self.config, total, seen, output_dir)
-        estimate.require_room(output_dir)
-        about = "about " if fit.ragged else ""
-        more = ", twice that while parts are merged" if self.config.merge else ""
-        return [
-            *rows,
-            ("size", f"{about}{mib(estimate.features)}{more}"),
-            ("free", f"{mib(estimate.free)} at {output_dir}"),
-            ("part", f"{about}{mib(estimate.part)} in each process's memory"),
-        ]
 
     # ------------------------------------------------------------------ running
     def run(self, output_dir: Path, plan: Plan | None = None) -> None:
         try:
-            self._run(output_dir)
+            self._run(output_dir, plan)
         except RankFailure as failure:
             raise failure.for_process() from failure.own
 
-    def _run(self, output_dir: Path) -> None:
-        device = pick_device(self.config.parallel.device)
-        subject = placed_subject(self.config, self.registry, device)
-        dataset = self._dataset(subject)
-        weights = digest(full_tensors(subject.backbone))
-        store = from_main(self._prepared, output_dir, dataset, weights)
+    def _run(self, output_dir: Path, plan: Plan | None) -> None:
+        config = self.config
+        device = pick_device(config.parallel.device)
+        subject = self._placed(device)
+        dataset = (plan and plan.prepared) or self._dataset(subject)
+        # Of every process: a sharded backbone gives its values only to all of them.
+        tensors = full_tensors(subject.backbone)
+        partition = Partition.of(dataset, config.rows_per_part, tensors)
+        store = PartStore(output_dir, partition)
+        from_main(store.prepare)
         left = len(from_main(store.missing))
-        if left < store.plan.parts:
-            log.info(
-                "Going on: %d of %d parts are there.", store.plan.parts - left, store.plan.parts
-            )
+        if left < partition.parts:
+            done = partition.parts - left
+            log.info("Going on: %d of %d parts are there.", done, partition.parts)
         if left:
-            self._extract(subject, dataset, store)
+            extraction = Extraction(
+                reader=self._reader(subject),
+                dataset=dataset,
+                fit=self._fit(subject),
+                dtype=DTYPES[config.dtype],
+                batch_size=config.batch_size,
+                workers=config.workers,
+                device=device,
+                sharded=config.sharded,
+            )
+            extract_parts(extraction, store)
         # The others are done: to merge may take longer than a collective may wait.
         if collectives.is_main():
             self._conclude(subject, dataset, store, output_dir)
 
-    def _extract(self, subject: LoadedBackbone, dataset: Dataset, store: PartStore) -> None:
-        config = self.config
-        extraction = Extraction(
-            reader=self._reader(subject),
-            dataset=dataset,
-            fit=self._fit(subject),
-            dtype=DTYPES[config.dtype],
-            batch_size=config.batch_size,
-            workers=config.workers,
-            device=pick_device(config.parallel.device),
-            sharded=config.sharded,
-        )
-        extract_parts(extraction, store)
+    def _placed(self, device: torch.device) -> LoadedBackbone:
+        """The recipe's backbone with its values, in eval mode; to be called by every process.
+
+        With ``sharded`` it is split over the processes, each of which reads its own shards;
+        otherwise each has all of it, with parameters in ``param_dtype``.
+        """
+        config, registry = self.config, self.registry
+        if config.sharded:
+            sharder = Sharder(config.parallel, device)
+            return load_recipe_backbone(config, registry, sharder=sharder)
+        subject = load_recipe_backbone(config, registry, device.type)
+        for parameter in subject.backbone.parameters():
+            # Buffers keep their type: a table of RoPE is not to be rounded.
+            parameter.data = parameter.data.to(device, DTYPES[config.parallel.param_dtype])
+        return subject
 
     def _conclude(
         self, subject: LoadedBackbone, dataset: Dataset, store: PartStore, output_dir: Path
     ) -> None:
-        config = self.config
-        summary = summarise(store)
+        config, fit = self.config, self._fit(subject)
+        summary = summarize(store)
+        described = {"backbone": dict(subject.origin), "fit": config.fit, "size": fit.size}
         if config.merge:
-            described = self._metadata(subject)
-            written = merge(store, summary, output_dir, config.format, described)
+            read = {"layers": list(self._reader(subject).layers), "norm": config.norm}
+            values = {key: json.dumps(value) for key, value in (described | read).items()}
+            written = merge(store, summary, output_dir, config.format, {"format": "pt", **values})
             files = [path.name for path in written]
         else:
-            files = [f"{FOLDER}/{store.path(part).name}" for part in range(store.plan.parts)]
+            files = [f"{FOLDER}/{store.path(part).name}" for part in range(store.partition.parts)]
         write_tables(store, output_dir, config.merge)
-        write_results(output_dir, self._results(subject, dataset, summary, files))
+        results: dict[str, Any] = {
+            "task": "features",
+            "backbone": described["backbone"],
+            "dataset": dataset.describe(),
+            "images": summary.rows,
+            "skipped": summary.skipped,
+            "fit": config.fit,
+            "size": fit.size,
+            "tensors": {
+                name: {"dtype": CODES[dtype], "shape": list(shape)}
+                for name, (dtype, shape) in sorted(summary.specs.items())
+            },
+            "files": files,
+        }
+        write_results(output_dir, results)
         if config.merge:
             store.remove()
         if summary.skipped:
             log.warning(
                 "%d of %d images cannot be read and were left out: %s",
                 summary.skipped,
-                store.plan.images,
+                store.partition.images,
                 output_dir / "skipped.csv",
             )
         log.info("Features of %d images: %s", summary.rows, output_dir)
 
-    def _results(
-        self, subject: LoadedBackbone, dataset: Dataset, summary: Summary, files: Sequence[str]
-    ) -> dict[str, Any]:
-        return {
-            "task": "features",
-            "backbone": dict(subject.origin),
-            "dataset": dataset.describe(),
-            "images": summary.rows,
-            "skipped": summary.skipped,
-            "fit": self.config.fit,
-            "size": self._fit(subject).size,
-            "tensors": {
-                name: {"dtype": spec.dtype, "shape": list(spec.shape)}
-                for name, spec in sorted(summary.specs.items())
-            },
-            "files": list(files),
-        }
-
-    def _metadata(self, subject: LoadedBackbone) -> dict[str, str]:
-        config = self.config
-        values = {
-            "backbone": dict(subject.origin),
-            "fit": config.fit,
-            "size": self._fit(subject).size,
-            "layers": list(self._reader(subject).layers),
-            "norm": config.norm,
-        }
-        return {"format": "pt", **{key: json.dumps(value) for key, value in values.items()}}
-
     # ------------------------------------------------------------------ parts of it
-    def _prepared(self, output_dir: Path, dataset: Dataset, weights: str) -> PartStore:
-        plan = Plan.of(dataset, self.config.rows_per_part, weights)
-        store = PartStore(output_dir, plan)
-        store.prepare()
-        return store
-
     def _dataset(self, subject: LoadedBackbone) -> Dataset:
         dataset: Dataset = self.registry.build(
             self.config.dataset, channels=subject.images.channels
@@ -206,17 +174,10 @@ class FeaturesTask(Task):
 
     def _fit(self, subject: LoadedBackbone) -> ImageFit:
         size = self.config.size
-        if size is None and self.config.fit in ("crop", "squash"):
+        if size is None and self.config.fit in SQUARE:
             size = subject.size
         return ImageFit(subject.images, subject.backbone.patch_size, self.config.fit, size)
 
     def _reader(self, subject: LoadedBackbone) -> TokenReader:
         config = self.config
         return TokenReader(subject.backbone, config.outputs, config.layers, config.norm)
-
-    def _output_dir(self) -> Path:
-        return Path(self.config.output_dir or "runs")
-
-
-def _size_text(fit: ImageFit) -> str:
-    return "each image's own size" if fit.size is None else f"{fit.size} px"

@@ -34,6 +34,9 @@ class PrototypeProjector(Projector):
         self.last_layer = nn.Linear(config.bottleneck_dim, config.n_prototypes, bias=False)
         self.init_weights()
 
+    def role_of(self, name: str) -> str | None:
+        return "prototypes" if name.startswith("last_layer.") else None
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """Truncated normal weights of standard deviation 0.02, biases 0."""

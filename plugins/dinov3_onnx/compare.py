@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dinov3_framework.contracts.networks import Backbone
-from dinov3_framework.data.features import evaluating
+from dinov3_framework.data.inference import evaluating
 from dinov3_framework.errors import CheckpointError, summarize_names
 from dinov3_onnx.graph import INPUT, Tokens
 

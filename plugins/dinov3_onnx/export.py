@@ -21,7 +21,7 @@ from dinov3_framework.weights.tensors import initial_tensors, not_finite
 from dinov3_onnx.compare import compare, data_of
 from dinov3_onnx.graph import backbone_graph
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("dinov3_framework.onnx")
 
 # What tensors are stored as: half precisions are widened, which is exact.
 STORED_AS = {

@@ -17,14 +17,15 @@ from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.agreement import RankFailure, from_main
 from dinov3_framework.runtime.inner_runs import naming_stage
-from dinov3_framework.runtime.output import RESULTS, RunComplete, write_results
+from dinov3_framework.runtime.output import RESULTS, RunComplete
 from dinov3_framework.runtime.processes import wait_for_all
+from dinov3_framework.runtime.results import write_results
 from dinov3_framework.runtime.session import run_here
 from dinov3_framework.runtime.stopping import LateSignal
 from dinov3_pipeline.check import check_pipeline
 from dinov3_pipeline.configs import PipelineConfig
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("dinov3_framework.pipeline")
 
 # Seconds that the others may wait at the end of a stage for the main process, which alone merges
 # and writes.

@@ -9,7 +9,7 @@ from dinov3_ssl.configs import DistillConfig, MultiDistillConfig, PretrainConfig
 @hookimpl
 def dinov3_tasks() -> list[Component]:
     return [
-        Component("pretrain", PretrainConfig, "dinov3_ssl.pretrain:Pretrain"),
-        Component("distill", DistillConfig, "dinov3_ssl.distill:Distill"),
+        Component("pretrain", PretrainConfig, "dinov3_ssl.pretrain:Pretrain.task"),
+        Component("distill", DistillConfig, "dinov3_ssl.distill:Distill.task"),
         Component("multi_distill", MultiDistillConfig, "dinov3_ssl.multi_distill:MultiDistill"),
     ]

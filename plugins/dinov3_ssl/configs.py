@@ -4,28 +4,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-from dinov3_framework.checkpoints import CheckpointConfig
+import attrs
+
 from dinov3_framework.configs import (
-    ImagesConfig,
     InvalidOption,
     config,
-    not_negative,
     option,
     positive,
     replace,
 )
-from dinov3_framework.data import LoaderConfig
-from dinov3_framework.kinds import (
-    AugmentationConfig,
-    BackboneConfig,
-    DatasetConfig,
-    LossConfig,
-    ObserverConfig,
-    TaskConfig,
-)
-from dinov3_framework.parallel import ParallelConfig
+from dinov3_framework.kinds import AugmentationConfig, BackboneConfig, LossConfig, OptimizerConfig
 from dinov3_framework.schedules import Schedule
-from dinov3_framework.training import OptimizerConfig
+from dinov3_framework.training import TrainingConfig
 
 
 @config
@@ -123,35 +113,15 @@ class ContinueFromConfig:
 
 
 @config
-class RunConfig(TaskConfig):
-    """What all trainings share: crops of images, losses, an optimizer."""
+class SelfSupervisedConfig(TrainingConfig):
+    """What all self-supervised trainings share: crops of images and losses."""
 
-    iterations: int = option("optimizer steps of the run", check=positive)
-    batch_size: int = option("images of one optimizer step, over all processes", check=positive)
-    accumulation_steps: int = option(
-        "passes that a process splits its share of the batch into", default=1, check=positive
-    )
-    dataset: DatasetConfig = option("where the images come from")
-    images: ImagesConfig = option("channels and normalisation", factory=ImagesConfig)
     augmentation: AugmentationConfig = option("how an image becomes crops and masks")
     losses: dict[str, LossConfig] = option("the objective, by names of your choice")
-    optimizer: OptimizerConfig = option("how the student learns")
-    loader: LoaderConfig = option("how batches are made", factory=LoaderConfig)
-    parallel: ParallelConfig = option("devices, precision, sharding", factory=ParallelConfig)
-    checkpoint: CheckpointConfig = option("what is saved when", factory=CheckpointConfig)
-    observers: dict[str, ObserverConfig] = option(
-        "what watches the run, by names of your choice", factory=dict
-    )
-    log_every: int = option("iterations between lines of metrics.jsonl", default=10, check=positive)
-    max_nonfinite_steps: int = option(
-        "steps in a row that may be skipped for a NaN or inf before the run ends",
-        default=3,
-        check=not_negative,
-    )
 
 
 @config
-class TrainingConfig(RunConfig):
+class StudentTrainingConfig(SelfSupervisedConfig):
     """A training of one student."""
 
     backbone: BackboneConfig = option("the network that is trained")
@@ -161,7 +131,7 @@ class TrainingConfig(RunConfig):
 
 
 @config
-class PretrainConfig(TrainingConfig):
+class PretrainConfig(StudentTrainingConfig):
     """Self-supervised pretraining: a student, its momentum teacher, any losses."""
 
     teacher: TeacherConfig = option("the momentum teacher")
@@ -178,7 +148,7 @@ class PretrainConfig(TrainingConfig):
 
 
 @config
-class DistillConfig(TrainingConfig):
+class DistillConfig(StudentTrainingConfig):
     """Distillation: a student learns from a frozen teacher, of any backbone."""
 
     teacher: FrozenTeacherConfig = option("the frozen teacher")
@@ -215,7 +185,7 @@ class StudentConfig:
 
 
 @config
-class MultiDistillConfig(RunConfig):
+class MultiDistillConfig(SelfSupervisedConfig):
     """Distillation of one frozen teacher into several students, each on some of the processes.
 
     Every student sees the whole batch.
@@ -233,33 +203,23 @@ class MultiDistillConfig(RunConfig):
 
 def of_student(config: MultiDistillConfig, name: str, output_dir: str | None) -> DistillConfig:
     """The distillation that one student of several is."""
-    student = config.students[name]
+    own = config.students[name]
+    shared = {field.name: getattr(config, field.name) for field in attrs.fields(TrainingConfig)}
+    if own.optimizer is not None:
+        shared["optimizer"] = own.optimizer
     return DistillConfig(
-        output_dir=output_dir,
-        seed=config.seed,
-        iterations=config.iterations,
-        batch_size=config.batch_size,
-        accumulation_steps=config.accumulation_steps,
-        dataset=config.dataset,
-        images=config.images,
+        **shared | {"output_dir": output_dir, "launcher": None},
         augmentation=config.augmentation,
-        backbone=student.backbone,
-        init_from=student.init_from,
-        losses=config.losses if student.losses is None else student.losses,
+        losses=config.losses if own.losses is None else own.losses,
+        backbone=own.backbone,
+        init_from=own.init_from,
         teacher=config.teacher,
-        average=config.average if student.average is None else student.average,
+        average=config.average if own.average is None else own.average,
         mask_student=config.mask_student,
-        optimizer=config.optimizer if student.optimizer is None else student.optimizer,
-        loader=config.loader,
-        parallel=config.parallel,
-        checkpoint=config.checkpoint,
-        observers=config.observers,
-        log_every=config.log_every,
-        max_nonfinite_steps=config.max_nonfinite_steps,
     )
 
 
-def momentum(config: TrainingConfig) -> Schedule:
+def momentum(config: StudentTrainingConfig) -> Schedule:
     """What the student's moving average keeps of itself: of the momentum teacher, if it is one."""
     if isinstance(config, DistillConfig):
         return config.average.momentum
@@ -268,6 +228,6 @@ def momentum(config: TrainingConfig) -> Schedule:
     raise TypeError(f"{type(config).__name__} has no moving average")
 
 
-def resolved_backbone(config: TrainingConfig) -> BackboneConfig:
+def resolved_backbone(config: StudentTrainingConfig) -> BackboneConfig:
     """The backbone's config with its input channels filled in from ``images``."""
     return replace(config.backbone, in_chans=config.images.channels)

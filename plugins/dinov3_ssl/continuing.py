@@ -6,7 +6,7 @@ everything else is this run's own. Names and shapes are compared before anything
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -21,10 +21,10 @@ from dinov3_framework.checkpoints.store import CheckpointStore
 from dinov3_framework.contracts.layouts import Shape
 from dinov3_framework.errors import CheckpointError, Problem
 from dinov3_framework.parallel.sharder import tensors_of
-from dinov3_framework.training.optimizer import MOMENTS
+from dinov3_framework.training.trainer import Trainer
 from dinov3_framework.weights import sharded as sharded_weights
 from dinov3_framework.weights.matching import match
-from dinov3_ssl.configs import ContinueFromConfig, TrainingConfig
+from dinov3_ssl.configs import ContinueFromConfig, StudentTrainingConfig
 from dinov3_ssl.preflight import Parts
 
 _STUDENT, _LOSSES, _ANCHORS = "student.", "losses.", "anchors."
@@ -42,7 +42,9 @@ class _Place:
         return self.folder / name_of(self.iteration)
 
 
-def problems(origin: ContinueFromConfig, parts: Parts, config: TrainingConfig) -> list[Problem]:
+def problems(
+    origin: ContinueFromConfig, parts: Parts, config: StudentTrainingConfig
+) -> list[Problem]:
     """Why this run cannot go on there; nothing but names and shapes is read."""
     place = _located(origin)
     if isinstance(place, Problem):
@@ -85,22 +87,27 @@ def rows(origin: ContinueFromConfig) -> list[tuple[str, str]]:
     return [("run", origin.run), ("goes on after iteration", f"{place.iteration:,}")]
 
 
-def take_over(
-    origin: ContinueFromConfig, tensors: Mapping[str, Tensor]
-) -> tuple[int, dict[str, str]]:
-    """Load the other run's state into ``tensors``, in place; its iteration, and word of it.
+def take_over(origin: ContinueFromConfig, trainer: Trainer) -> tuple[int, dict[str, str]]:
+    """Load the other run's state into a trainer's, in place; its iteration, and word of it.
 
     To be called by every process. Raises ``CheckpointError`` where the checkpoint is damaged.
     """
     place = _located(origin)
     if isinstance(place, Problem):
         raise CheckpointError(f"{place.where}: {place.message}")
+    tensors = trainer.tensors()
+    owners = {f"optimizer.{name}": owner for name, owner in trainer.optimizer.owners().items()}
 
     def select(saved: Mapping[str, TensorStorageMetadata]) -> dict[str, Tensor]:
+        def is_new(name: str) -> bool:
+            """Whether a tensor keeps its value: its owner in the student is new."""
+            owner = owners.get(name, name).removeprefix("teacher.").removeprefix(_STUDENT)
+            return name not in saved and any(fnmatchcase(owner, each) for each in origin.new)
+
         return {
             name: tensor
             for name, tensor in tensors.items()
-            if not name.startswith(_ANCHORS) and not _is_new(name, saved, origin.new)
+            if not name.startswith(_ANCHORS) and not is_new(name)
         }
 
     restored = CheckpointStore(place.folder).restore(tensors, step=place.iteration, select=select)
@@ -111,14 +118,6 @@ def take_over(
         "continue_from": origin.run,
         "continue_from.iteration": str(restored.step),
     }
-
-
-def _is_new(name: str, saved: Container[str], patterns: tuple[str, ...]) -> bool:
-    """Whether a tensor of the run's state keeps its value: its owner in the student is new."""
-    owner = name.removeprefix("optimizer.").removeprefix("teacher.").removeprefix(_STUDENT)
-    for moment in MOMENTS if name.startswith("optimizer.") else ():
-        owner = owner.removesuffix(f".{moment}")
-    return name not in saved and any(fnmatchcase(owner, pattern) for pattern in patterns)
 
 
 def _located(origin: ContinueFromConfig) -> _Place | Problem:

@@ -6,35 +6,49 @@ import copy
 import logging
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from dinov3_framework.errors import CheckpointError, Problem, UserError
+from dinov3_framework.contracts.networks import Backbone
+from dinov3_framework.contracts.running import Rows
+from dinov3_framework.errors import Problem, UserError
 from dinov3_framework.parallel import sharder as parallel
 from dinov3_framework.parallel.sharder import Sharder
+from dinov3_framework.parallel.state_dicts import fingerprint, require_same
 from dinov3_framework.randomness import keyed_seed
-from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
+from dinov3_framework.training.task import InitialState
 from dinov3_framework.training.trainer import Trainer
 from dinov3_ssl.configs import DistillConfig
 from dinov3_ssl.fitting import fit_projectors
-from dinov3_ssl.frozen import FrozenTeacher, FrozenWeights, described, fill_frozen, fingerprint
-from dinov3_ssl.networks import Networks, head_name
+from dinov3_ssl.frozen import FrozenWeights, described, fill_frozen
+from dinov3_ssl.method import StudentMethod
+from dinov3_ssl.networks import Networks, projector_key
 from dinov3_ssl.preflight import Parts
-from dinov3_ssl.task import TrainingTask
-from dinov3_ssl.teacher_projectors import TeacherHeads
+from dinov3_ssl.teacher_projectors import TeacherProjectors
 from dinov3_ssl.teaching import OwnTeaching, Teaching
+from dinov3_ssl.unit import StudentUnit
 
-if TYPE_CHECKING:
-    from dinov3_estimate.stage import PretendingSharder
-
-log = logging.getLogger(__name__)
-
-_CLOSE = 1e-5  # relative difference of fingerprints that rounding explains
+log = logging.getLogger("dinov3_framework.ssl")
 
 
-class Distill(TrainingTask):
+class DistilledUnit(StudentUnit):
+    """A student of a frozen teacher, which a resumed run knows again by its fingerprint."""
+
+    teacher: str  # the weights
+    fingerprint: float | None
+
+    def accept(self, notes: Mapping[str, Any]) -> None:
+        before = notes.get("teacher", {}).get("sum")
+        if before is not None and self.fingerprint is not None:
+            require_same(before, self.fingerprint, self.teacher, "teacher")
+
+    def notes(self) -> Mapping[str, Any]:
+        return {**super().notes(), "teacher": {"weights": self.teacher, "sum": self.fingerprint}}
+
+
+class Distill(StudentMethod):
     """Distils a frozen teacher into a student; the student's moving average is exported.
 
     Losses compare the student with the teacher exactly as in pretraining. The teacher's backbone is
@@ -44,13 +58,13 @@ class Distill(TrainingTask):
 
     name = "distill"
     config: DistillConfig
-
-    def __init__(self, config: DistillConfig, *, registry: Registry) -> None:
-        super().__init__(config, registry=registry)
+    unit_class = DistilledUnit
+    _fingerprint: float | None = None
 
     # ------------------------------------------------------------------ checking
     @cached_property
-    def _frozen(self) -> FrozenWeights:
+    def frozen(self) -> FrozenWeights:
+        """What the teacher's weights are; nothing is read of their values."""
         teacher = self.config.teacher
         return described(
             teacher.weights,
@@ -58,126 +72,115 @@ class Distill(TrainingTask):
             "teacher.weights",
             self.registry,
             projectors=teacher.projectors != "new",
-            remembered=self._known(teacher.weights),
+            remembered=self.known(teacher.weights),
         )
 
-    def _heads(self, parts: Parts) -> TeacherHeads:
-        return TeacherHeads.of(parts.losses, self._frozen, self.config.teacher.projectors)
+    @property
+    def masks_student(self) -> bool:
+        return self.config.mask_student
 
-    def _weights(self) -> dict[str, str]:
-        return super()._weights() | {"teacher.weights": self.config.teacher.weights}
+    def projectors(self, parts: Parts) -> TeacherProjectors:
+        return TeacherProjectors.of(parts.losses, self.frozen, self.config.teacher.projectors)
 
-    def _weights_read(self) -> dict[str, str]:
+    def weights(self) -> dict[str, str]:
+        return super().weights() | {"teacher.weights": self.config.teacher.weights}
+
+    def weights_read(self, done: int) -> dict[str, str]:
         # The teacher is wanted at every start.
-        return super()._weights_read() | {"teacher.weights": self.config.teacher.weights}
+        return super().weights_read(done) | {"teacher.weights": self.config.teacher.weights}
 
-    def _problems(self, parts: Parts) -> list[Problem]:
-        if not self._exists(self.config.teacher.weights):
-            return []
-        return [*self._crop_problems(parts), *self._heads(parts).problems]
+    def problems(self, prepared: Parts, done: int) -> list[Problem]:
+        found = super().problems(prepared, done)
+        if not self.seen(self.config.teacher.weights):
+            return found
+        return [*found, *self._crop_problems(prepared), *self.projectors(prepared).problems]
 
     def _crop_problems(self, parts: Parts) -> list[Problem]:
         problems = []
-        channels, patch = self.config.images.channels, self._frozen.backbone.patch_size
-        if self._frozen.backbone.in_chans != channels:
-            message = f"takes {self._frozen.backbone.in_chans} channels, images.channels is"
-            problems.append(Problem("teacher.weights", f"{message} {channels}"))
+        channels, backbone = self.config.images.channels, self.frozen.backbone
+        if backbone.in_chans != channels:
+            message = f"takes {backbone.in_chans} channels, images.channels is {channels}"
+            problems.append(Problem("teacher.weights", message))
         for variant in parts.augmentation.variants():
             view = variant.views.get("teacher", variant.views["global"])
-            if view.size % patch:
+            if view.size % backbone.patch_size:
                 problems.append(
                     Problem(
                         "augmentation",
                         f"the teacher's crops of {view.size} px are no multiple of its patch size "
-                        f"{patch}",
+                        f"{backbone.patch_size}",
                         "change global_size, or teacher_scale, which sets the teacher's alone",
                     )
                 )
         return problems
 
-    def _told(self, parts: Parts) -> dict[str, list[tuple[str, str]]]:
-        if not self._exists(self.config.teacher.weights):
-            return {}
-        view = parts.augmentation.views.get("teacher", parts.augmentation.views["global"])
+    def sections_after(self, prepared: Parts, done: int) -> Mapping[str, Rows]:
+        after = super().sections_after(prepared, done)
+        if not self.seen(self.config.teacher.weights):
+            return after
+        view = prepared.augmentation.views.get("teacher", prepared.augmentation.views["global"])
         sees = ("sees", f"{view.crops} crops of {view.size} px")
-        return {"teacher": [*self.teacher_rows(), sees, *self._heads(parts).rows()]}
-
-    def teacher_rows(self) -> list[tuple[str, str]]:
-        return self._frozen.rows()
-
-    @property
-    def _masks_student(self) -> bool:
-        return self.config.mask_student
+        rows = [*self.frozen.rows(), sees, *self.projectors(prepared).rows()]
+        return {"teacher": rows, **after}
 
     # ------------------------------------------------------------------ running
-    def _teaching(self, networks: Networks, parts: Parts, restored: bool) -> Teaching:
-        with collectives.within(None):
-            # Over all processes; of several students' runs, the rest is over each one's own.
-            backbone = self._placed_teacher(Sharder(self.config.parallel, networks.device))
-        networks.frozen = self._placed_heads(networks, parts, restored)
-        return self._taught_by(backbone, networks.frozen, parts)
-
-    def _taught_by(self, backbone: nn.Module, heads: nn.ModuleDict, parts: Parts) -> Teaching:
-        return OwnTeaching(nn.ModuleDict({"backbone": backbone, **heads}), self._frozen.images)
-
-    def _pretended_teacher(
-        self, parts: Parts, networks: Networks, sharder: PretendingSharder
-    ) -> FrozenTeacher:
-        weights = self.config.teacher.weights
-        if not self._exists(weights):
+    def teaching(
+        self, networks: Networks, parts: Parts, sharder: Sharder, state: InitialState
+    ) -> Teaching:
+        if not self.seen(self.config.teacher.weights):
             raise UserError(
-                f"a rehearsal wants to know what the teacher is, and there is no {weights} here\n"
+                "an estimate has to know what the teacher is, and there is no "
+                f"{self.config.teacher.weights} here\n"
                 "    give teacher.weights a published name, which nobody fetches, or a file of the "
                 "same backbone; its values are not read"
             )
-        heads = self._heads(parts).projectors
-        networks.frozen = nn.ModuleDict(
-            {head_name(n): self._placed_frozen(sharder, head) for n, head in heads.items()}
-        )
-        backbone = self._placed_frozen(sharder.over_all(), self._frozen.backbone)
-        teaching = self._taught_by(backbone, networks.frozen, parts)
-        placed = nn.ModuleDict({"backbone": backbone, **networks.frozen})
-        return FrozenTeacher(teaching, placed, self._frozen)
+        with collectives.within(None):
+            # Over all processes; of several students' runs, the rest is over each one's own.
+            backbone = _placed_frozen(sharder.over_all(), self.frozen.backbone)
+            if state is not InitialState.ABSENT:
+                fill_frozen(self.frozen, backbone)
+                self._fingerprint = fingerprint(backbone)
+        networks.frozen = self._placed_projectors(networks, parts, sharder, state)
+        return self.taught_by(backbone, networks.frozen, parts)
 
-    @staticmethod
-    def _placed_frozen(sharder: Sharder, blueprint: nn.Module) -> nn.Module:
-        placed = sharder.place(copy.deepcopy(blueprint), trains=False)
-        return placed.eval().requires_grad_(False)
+    def taught_by(self, backbone: nn.Module, heads: nn.ModuleDict, parts: Parts) -> Teaching:
+        return OwnTeaching(nn.ModuleDict({"backbone": backbone, **heads}), self.frozen.images)
 
-    def _placed_teacher(self, sharder: Sharder) -> nn.Module:
-        """The teacher's backbone, spread over the processes of ``sharder``."""
-        backbone = self._placed_frozen(sharder, self._frozen.backbone)
-        fill_frozen(self._frozen, backbone)
-        self._fingerprint = fingerprint(backbone)
-        return backbone
+    def unit(self, *args: Any, **kwargs: Any) -> DistilledUnit:
+        unit = super().unit(*args, **kwargs)
+        assert isinstance(unit, DistilledUnit)
+        unit.teacher, unit.fingerprint = self.config.teacher.weights, self._fingerprint
+        return unit
 
-    def _placed_heads(self, networks: Networks, parts: Parts, restored: bool) -> nn.ModuleDict:
+    def _placed_projectors(
+        self, networks: Networks, parts: Parts, sharder: Sharder, state: InitialState
+    ) -> nn.ModuleDict:
         """The teacher's projectors, on this run's processes; a checkpoint gives them values."""
-        heads = self._heads(parts)
-        sharder = Sharder(self.config.parallel, networks.device, collectives.current_group())
+        heads = self.projectors(parts)
         placed = nn.ModuleDict(
             {
-                head_name(name): self._placed_frozen(sharder, projector)
+                projector_key(name): _placed_frozen(sharder, projector)
                 for name, projector in heads.projectors.items()
             }
         )
-        if not restored:
-            read = {head_name(name): placed[head_name(name)] for name in heads.read}
-            fill_frozen(self._frozen, None, read)
+        if state is InitialState.INITIAL:
+            read = {projector_key(name): placed[projector_key(name)] for name in heads.read}
+            fill_frozen(self.frozen, None, read)
             for name in heads.new:
                 drawn = heads.projectors[name]
-                parallel.initialise(placed[head_name(name)], drawn, self._seed(name))
+                parallel.initialise(placed[projector_key(name)], drawn, self._seed(name))
         return placed
 
     def _seed(self, loss: str) -> int:
-        return keyed_seed(self.config.seed, f"init.teacher.{head_name(loss)}")
+        return keyed_seed(self.config.seed, f"init.teacher.{projector_key(loss)}")
 
-    def _begin(self, trainer: Trainer, parts: Parts) -> None:
-        heads = self._heads(parts)
-        if not self._anybody(bool(heads.new)):
+    def begin(self, trainer: Trainer, prepared: Parts) -> None:
+        heads = self.projectors(prepared)
+        if not self.any_run(bool(heads.new)):
             return
         whole = {name: heads.projectors[name] for name in heads.new}
-        fitted = fit_projectors(trainer, whole, self._seed)
+        unit: Any = trainer.unit
+        fitted = fit_projectors(unit, trainer.maker, self.config, whole, self._seed)  # type: ignore[arg-type]
         for name in heads.new:
             how = "prototypes are tokens of the first batches" if name in fitted else "random"
             log.warning(
@@ -187,20 +190,17 @@ class Distill(TrainingTask):
                 how,
             )
 
-    def _anybody(self, wants: bool) -> bool:
+    def any_run(self, wants: bool) -> bool:
         """Whether this run, or one beside it, wants something that all take part in."""
         return wants
 
-    def _own_state(self, parts: Parts) -> dict[str, Any]:
-        return {"teacher": {"weights": self.config.teacher.weights, "sum": self._fingerprint}}
-
-    def _accept(self, state: Mapping[str, Any]) -> None:
-        before = state.get("teacher", {}).get("sum", self._fingerprint)
-        if abs(before - self._fingerprint) > _CLOSE * abs(before):
-            raise CheckpointError(
-                f"{self.config.teacher.weights} is not the teacher that this run has learnt from: "
-                "bring that one back, or start in another output folder"
-            )
-
-    def _provenance(self) -> dict[str, str]:
+    def provenance(self) -> Mapping[str, str]:
         return {"distilled_from": self.config.teacher.weights}
+
+    def simulated_teacher(self, prepared: Parts) -> Backbone:
+        return self.frozen.backbone
+
+
+def _placed_frozen(sharder: Sharder, blueprint: nn.Module) -> nn.Module:
+    placed = sharder.place(copy.deepcopy(blueprint), trains=False)
+    return placed.eval().requires_grad_(False)

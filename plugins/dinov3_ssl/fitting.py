@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from dinov3_framework.contracts.losses import ViewFeatures
 from dinov3_framework.contracts.networks import Projector
-from dinov3_framework.data.loader import Batch
+from dinov3_framework.contracts.training import Step
 from dinov3_framework.parallel import sharder as parallel
 from dinov3_framework.randomness import keyed_rng
 from dinov3_framework.runtime import collectives
-from dinov3_framework.training.trainer import Trainer
-from dinov3_ssl.networks import head_name
+from dinov3_ssl.batches import CropBatch, CropBatches
+from dinov3_ssl.configs import StudentTrainingConfig
+from dinov3_ssl.networks import projector_key
 from dinov3_ssl.teaching import Teaching
+from dinov3_ssl.unit import StudentUnit
 
 STEPS = 8  # whose first pass is looked at
 TOKENS = 4096  # of each loss, over all processes
@@ -38,8 +40,8 @@ class _Recording:
         )
 
     def __call__(
-        self, batch: Batch, outputs: Collection[str]
-    ) -> tuple[Batch, dict[str, ViewFeatures]]:
+        self, batch: CropBatch, outputs: Collection[str]
+    ) -> tuple[CropBatch, dict[str, ViewFeatures]]:
         return self._inner(batch, outputs)
 
 
@@ -55,14 +57,18 @@ class _Noting(nn.Module):
 
 @torch.no_grad()
 def fit_projectors(
-    trainer: Trainer, projectors: Mapping[str, nn.Module], seed: Callable[[str], int]
+    unit: StudentUnit,
+    maker: CropBatches,
+    config: StudentTrainingConfig,
+    projectors: Mapping[str, nn.Module],
+    seed: Callable[[str], int],
 ) -> list[str]:
     """Fit the teacher's ``projectors`` (by loss, whole, on the meta device); those that were.
 
     To be called by every process of the run, before the first step. The stream of batches is not
     moved, and nothing else of the run is changed.
     """
-    seen = _tokens(trainer, list(projectors))
+    seen = _tokens(unit, maker, config, list(projectors))
     done = []
     for name, blueprint in projectors.items():
         whole, fitted = blueprint, False
@@ -71,22 +77,25 @@ def fit_projectors(
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed(name))
                 fitted = cast(Projector, whole).fit(seen[name])
-        parallel.fill_from_main(trainer.networks.frozen[head_name(name)], whole)
+        parallel.fill_from_main(unit.placed.frozen[projector_key(name)], whole)
         if collectives.all_gather_object(fitted)[0]:
             done.append(name)
     return done
 
 
-def _tokens(trainer: Trainer, losses: list[str]) -> dict[str, Tensor]:
+def _tokens(
+    unit: StudentUnit, maker: CropBatches, config: StudentTrainingConfig, losses: list[str]
+) -> dict[str, Tensor]:
     """Tokens [n, D] that each loss has the teacher project, of all processes, n <= TOKENS."""
-    objective = trainer.objective
+    objective = unit.objective
     recording = _Recording(objective.teaching)
-    before = [(tensor, tensor.clone()) for tensor in trainer.buffers()]
+    before = [(tensor, tensor.clone()) for tensor in unit.changed_by_forward()]
     objective.teaching = recording
     try:
-        for step in range(min(STEPS, trainer.config.iterations)):
+        for step in range(min(STEPS, config.iterations)):
             torch.manual_seed(step)  # what the student draws has no part in the result
-            objective(trainer.maker[step, 0].to(trainer.device), 0)
+            batch = maker[step, 0].to(unit.placed.device)
+            objective(batch, Step(0, config.iterations))
     finally:
         objective.teaching = recording._inner
         for tensor, value in before:
@@ -94,8 +103,8 @@ def _tokens(trainer: Trainer, losses: list[str]) -> dict[str, Tensor]:
     share = TOKENS // collectives.world_size()
     chosen = {}
     for name in losses:
-        tokens = torch.cat(recording.tokens[head_name(name)])
-        rng = keyed_rng(trainer.config.seed, "fit", collectives.rank())
+        tokens = torch.cat(recording.tokens[projector_key(name)])
+        rng = keyed_rng(config.seed, "fit", collectives.rank())
         rows = rng.permutation(len(tokens))[: max(share, 1)]
         parts = collectives.all_gather_object(tokens[torch.from_numpy(np.sort(rows))])
         chosen[name] = torch.cat(cast("list[Tensor]", parts))

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from attrs import field, frozen
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts.layouts import Shape
@@ -24,7 +23,6 @@ from dinov3_framework.runtime.agreement import RankFailure, together
 from dinov3_framework.weights.info import BackboneInfo
 from dinov3_framework.weights.locations import published_file
 from dinov3_framework.weights.source import WeightSource
-from dinov3_ssl.teaching import Teaching
 
 
 @frozen
@@ -49,15 +47,6 @@ class FrozenWeights:
         told.append(("backbone", f"{self.info.component}, {parameters:,} parameters"))
         told += [(k, v) for k, v in self.info.provenance.items() if k != "format"]
         return told
-
-
-@frozen
-class FrozenTeacher:
-    """A placed teacher that does not learn: what it teaches, with which networks."""
-
-    teaching: Teaching
-    networks: nn.ModuleDict  # its backbone and projectors
-    weights: FrozenWeights
 
 
 def described(
@@ -149,16 +138,3 @@ def fill_frozen(
         together(fill)
     except RankFailure as failure:
         raise failure.for_process() from failure.own
-
-
-@torch.no_grad()
-def fingerprint(network: nn.Module) -> float:
-    """A number by which to know a network again, the same on every process to rounding.
-
-    To be called by every process that holds a part of it.
-    """
-    total = torch.zeros((), dtype=torch.float64)
-    for parameter in network.parameters():
-        size = parameter.detach().abs().sum(dtype=torch.float64)
-        total += (size.full_tensor() if isinstance(size, DTensor) else size).cpu()
-    return float(total)

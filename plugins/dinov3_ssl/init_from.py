@@ -23,7 +23,7 @@ from dinov3_framework.registry import Registry
 from dinov3_framework.weights.matching import Match, match, patterns_for
 from dinov3_framework.weights.source import WeightSource
 from dinov3_framework.weights.tensors import initial_tensors
-from dinov3_ssl.configs import InitFromConfig, TrainingConfig, resolved_backbone
+from dinov3_ssl.configs import InitFromConfig, StudentTrainingConfig, resolved_backbone
 from dinov3_ssl.init_check import image_problems, setting_problems
 from dinov3_ssl.networks import Blueprint
 
@@ -112,7 +112,7 @@ def _inside(name: str) -> str:
 # --------------------------------------------------------------------------- opening
 @contextmanager
 def open_weights(
-    config: TrainingConfig, blueprint: Blueprint, registry: Registry
+    config: StudentTrainingConfig, blueprint: Blueprint, registry: Registry
 ) -> Iterator[InitialWeights]:
     """The weights of ``[init_from]``, compared with the run's networks.
 
@@ -148,7 +148,7 @@ def open_weights(
 
 
 def _opened(
-    stack: ExitStack, config: TrainingConfig, init: InitFromConfig, registry: Registry
+    stack: ExitStack, config: StudentTrainingConfig, init: InitFromConfig, registry: Registry
 ) -> WeightSource:
     def opened(images: ImagesConfig | None) -> WeightSource:
         return stack.enter_context(
@@ -170,7 +170,7 @@ def _opened(
     return opened(config.images)
 
 
-def _unusable(error: CheckpointError, config: TrainingConfig) -> Problem:
+def _unusable(error: CheckpointError, config: StudentTrainingConfig) -> Problem:
     hint = ""
     if config.images.channels != 3:
         hint = (

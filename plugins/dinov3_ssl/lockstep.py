@@ -6,50 +6,27 @@ here: a batch that somebody does not get, a signal to stop, a student that diver
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from attrs import frozen
 
+from dinov3_framework.checkpoints.store import CheckpointStore
+from dinov3_framework.errors import CheckpointError
 from dinov3_framework.runtime import collectives
-from dinov3_framework.runtime.agreement import RankFailure, together
+from dinov3_framework.training.coordination import NullCoordinator
+from dinov3_framework.training.trainer import Trainer
+
+log = logging.getLogger("dinov3_framework.ssl")
 
 T = TypeVar("T")
 
 
-class Alone:
-    """A run without others beside it."""
-
-    is_alone = True
-
-    def next(self, items: Iterator[T]) -> T:
-        """This process's next item; if anybody gets none, all end here and nobody waits."""
-        try:
-            return together(next, items)
-        except RankFailure as failure:
-            raise failure.for_process() from failure.own
-
-    @property
-    def speaks(self) -> bool:
-        """Whether this run may write to the console."""
-        return True
-
-    def share(self, stop: bool) -> bool:
-        """Whether anybody was asked to stop, as far as this run's own step will not tell."""
-        return stop
-
-    def leave(self, reason: str) -> None:
-        """Tell the others, who are at :meth:`last_words`, that this run ends."""
-
-    def last_words(self) -> list[str]:
-        """Why others have ended in this step; to be called once a step."""
-        return []
-
-
 @frozen
-class SideBySide(Alone):
+class Lockstep(NullCoordinator):
     """One of several runs; all of them take every step together."""
 
     is_alone = False
@@ -61,20 +38,47 @@ class SideBySide(Alone):
             return super().next(items)
 
     @property
-    def speaks(self) -> bool:
+    def is_logging_rank(self) -> bool:
         return dist.get_rank() == 0
 
-    def share(self, stop: bool) -> bool:
-        return bool(_maximum(stop))
+    def any_stop(self, stop: bool) -> bool:
+        return bool(maximum(stop))
 
-    def leave(self, reason: str) -> None:
+    def announce_exit(self, reason: str) -> None:
         self._exchange(reason)
 
-    def last_words(self) -> list[str]:
+    def gather_exit_reasons(self) -> list[str]:
         return self._exchange(None)
 
+    def resumable_steps(self, store: CheckpointStore) -> list[int]:
+        own = set(store.steps())
+        with collectives.within(None):
+            everyone = cast("list[set[int]]", collectives.all_gather_object(own))
+        return sorted(set.intersection(*everyone), reverse=True)
+
+    def resume(self, trainer: Trainer) -> bool:
+        steps = self.resumable_steps(trainer.store)
+        for step in steps:
+            try:
+                found, complaint = trainer.resume(step), ""
+            except CheckpointError as error:
+                found, complaint = False, str(error)
+            with collectives.within(None):
+                words = collectives.all_gather_object((found, self.name, complaint))
+            outcomes = cast("list[tuple[bool, str, str]]", words)
+            if all(ok for ok, _, _ in outcomes):
+                return True
+            trouble = {f"{name}: {text}" for ok, name, text in outcomes if not ok}
+            log.warning("Iteration %d cannot be gone on from: %s", step, "; ".join(sorted(trouble)))
+        if steps:
+            raise CheckpointError(
+                "there is no iteration of which every student has a sound checkpoint; start in "
+                "another output folder"
+            )
+        return False
+
     def _exchange(self, reason: str | None) -> list[str]:
-        if not _maximum(reason is not None):
+        if not maximum(reason is not None):
             return []
         word = None if reason is None else f"{self.name}: {reason}"
         with collectives.within(None):
@@ -82,7 +86,7 @@ class SideBySide(Alone):
         return sorted({str(each) for each in words if each is not None})
 
 
-def _maximum(flag: bool) -> int:
+def maximum(flag: bool) -> int:
     """1 if the flag is set on any process there is."""
     value = torch.tensor(int(flag))
     dist.all_reduce(value, op=dist.ReduceOp.MAX)

@@ -1,44 +1,42 @@
 """The ``multi_distill`` task: several students learn from one teacher, side by side.
 
-Each student has some of the processes and is a run of its own on them (``SideStudent``), with its
-own folder of checkpoints, metrics and exports. All processes share the teacher's work.
+Each student has some of the processes and is a run of its own on them, with its own folder of
+checkpoints, metrics and exports. All processes share the teacher's work.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, cast
 
 import torch.distributed as dist
 from torch import nn
 
-from dinov3_framework.checkpoints.store import CheckpointStore
-from dinov3_framework.configs import replace
-from dinov3_framework.contracts.data import Dataset
+from dinov3_framework.contracts.data import Dataset, StreamDataset
 from dinov3_framework.contracts.running import Plan, Task
-from dinov3_framework.data.loader import BatchMaker, Layout
-from dinov3_framework.errors import CheckpointError, Problem, RecipeError
-from dinov3_framework.recipes.compose import to_toml
-from dinov3_framework.recipes.structure import unstructure
+from dinov3_framework.data.loader import Layout
+from dinov3_framework.errors import Problem, RecipeError
+from dinov3_framework.recipes.plain import unstructure
+from dinov3_framework.recipes.toml_text import to_toml
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.agreement import RankFailure, together
-from dinov3_framework.runtime.output import RECIPE, RESULTS, unwritable, write_aside, write_results
+from dinov3_framework.runtime.output import RECIPE, RESULTS, unwritable, write_aside
 from dinov3_framework.runtime.processes import subgroups
+from dinov3_framework.runtime.results import write_results
 from dinov3_framework.runtime.session import log_file
-from dinov3_framework.training.trainer import Trainer
+from dinov3_framework.training.simulation import SimulatedBatch
+from dinov3_framework.training.task import SideBySide, TrainingTask
+from dinov3_ssl.batches import CropBatches
 from dinov3_ssl.configs import DistillConfig, MultiDistillConfig, of_student
 from dinov3_ssl.distill import Distill
-from dinov3_ssl.lockstep import SideBySide
+from dinov3_ssl.lockstep import Lockstep
 from dinov3_ssl.preflight import Parts
 from dinov3_ssl.sharing import Exchange, SharedTeaching, by_output, outputs_of
+from dinov3_ssl.simulation import simulated_batches
 from dinov3_ssl.teaching import Teaching
-
-log = logging.getLogger(__name__)
 
 # Keys that a student may have of its own; the others are the same for all.
 _OWN = ("backbone", "losses", "optimizer", "average", "init_from")
@@ -47,8 +45,6 @@ _SHARED = ("data", "teacher", "parallel")  # sections of the report
 
 class MultiDistill(Task):
     """Distils a frozen teacher into several students at once."""
-
-    rehearses = False  # as of a ``TrainingTask``
 
     def __init__(self, config: MultiDistillConfig, *, registry: Registry) -> None:
         self.config, self.registry = config, registry
@@ -67,41 +63,46 @@ class MultiDistill(Task):
                 f"students: they share {sum(shares.values())} processes ({asked}) or another "
                 f"number in this proportion, this start has {world_size}"
             )
-        told: dict[str, list[tuple[str, str]]] = {}
+        spans = spans_of(config, sum(shares.values()))
+        sections: dict[str, list[tuple[str, str]]] = {}
+        plans: dict[str, Plan] = {}
         problems += _share_problems(config, sum(shares.values()))
         for name in config.students:
             try:
-                report = self._student(name).check(shares[name])
+                plan = self.student(name, spans, plans).check(shares[name])
             except RecipeError as error:
-                problems += [_placed(each, name, config) for each in error.problems]
+                problems += [_at_student(each, name, config) for each in error.problems]
                 continue
-            missing += report.missing
-            for title, rows in report.sections.items():
-                # What is the same for all is said once.
-                told.setdefault(title if title in _SHARED else f"{name}: {title}", list(rows))
+            plans[name] = plan
+            missing += plan.missing
+            for title, rows in plan.sections.items():
+                # What is the same for all is shown once.
+                sections.setdefault(title if title in _SHARED else f"{name}: {title}", list(rows))
         if problems:
             raise RecipeError(list(dict.fromkeys(problems)))
-        return Plan(told, list(dict.fromkeys(missing)))
+        return Plan(sections, list(dict.fromkeys(missing)), plans)
 
-    def _student(self, name: str) -> Distill:
+    def student(
+        self, name: str, spans: Mapping[str, range], plans: Mapping[str, Plan] | None = None
+    ) -> TrainingTask:
+        """The training of one student; ``plans`` are those of others, with the same data."""
         folder = None
         if self.config.output_dir is not None:
             folder = str(Path(self.config.output_dir) / name)
-        student = Distill(of_student(self.config, name, folder), registry=self.registry)
-        student.rehearses = self.rehearses
-        return student
+        config = of_student(self.config, name, folder)
+        checked = next((plan.prepared for plan in (plans or {}).values()), None)
+        return TrainingTask(
+            config,
+            registry=self.registry,
+            method=SideStudent(config, self.registry, self.config, spans),
+            coordinator=Lockstep(name),
+            dataset=None if checked is None else checked.dataset,
+        )
 
-    # ------------------------------------------------------------------ rehearsing
-    def rehearse(self, world_size: int, accelerator: str) -> Plan:
-        from dinov3_estimate.accelerators import accelerator as known
-        from dinov3_estimate.several import rehearse_students
-
-        machine, spans = known(accelerator), spans_of(self.config, world_size)
-        task = MultiDistill(replace(self.config, output_dir=None), registry=self.registry)
-        task.rehearses = True
-        checked = task.check(world_size)
-        told = rehearse_students(task.config, self.registry, spans, machine)
-        return Plan(told, checked.missing)
+    def side_by_side(self, world_size: int) -> Sequence[SideBySide]:
+        """The students' trainings and their ranks, for an estimate."""
+        spans = spans_of(self.config, world_size)
+        return [SideBySide(name, self.student(name, spans), span) for name, span in spans.items()]
 
     # ------------------------------------------------------------------ running
     def run(self, output_dir: Path, plan: Plan | None = None) -> None:
@@ -111,14 +112,13 @@ class MultiDistill(Task):
         place = next(i for i, span in enumerate(spans.values()) if rank in span)
         name = list(spans)[place]
         folder = output_dir / name
-        student = SideStudent(
-            of_student(self.config, name, str(folder)),
-            registry=self.registry,
-            name=name,
-            spans=spans,
-        )
-        with collectives.within(groups[place]), _own_folder(folder, student, self.registry):
-            student.run(folder)
+        student = self.student(name, spans)
+        own = None if plan is None else plan.prepared[name]
+        with (
+            collectives.within(groups[place]),
+            _own_folder(folder, of_student(self.config, name, str(folder)), self.registry),
+        ):
+            student.run(folder, own)
         collectives.barrier()
         if collectives.is_main():
             results = {n: json.loads((output_dir / n / RESULTS).read_text()) for n in spans}
@@ -130,18 +130,17 @@ class MultiDistill(Task):
 
 
 class SideStudent(Distill):
-    """One of several students, on its own processes."""
+    """One of several students, on its own processes: ``spans`` are the ranks of each."""
 
     def __init__(
-        self, config: DistillConfig, *, registry: Registry, name: str, spans: Mapping[str, range]
+        self,
+        config: DistillConfig,
+        registry: Registry,
+        of_all: MultiDistillConfig,
+        spans: Mapping[str, range],
     ) -> None:
-        super().__init__(config, registry=registry)
-        self._name, self._spans = name, spans
-        self._peers = SideBySide(name)
-
-    def _load_dataset(self) -> Dataset:
-        with collectives.within(None):
-            return super()._load_dataset()
+        super().__init__(config, registry)
+        self.of_all, self.spans = of_all, spans
 
     def _layouts(self) -> tuple[list[Layout], list[Layout]]:
         """What each process makes for the teacher, and what it sees as a student; by rank."""
@@ -151,63 +150,50 @@ class SideStudent(Distill):
             return Layout(size, place, config.accumulation_steps, config.batch_size)
 
         have = [layout(world, rank) for rank in range(world)]
-        want = [layout(len(s), place) for s in self._spans.values() for place in range(len(s))]
+        want = [layout(len(s), place) for s in self.spans.values() for place in range(len(s))]
         return have, want
 
-    def _maker(self, dataset: Dataset, parts: Parts) -> BatchMaker:
+    def batches(
+        self, prepared: Parts, dataset: Dataset | StreamDataset, layout: Layout
+    ) -> CropBatches:
         have, want = self._layouts()
         rank, config = dist.get_rank(), self.config
-        return BatchMaker(
+        return CropBatches(
             dataset,
-            parts.augmentation,
+            prepared.augmentation,
             have[rank],
             config.seed,
             config.loader.workers,
             masks_of=want[rank],
         )
 
-    def _taught_by(self, backbone: nn.Module, heads: nn.ModuleDict, parts: Parts) -> Teaching:
+    def simulated_batches(self, prepared: Parts, layout: Layout) -> Iterator[SimulatedBatch]:
+        have, _ = self._layouts()
+        shown = len(have[dist.get_rank()].places(0, 0))
+        teacher = self.simulated_teacher(prepared)
+        return simulated_batches(self.config, prepared, layout, shown, teacher)
+
+    def taught_by(self, backbone: nn.Module, heads: nn.ModuleDict, parts: Parts) -> Teaching:
+        if not dist.is_initialized():  # names and shapes alone are asked for
+            return super().taught_by(backbone, heads, parts)
         have, want = ([layout.places(0, 0) for layout in each] for each in self._layouts())
         exchange = Exchange.between(dist.get_rank(), have, want)
-        return SharedTeaching(
-            backbone, self._frozen.images, heads, exchange, by_output(self._needs(parts))
-        )
+        wanted = by_output(self._needs())
+        return SharedTeaching(backbone, self.frozen.images, heads, exchange, wanted)
 
-    def _anybody(self, wants: bool) -> bool:
-        return self._peers.share(wants)
+    def any_run(self, wants: bool) -> bool:
+        return Lockstep(self.name).any_stop(wants)
 
-    def _needs(self, parts: Parts) -> Sequence[Collection[str]]:
+    def _needs(self) -> Sequence[Collection[str]]:
         """Which of the teacher's outputs each process wants, by rank."""
-        with collectives.within(None):
-            everyone = collectives.all_gather_object(outputs_of(parts.losses.values()))
-        return cast("list[set[str]]", everyone)
-
-    def _restorable(self, store: CheckpointStore) -> list[int]:
-        """Iterations of which every student has a checkpoint, the newest first."""
-        own = set(store.steps())
-        with collectives.within(None):
-            everyone = cast("list[set[int]]", collectives.all_gather_object(own))
-        return sorted(set.intersection(*everyone), reverse=True)
-
-    def _resume(self, trainer: Trainer) -> bool:
-        steps = self._restorable(trainer.store)
-        for step in steps:
-            try:
-                found, complaint = trainer.resume(step), ""
-            except CheckpointError as error:
-                found, complaint = False, str(error)
-            with collectives.within(None):
-                words = collectives.all_gather_object((found, self._name, complaint))
-            if all(cast("tuple[bool, str, str]", word)[0] for word in words):
-                return True
-            trouble = {f"{n}: {text}" for ok, n, text in cast(Any, words) if not ok}
-            log.warning("Iteration %d cannot be gone on from: %s", step, "; ".join(sorted(trouble)))
-        if steps:
-            raise CheckpointError(
-                "there is no iteration of which every student has a sound checkpoint; start in "
-                "another output folder"
+        of = {
+            name: outputs_of(
+                self.registry.build(loss)
+                for loss in of_student(self.of_all, name, None).losses.values()
             )
-        return False
+            for name in self.spans
+        }
+        return [of[name] for name, span in self.spans.items() for _ in span]
 
 
 # ------------------------------------------------------------------ processes
@@ -264,7 +250,7 @@ def _share_problems(config: MultiDistillConfig, processes: int) -> Iterator[Prob
         )
 
 
-def _placed(problem: Problem, name: str, config: MultiDistillConfig) -> Problem:
+def _at_student(problem: Problem, name: str, config: MultiDistillConfig) -> Problem:
     """A student's problem at the key of the whole recipe that it is about."""
     first = problem.where.partition(".")[0]
     if first in _OWN and getattr(config.students[name], first) is not None:
@@ -276,7 +262,7 @@ def _placed(problem: Problem, name: str, config: MultiDistillConfig) -> Problem:
 
 # ------------------------------------------------------------------ folders
 @contextmanager
-def _own_folder(folder: Path, student: Distill, registry: Registry) -> Iterator[None]:
+def _own_folder(folder: Path, config: DistillConfig, registry: Registry) -> Iterator[None]:
     """A student's folder, with its recipe and its log; by its main process."""
     with ExitStack() as held:
 
@@ -286,7 +272,7 @@ def _own_folder(folder: Path, student: Distill, registry: Registry) -> Iterator[
                     folder.mkdir(parents=True, exist_ok=True)
                 except OSError as error:
                     raise unwritable(error, folder) from error
-                write_aside(folder / RECIPE, to_toml(unstructure(registry, student.config)))
+                write_aside(folder / RECIPE, to_toml(unstructure(registry, config)))
                 held.enter_context(log_file(folder))
 
         try:

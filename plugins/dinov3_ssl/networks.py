@@ -22,7 +22,7 @@ from dinov3_framework.runtime.agreement import RankFailure, together
 from dinov3_ssl.frozen import FrozenWeights, described, fill_frozen
 
 
-def head_name(loss: str) -> str:
+def projector_key(loss: str) -> str:
     """The projector's name in state dicts: ``dino_head`` for the loss called ``dino``."""
     return f"{loss}_head"
 
@@ -81,11 +81,11 @@ class Blueprint:
 
     def student(self) -> nn.ModuleDict:
         """A new student (or teacher) by its official names."""
-        heads = {head_name(name): copy.deepcopy(p) for name, p in self.projectors.items()}
+        heads = {projector_key(name): copy.deepcopy(p) for name, p in self.projectors.items()}
         return nn.ModuleDict({"backbone": copy.deepcopy(self.backbone), **heads})
 
 
-class FirstValues(Protocol):
+class InitialValues(Protocol):
     """Values that networks start from instead of random ones, such as weights in a file."""
 
     @property
@@ -115,7 +115,7 @@ class Networks:
         sharder: Sharder,
         seed: int,
         *,
-        first: FirstValues | None = None,
+        first: InitialValues | None = None,
         restored: bool = False,
     ) -> None:
         self.blueprint, self.seed = blueprint, seed
@@ -137,7 +137,7 @@ class Networks:
             network.eval().requires_grad_(False)
         self.update_teacher = parallel.momentum_update(self.teacher, self.student)
 
-    def _begin(self, first: FirstValues | None) -> None:
+    def _begin(self, first: InitialValues | None) -> None:
         into = None if first is None else first.into
         whole = self.blueprint.student()
         for name, module in self.student.items():
@@ -159,7 +159,7 @@ class Networks:
             else:
                 parallel.copy_network(self.teacher["backbone"], anchor)
 
-    def _fill(self, network: nn.ModuleDict, whole: nn.ModuleDict, first: FirstValues) -> None:
+    def _fill(self, network: nn.ModuleDict, whole: nn.ModuleDict, first: InitialValues) -> None:
         def fill() -> None:
             for name, module in network.items():
                 if first.has(name):

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import attrs
 import torch
 from torch import Tensor, nn
 
@@ -22,29 +21,21 @@ from dinov3_framework.contracts.losses import (
     StepOutputs,
     ViewFeatures,
 )
+from dinov3_framework.contracts.training import Step, StepResult
 from dinov3_framework.data.images import normalize
-from dinov3_framework.data.loader import Batch
 from dinov3_framework.kinds import LossConfig
-from dinov3_framework.training.clock import StepClock
-from dinov3_ssl.networks import Networks, head_name, is_there
+from dinov3_framework.training.simulation import NEEDS_VALUES, reason
+from dinov3_ssl.batches import CropBatch
+from dinov3_ssl.networks import Networks, is_there, projector_key
 from dinov3_ssl.teaching import OwnTeaching, Teaching
 from dinov3_ssl.views import features_of, on_grid, unflattened
-
-
-@attrs.frozen
-class Outcome:
-    """What one pass came to: the weighted total, and figures to log by name."""
-
-    total: Tensor
-    losses: dict[str, Tensor]  # each loss before its weight
-    metrics: dict[str, Tensor | float]
 
 
 class Objective:
     """Runs the networks on a batch and sums up the weighted losses.
 
     ``teaching`` is whom the student learns from, by default its moving average; ``masking`` says
-    whether the student is kept from seeing masked patches; ``clock`` is told where the time goes.
+    whether the student is kept from seeing masked patches.
     """
 
     def __init__(
@@ -52,29 +43,28 @@ class Objective:
         losses: Mapping[str, Loss],
         configs: Mapping[str, LossConfig],
         networks: Networks,
-        total_iterations: int,
         images: ImagesConfig,
         *,
         teaching: Teaching | None = None,
         masking: bool = True,
-        clock: StepClock | None = None,
+        simulated: bool = False,
     ) -> None:
         self.losses, self.configs, self.networks = losses, configs, networks
-        self.total_iterations, self.images = total_iterations, images
+        self.images, self.simulated = images, simulated
+        self.left_out: dict[str, str] = {}  # of an estimate: loss -> why it cannot take part
         self.teaching = teaching or OwnTeaching(networks.teacher, images)
-        self.clock = clock or StepClock(torch.device("cpu"))
         needs: set[str] = set().union(*(loss.needs for loss in losses.values()))
         self._student_views = [v for v in STUDENT_VIEWS if _wanted(needs, "student", v)]
         self._taught = frozenset(o for o in OUTPUTS if f"teacher.global.{o}" in needs)
         self._masks, self._masking = "masks" in needs, masking
 
-    def __call__(self, batch: Batch, iteration: int) -> Outcome:
-        """Evaluate the objective; call ``backward()`` on the outcome's total."""
-        with self.clock.phase("teacher"):
+    def __call__(self, batch: CropBatch, step: Step) -> StepResult:
+        """Evaluate the objective; call ``backward()`` on the result's total."""
+        with step.phase("teacher"):
             batch, teacher = self.teaching(batch, self._taught)
-            anchors = self._anchors(batch, iteration)
+            anchors = self._anchors(batch, step.iteration)
         masks = batch.masks if self._masks else None
-        with self.clock.phase("student"):
+        with step.phase("student"):
             student = self._student(batch, masks if self._masking else None)
         if "patches" in self._taught and "global" in student:
             teacher = {"global": on_grid(teacher["global"], student["global"].grid)}
@@ -85,8 +75,8 @@ class Objective:
             if name in self.networks.anchors and name not in anchors:
                 continue  # not begun yet
             outputs = StepOutputs(
-                iteration=iteration,
-                total_iterations=self.total_iterations,
+                iteration=step.iteration,
+                total_iterations=step.total,
                 student=student,
                 teacher=teacher,
                 anchor=anchors.get(name),
@@ -95,16 +85,28 @@ class Objective:
                 project=partial(_project, self.networks.student, name),
                 project_teacher=torch.no_grad()(partial(_project, self.teaching.networks, name)),
             )
-            with self.clock.phase("loss"):
-                result: LossResult = loss(outputs)
+            with step.phase("loss"):
+                result = self._evaluate(name, loss, outputs)
             weight = outputs.value(self.configs[name].weight)
             total = total + weight * result.loss
             losses[name] = result.loss.detach()
             metrics[f"{name}/weight"] = weight
             metrics |= {f"{name}/{key}": value for key, value in result.metrics.items()}
-        return Outcome(total, losses, metrics)
+        return StepResult(total, losses, metrics)
 
-    def _student(self, batch: Batch, masks: Tensor | None) -> dict[str, ViewFeatures]:
+    def _evaluate(self, name: str, loss: Loss, outputs: StepOutputs) -> LossResult:
+        if not self.simulated:
+            result: LossResult = loss(outputs)
+            return result
+        if name not in self.left_out:
+            try:
+                return loss(outputs)  # type: ignore[no-any-return]
+            except NEEDS_VALUES as error:
+                self.left_out[name] = reason(error)
+        some = next(iter(outputs.student.values())).cls
+        return LossResult((some * 0).sum())
+
+    def _student(self, batch: CropBatch, masks: Tensor | None) -> dict[str, ViewFeatures]:
         """All views in one pass, so that sharded parameters are gathered once."""
         backbone: Any = self.networks.student["backbone"]
         views = self._student_views
@@ -119,7 +121,7 @@ class Objective:
         }
 
     @torch.no_grad()
-    def _anchors(self, batch: Batch, iteration: int) -> dict[str, ViewFeatures]:
+    def _anchors(self, batch: CropBatch, iteration: int) -> dict[str, ViewFeatures]:
         """What the anchors that have begun say, by loss."""
         features = {}
         blueprint = self.networks.blueprint
@@ -144,7 +146,7 @@ def _wanted(needs: set[str], network: str, view: str) -> bool:
 
 
 def _project(networks: nn.ModuleDict, loss: str, tokens: Tensor, *others: Any) -> Tensor:
-    name = head_name(loss)
+    name = projector_key(loss)
     if name not in networks:
         raise KeyError(f"loss {loss!r} projects tokens and built no projector")
     projected: Tensor = networks[name](tokens, *others)

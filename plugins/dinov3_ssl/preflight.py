@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import attrs
 from torch import nn
 
-from dinov3_framework.contracts.data import Augmentation, Dataset, View
+from dinov3_framework.contracts.data import Augmentation, View
 from dinov3_framework.contracts.losses import STUDENT_VIEWS, Loss, check_needs
 from dinov3_framework.errors import Problem
-from dinov3_framework.parallel.check import backbone_problems, parallel_problems, parallel_rows
-from dinov3_framework.schedules import Schedule
-from dinov3_framework.training.optimizer import lr_factor
-from dinov3_ssl.configs import TrainingConfig, momentum
-from dinov3_ssl.networks import Blueprint, head_name
+from dinov3_framework.training.check import course, optimizer_rows, schedules
+from dinov3_ssl.configs import StudentTrainingConfig, momentum
+from dinov3_ssl.networks import Blueprint, projector_key
 
 # Figures that metrics.jsonl has of every run; a loss is logged by its name.
 _FIGURES = {"iteration", "loss", "images_per_second", "data_wait", "time"} | {
@@ -36,78 +33,37 @@ class Parts:
     blueprint: Blueprint
 
 
-def config_problems(config: TrainingConfig, world_size: int) -> list[Problem]:
+def config_problems(config: StudentTrainingConfig) -> list[Problem]:
     """What can be told without building anything."""
-    return [
-        *parallel_problems(config.parallel, world_size),
-        *_batch_problems(config, world_size),
-        *_schedule_problems(config),
-        *_channel_problems(config),
-        *_loss_problems(config),
-    ]
+    return [*_channel_problems(config), *_loss_problems(config)]
 
 
 def parts_problems(
-    config: TrainingConfig, parts: Parts, masks_student: bool = True
+    config: StudentTrainingConfig, parts: Parts, masks_student: bool = True
 ) -> list[Problem]:
     """What does not fit together; ``masks_student``: whether the student's patches are hidden."""
     variants = parts.augmentation.variants()
     needs = [each for variant in variants for each in check_needs(parts.losses, variant)]
     masks = _mask_problems(parts) if masks_student else ()
-    parallel = backbone_problems(config.parallel, parts.blueprint.backbone)
     # What is wrong with all variants is said once.
-    found = [*parallel, *needs, *_view_problems(parts), *masks, *_anchor_problems(parts)]
+    found = [*needs, *_view_problems(parts), *masks, *_anchor_problems(parts)]
     return list(dict.fromkeys(found))
 
 
 def sections(
-    config: TrainingConfig, parts: Parts, dataset: Dataset | None, world_size: int
+    config: StudentTrainingConfig, parts: Parts, world_size: int
 ) -> dict[str, list[tuple[str, str]]]:
-    """The report of a check; ``dataset`` is None where this machine does not have it."""
+    """The sections of a check's report that are about the student and its objective."""
     return {
         "parameters": _parameter_rows(parts.blueprint),
         "batch": _batch_rows(config, parts, world_size),
         **_resolution_rows(parts),
-        "parallel": parallel_rows(config.parallel, parts.blueprint.backbone, world_size),
         "schedule": _schedule_rows(config),
-        "data": _data_rows(config, dataset),
     }
 
 
 # ---------------------------------------------------------------------- what can be wrong
-def _batch_problems(config: TrainingConfig, world_size: int) -> Iterator[Problem]:
-    share = world_size * config.accumulation_steps
-    if config.batch_size % share:
-        lower, upper = config.batch_size // share * share, -(-config.batch_size // share) * share
-        near = f"{lower} or {upper}" if lower else str(upper)
-        yield Problem(
-            "batch_size",
-            f"{config.batch_size} images cannot be split over {world_size} processes x "
-            f"accumulation_steps = {config.accumulation_steps}",
-            f"take {near}",
-        )
-
-
-def _schedule_problems(config: TrainingConfig) -> Iterator[Problem]:
-    for where, schedule in _schedules(config, ""):
-        for complaint in schedule.problems(config.iterations):
-            yield Problem(where, complaint)
-
-
-def _schedules(config: Any, prefix: str) -> Iterator[tuple[str, Schedule]]:
-    """Every schedule in a config, with its key path."""
-    if isinstance(config, Mapping):
-        items = list(config.items())
-    else:
-        items = [(a.name, getattr(config, a.name)) for a in attrs.fields(type(config))]
-    for name, value in items:
-        if isinstance(value, Schedule):
-            yield f"{prefix}{name}", value
-        elif attrs.has(type(value)) or isinstance(value, Mapping):
-            yield from _schedules(value, f"{prefix}{name}.")
-
-
-def _channel_problems(config: TrainingConfig) -> Iterator[Problem]:
+def _channel_problems(config: StudentTrainingConfig) -> Iterator[Problem]:
     given, wanted = config.backbone.in_chans, config.images.channels
     if given is not None and given != wanted:
         yield Problem(
@@ -117,7 +73,7 @@ def _channel_problems(config: TrainingConfig) -> Iterator[Problem]:
         )
 
 
-def _loss_problems(config: TrainingConfig) -> Iterator[Problem]:
+def _loss_problems(config: StudentTrainingConfig) -> Iterator[Problem]:
     if not config.losses:
         yield Problem("losses", "no loss: nothing would be learnt")
     for name in config.losses:
@@ -184,7 +140,7 @@ def _shapes(backbone: nn.Module) -> dict[str, tuple[int, ...]]:
 # ---------------------------------------------------------------------- what a check shows
 def _parameter_rows(blueprint: Blueprint) -> list[tuple[str, str]]:
     rows = [("backbone", _count(blueprint.backbone))]
-    rows += [(head_name(n), _count(projector)) for n, projector in blueprint.projectors.items()]
+    rows += [(projector_key(n), _count(projector)) for n, projector in blueprint.projectors.items()]
     for name in blueprint.anchors:
         rows.append((f"anchor of {name}", _anchor_text(blueprint, name)))
     return rows
@@ -206,7 +162,7 @@ def _count(module: nn.Module) -> str:
     return f"{sum(p.numel() for p in module.parameters()):,}"
 
 
-def _batch_rows(config: TrainingConfig, parts: Parts, world: int) -> list[tuple[str, str]]:
+def _batch_rows(config: StudentTrainingConfig, parts: Parts, world: int) -> list[tuple[str, str]]:
     per_pass = config.batch_size // (world * config.accumulation_steps)
     variants = len(parts.augmentation.variants())
     which = f" in the largest of {variants} resolutions" if variants > 1 else ""
@@ -240,33 +196,13 @@ def _resolution_rows(parts: Parts) -> dict[str, list[tuple[str, str]]]:
     return {"resolutions": rows}
 
 
-def _schedule_rows(config: TrainingConfig) -> list[tuple[str, str]]:
-    total, factor = config.iterations, lr_factor(config.optimizer, config.batch_size)
-    lr = config.optimizer.lr.scaled(factor)
-    rows = [("iterations", f"{total:,}"), ("lr", _course(lr, total))]
-    if factor != 1:
-        rows.append(("lr factor", f"{factor:g} ({config.optimizer.lr_scaling})"))
-    rows.append(("weight decay", _course(config.optimizer.weight_decay, total)))
-    rows.append(("momentum", _course(momentum(config), total)))
-    rows += [
-        (f"losses.{where}", _course(schedule, total))
-        for where, schedule in _schedules(config.losses, "")
+def _schedule_rows(config: StudentTrainingConfig) -> list[tuple[str, str]]:
+    total = config.iterations
+    return [
+        *optimizer_rows(config),
+        ("momentum", course(momentum(config), total)),
+        *(
+            (f"losses.{where}", course(schedule, total))
+            for where, schedule in schedules(config.losses)
+        ),
     ]
-    return rows
-
-
-def _course(schedule: Schedule, total: int) -> str:
-    """A schedule at five places of the run, or one number if it does not move."""
-    values = [schedule.at(round(part * (total - 1) / 4), total) for part in range(5)]
-    if len(set(values)) == 1:
-        return f"{values[0]:g}"
-    return " -> ".join(f"{value:.3g}" for value in values)
-
-
-def _data_rows(config: TrainingConfig, dataset: Dataset | None) -> list[tuple[str, str]]:
-    seen = config.iterations * config.batch_size
-    rows = [("images seen", f"{seen:,}")]
-    if dataset is not None:
-        rows.insert(0, ("dataset", dataset.describe()))
-        rows.append(("passes over the data", f"{seen / len(dataset):.2f}"))
-    return rows

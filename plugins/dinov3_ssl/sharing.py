@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts.losses import OUTPUTS, Loss, ViewFeatures
-from dinov3_framework.data.loader import Batch
+from dinov3_ssl.batches import CropBatch
 from dinov3_ssl.teaching import look
 
 _FIELDS = {"class": "cls", "storage": "storage", "patches": "patches"}
@@ -85,8 +85,8 @@ class SharedTeaching:
     wanted: Mapping[str, Sequence[bool]]
 
     def __call__(
-        self, batch: Batch, outputs: Collection[str]
-    ) -> tuple[Batch, dict[str, ViewFeatures]]:
+        self, batch: CropBatch, outputs: Collection[str]
+    ) -> tuple[CropBatch, dict[str, ViewFeatures]]:
         features = look(self.backbone, batch, self.images, self.wanted.keys())
         crops = {
             view: self.exchange(of_view)

@@ -11,11 +11,11 @@ from torch import nn
 from dinov3_framework.contracts.losses import Loss
 from dinov3_framework.errors import Problem, summarize_names
 from dinov3_ssl.frozen import FrozenWeights
-from dinov3_ssl.networks import head_name
+from dinov3_ssl.networks import projector_key
 
 
 @frozen
-class TeacherHeads:
+class TeacherProjectors:
     """A projector for each loss that wants one, on the meta device."""
 
     projectors: Mapping[str, nn.Module]  # by loss
@@ -24,7 +24,9 @@ class TeacherHeads:
     problems: Sequence[Problem]
 
     @classmethod
-    def of(cls, losses: Mapping[str, Loss], weights: FrozenWeights, source: str) -> TeacherHeads:
+    def of(
+        cls, losses: Mapping[str, Loss], weights: FrozenWeights, source: str
+    ) -> TeacherProjectors:
         """``source`` is ``auto``, ``weights`` or ``new``, as the recipe says."""
         with torch.device("meta"):
             projectors = {
@@ -36,14 +38,14 @@ class TeacherHeads:
         held = [
             name
             for name in projectors
-            if any(n.startswith(f"{head_name(name)}.") for n in weights.projectors)
+            if any(n.startswith(f"{projector_key(name)}.") for n in weights.projectors)
         ]
         problems = []
         if source == "weights":
             problems = [
                 Problem(
                     "teacher.projectors",
-                    f"{weights.weights} hold no projector of loss {name!r} ({head_name(name)})",
+                    f"{weights.weights} hold no projector of loss {name!r} ({projector_key(name)})",
                     'take a training checkpoint, which has them, or "auto" for a new one',
                 )
                 for name in projectors
@@ -58,11 +60,11 @@ class TeacherHeads:
         """For people: where each comes from."""
         new = "new: the weights hold none; its prototypes will be tokens of the first batches"
         origin = dict.fromkeys(self.read, "of the weights")
-        return [(head_name(name), origin.get(name, new)) for name in self.projectors]
+        return [(projector_key(name), origin.get(name, new)) for name in self.projectors]
 
 
 def _differences(loss: str, projector: nn.Module, weights: FrozenWeights) -> list[Problem]:
-    prefix = f"{head_name(loss)}."
+    prefix = f"{projector_key(loss)}."
     theirs = {
         name.removeprefix(prefix): tuple(shape)
         for name, shape in weights.projectors.items()
@@ -86,7 +88,8 @@ def _differences(loss: str, projector: nn.Module, weights: FrozenWeights) -> lis
     return [
         Problem(
             f"losses.{loss}",
-            f"the teacher's {head_name(loss)} is another than this loss makes:" + "".join(lines),
+            f"the teacher's {projector_key(loss)} is another than this loss makes:"
+            + "".join(lines),
             f'describe it in losses.{loss}.teacher_head, or set teacher.projectors = "new"',
         )
     ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts.losses import ViewFeatures
 from dinov3_framework.data.images import normalize
-from dinov3_framework.data.loader import Batch
+from dinov3_ssl.batches import CropBatch
 from dinov3_ssl.views import features_of
 
 
@@ -20,8 +20,8 @@ class Teaching(Protocol):
     """Turns a batch into what the teacher says of it."""
 
     def __call__(
-        self, batch: Batch, outputs: Collection[str]
-    ) -> tuple[Batch, dict[str, ViewFeatures]]:
+        self, batch: CropBatch, outputs: Collection[str]
+    ) -> tuple[CropBatch, dict[str, ViewFeatures]]:
         """The batch that the student is to see, and the teacher's features of it, by view.
 
         ``outputs`` are those that losses read: ``class``, ``storage``, ``patches``; without any the
@@ -46,14 +46,14 @@ class OwnTeaching:
     images: ImagesConfig
 
     def __call__(
-        self, batch: Batch, outputs: Collection[str]
-    ) -> tuple[Batch, dict[str, ViewFeatures]]:
+        self, batch: CropBatch, outputs: Collection[str]
+    ) -> tuple[CropBatch, dict[str, ViewFeatures]]:
         return batch, look(self.networks["backbone"], batch, self.images, outputs)
 
 
 @torch.no_grad()
 def look(
-    backbone: Any, batch: Batch, images: ImagesConfig, outputs: Collection[str]
+    backbone: Any, batch: CropBatch, images: ImagesConfig, outputs: Collection[str]
 ) -> dict[str, ViewFeatures]:
     """What a teacher says of the global crops, or of its own version of them."""
     if not outputs:

@@ -245,6 +245,9 @@ class VisionTransformer(Backbone):
             return int(rest.partition(".")[0]) + 1, last
         return last, last
 
+    def role_of(self, name: str) -> str | None:
+        return "patch_embed" if name.startswith("patch_embed.") else None
+
     def blocks_to_shard(self) -> Iterable[nn.Module]:
         """The transformer blocks."""
         return list(self.blocks)

@@ -1,4 +1,4 @@
-"""A registry of small components, and real distributions to throw away."""
+"""Real distributions to throw away."""
 
 from __future__ import annotations
 
@@ -8,39 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from toy_configs import HereConfig, OtherConfig, PullConfig, TinyConfig, ToyConfig
-
-from dinov3_framework import Component, Registry
-
-
-@pytest.fixture
-def registry() -> Registry:
-    """Components that need no torch; their factories give back what they were called with."""
-    registry = Registry()
-    for kind, name, cls in (
-        ("backbone", "tiny", TinyConfig),
-        ("backbone", "other", OtherConfig),
-        ("loss", "pull", PullConfig),
-        ("launcher", "here", HereConfig),
-        ("task", "toy", ToyConfig),
-    ):
-        component = Component(name, cls, lambda config, **runtime: (config, runtime))
-        registry.add(kind, component, "toys", "toy-box")
-    return registry
-
-
-@pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """``write("base.toml", text)`` in a fresh working directory."""
-    monkeypatch.chdir(tmp_path)
-
-    def write(name: str, text: str) -> Path:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(textwrap.dedent(text), "utf-8")
-        return path
-
-    return write
 
 
 @pytest.fixture

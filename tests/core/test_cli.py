@@ -15,7 +15,7 @@ from toy_configs import HereConfig, ToyConfig
 
 from dinov3_framework import DataError, ExitCode, Plan, Registry, __version__
 from dinov3_framework.cli import main
-from dinov3_framework.contracts.running import Job
+from dinov3_framework.contracts.running import Job, JobHandle
 from dinov3_framework.errors import DivergenceError, StopRequested
 from dinov3_framework.plugins import BrokenPlugin
 
@@ -61,14 +61,20 @@ def trace(registry: Registry, write: Write, monkeypatch: pytest.MonkeyPatch) -> 
         def world_size(self) -> int:
             return self.processes
 
-        def describe(self) -> str:
+        def preview(self, job: Job) -> str:
             return f"{self.processes} processes here"
 
-        def launch(self, job: Job) -> int:
+        def submit(self, job: Job) -> Handle:
             trace.jobs.append(job)
+            return Handle()
+
+    class Handle(JobHandle):
+        def wait(self) -> int:
             return trace.code
 
-    def run_task(task: Any, config: ToyConfig, registry: Registry, output_dir: Path) -> int:
+    def run_task(
+        task: Any, config: ToyConfig, registry: Registry, output_dir: Path, plan: Plan | None
+    ) -> int:
         trace.ran.append((config, output_dir))
         if trace.run_error:
             raise trace.run_error
@@ -113,6 +119,41 @@ def test_options_and_overrides_mix(trace: Trace) -> None:
     assert main(arguments) == 0
     ((config, output_dir),) = trace.ran
     assert (config.iterations, config.seed, output_dir) == (7, 3, Path("out dir/x=1"))
+
+
+def test_several_recipes_are_one_run_of_the_first_ones_name(
+    trace: Trace, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write("over.toml", "iterations = 8\nseed = 8\nbackbone.depth = 3\nlauncher.use = 'here'")
+    words = ["seed=9", "r.toml", "over.toml"]
+    assert main([*words, "--print-recipe"]) == 0
+    out = capsys.readouterr().out
+    origins = {line.split(" = ")[0]: line.split("# ")[-1] for line in out.splitlines()}
+    assert (origins["lr"], origins["iterations"]) == ("r.toml", "over.toml")
+    assert (origins["depth"], origins["seed"]) == ("over.toml", "command line")
+    assert main(words) == 0
+    (job,) = trace.jobs
+    assert job.output_dir == Path("runs/r"), "as with overrides: the same run on other machines"
+    assert job.command[-1] == "runs/r/recipe.toml"
+    job.run()
+    ((config, _),) = trace.ran
+    assert (config.iterations, config.seed, config.backbone.depth) == (8, 9, 3)
+
+
+def test_an_overlay_alone_is_no_recipe(
+    trace: Trace, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write("over.toml", "iterations = 8")
+    for words in (["over.toml"], ["over.toml", "r.toml"]):
+        assert main(words) == ExitCode.WRONG_INPUT
+        err = capsys.readouterr().err
+        assert err.startswith("over.toml: ")
+        assert "overlay" in err
+        assert err.count("\n") == 1
+    with pytest.raises(SystemExit):
+        main(["iterations=8"])
+    assert "a recipe is needed" in capsys.readouterr().err
+    assert trace.ran == trace.worlds == []
 
 
 def test_the_exit_code_is_the_runs(trace: Trace) -> None:
@@ -164,6 +205,8 @@ def test_ctrl_c(trace: Trace, capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["r.toml", "task=toi"], "command line: task: no task is named 'toi'"),
         (["x.toml"], "no such recipe: x.toml"),
+        (["r.toml", "seed"], "no such recipe: seed"),
+        (["r.toml", "over.toml", "seed"], "2 mistakes in this recipe:"),
         (["r.toml", "--launcher", "slurm"], "command line: launcher.use: no launcher is named"),
     ],
 )
@@ -309,9 +352,12 @@ def test_launched_processes_do_not_check_again(
     assert main(["runs/r/recipe.toml"]) == 0
     assert (trace.worlds, len(trace.ran)) == ([], 1)
     assert capsys.readouterr().out == ""
+    write("over.toml", "iterations = 8")
+    assert main(["runs/r/recipe.toml", "over.toml"]) == 0
+    assert trace.worlds == [2], "with an overlay it is another recipe"
     monkeypatch.delenv("RANK")
     assert main(["runs/r/recipe.toml"]) == 0
-    assert trace.worlds == [1], "by hand it is checked like any recipe"
+    assert trace.worlds == [2, 1], "by hand it is checked like any recipe"
 
 
 # --------------------------------------------------------------------------- as a program

@@ -170,8 +170,8 @@ def test_blocked_plugins_are_not_even_imported(
 
 
 def test_blocking_what_is_not_there() -> None:
-    with pytest.raises(PluginError, match=r"no plugin is named 'enginee'.*did you mean 'engine'"):
-        find_plugins(name for name in ["enginee"])
+    with pytest.raises(PluginError, match=r"no plugin is named 'pipelin'.*did you mean 'pipeline'"):
+        find_plugins(name for name in ["pipelin"])
 
 
 def test_the_environment_may_block_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,9 @@ from dinov3_crops.masking import hidden_counts
 from dinov3_crops.multi_crop import MultiCrop
 
 from dinov3_framework import InvalidOption, RecipeError, Registry, View
-from dinov3_framework.recipes.compose import to_toml
-from dinov3_framework.recipes.structure import structure_component, unstructure
+from dinov3_framework.recipes.plain import unstructure
+from dinov3_framework.recipes.structure import structure_component
+from dinov3_framework.recipes.toml_text import to_toml
 
 RATIOS = (0.3, 0.3, 0.3, 0.05, 0.05)
 GLOBAL = (512, 768, 768, 768, 768)

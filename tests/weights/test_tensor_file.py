@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dinov3_framework.weights.tensor_file import write_tensor_file
+from dinov3_framework.weights.tensor_file import write_array_file, write_tensor_file
 
 TENSORS = {
     "weight": torch.arange(6.0).view(2, 3),
@@ -40,6 +41,37 @@ def test_the_order_of_tensors_does_not_matter(tmp_path: Path) -> None:
     write_tensor_file(first, SPECS, TENSORS.items(), {"b": "2", "a": "1"})
     write_tensor_file(second, SPECS, reversed(TENSORS.items()), {"a": "1", "b": "2"})
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_tensors_may_come_in_pieces(tmp_path: Path) -> None:
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    tensors = {"a": torch.randn(5, 3).bfloat16(), "b": torch.arange(8).view(4, 2).T}
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write_tensor_file(whole, specs, tensors.items(), {})
+    rows = [("a", tensors["a"][:2]), ("b", tensors["b"][:1]), ("b", tensors["b"][1:])]
+    write_tensor_file(pieces, specs, [*rows, ("a", tensors["a"][2:])], {})
+    assert whole.read_bytes() == pieces.read_bytes()
+    with pytest.raises(ValueError, match="never given: a"):
+        write_tensor_file(pieces, specs, rows, {})
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.randn(3, 1).half(), torch.arange(10).view(5, 2), torch.empty(0, 4), torch.randn(4, 2).T],
+    ids=["half", "integers", "empty", "turned"],
+)
+def test_numpy_reads_arrays_that_came_in_pieces(tmp_path: Path, tensor: torch.Tensor) -> None:
+    path = tmp_path / "a.npy"
+    write_array_file(path, tensor.dtype, tuple(tensor.shape), tensor.split(1))
+    array = np.load(path, mmap_mode="r")
+    assert array.dtype == tensor.numpy().dtype
+    np.testing.assert_array_equal(array, tensor.numpy())
+
+
+def test_pieces_of_an_array_that_do_not_add_up(tmp_path: Path) -> None:
+    for pieces in ([torch.ones(1, 2)], [torch.ones(3, 2)], [torch.ones(2, 1)] * 2):
+        with pytest.raises(ValueError, match=r"\[2, 2\]"):
+            write_array_file(tmp_path / "a.npy", torch.float32, (2, 2), pieces)
 
 
 def test_views_are_written_as_they_look(tmp_path: Path) -> None:

@@ -1,0 +1,232 @@
+"""The output folder: whose it is, whether it can be written, and when it is complete."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from disks import small_disk
+from trainer_support import registry, tiny_config
+
+from dinov3_framework import ExitCode, OutputError
+from dinov3_framework.recipes.compose import compose
+from dinov3_framework.recipes.structure import structure_recipe
+from dinov3_framework.runtime.output import (
+    RunComplete,
+    locked,
+    prepare_output,
+    prepared,
+    write_aside,
+)
+from dinov3_framework.runtime.results import write_results
+
+
+def prepare(output: Path, *overrides: str) -> None:
+    prepare_output(tiny_config(*overrides), registry(), output)
+
+
+# --------------------------------------------------------------------------- the recipe in it
+def test_the_recipe_is_written_complete(tmp_path: Path) -> None:
+    config = tiny_config("losses.koleo.weight=0.25", 'optimizer.clip_grad="none"')
+    prepare_output(config, registry(), tmp_path / "deep" / "run")
+    again = structure_recipe(registry(), compose(tmp_path / "deep" / "run" / "recipe.toml"))
+    assert again == config
+    names = {path.name for path in (tmp_path / "deep" / "run").iterdir()}
+    assert names == {"recipe.toml", ".lock"}
+
+
+def test_the_same_recipe_may_go_on(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    prepare(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "output_dir=elsewhere",
+        "launcher.use=local",
+        "loader.workers=5",
+        "checkpoint.keep=9",
+        "checkpoint.every=7",
+        "log_every=3",
+        "max_nonfinite_steps=9",
+        "parallel.timeout=11.0",
+        "parallel.replicas=2",
+        "parallel.checkpointing=full",
+        "parallel.compile=true",
+        "observers.x.use=figures",
+    ],
+)
+def test_what_teaches_nothing_may_change(tmp_path: Path, override: str) -> None:
+    prepare(tmp_path)
+    prepare(tmp_path, override)
+    written = structure_recipe(registry(), compose(tmp_path / "recipe.toml"))
+    assert written == tiny_config(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lines"),
+    [
+        (["seed=3"], ["seed: 0 there, 3 now"]),
+        (
+            ["batch_size=24", "losses.koleo.weight=0.5"],
+            ["batch_size: 12 there, 24 now", "losses.koleo.weight: 0.1 there, 0.5 now"],
+        ),
+        (['drop=["losses.koleo"]'], ['losses.koleo.use: "koleo" there, nothing now']),
+        (["parallel.param_dtype=bf16"], ['parallel.param_dtype: "fp32" there, "bf16" now']),
+        (["parallel.fp8=emulated"], ['parallel.fp8: "off" there, "emulated" now']),
+        (["loader.workers=1", "seed=3"], ["seed: 0 there, 3 now"]),
+    ],
+)
+def test_another_recipe_is_refused(tmp_path: Path, overrides: list[str], lines: list[str]) -> None:
+    prepare(tmp_path)
+    before = (tmp_path / "recipe.toml").read_bytes()
+    with pytest.raises(OutputError, match="holds a run of another recipe") as caught:
+        prepare(tmp_path, *overrides)
+    shown = str(caught.value).splitlines()
+    for line in lines:
+        assert f"    {line}" in shown
+    assert not any("loader" in line for line in shown)
+    assert "choose another --output-dir" in shown[-1]
+    assert (tmp_path / "recipe.toml").read_bytes() == before
+
+
+def test_a_very_different_recipe_is_not_listed_in_full(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    with pytest.raises(OutputError, match=r"and \d+ more") as caught:
+        prepare(tmp_path, "backbone.use=vit_small", "seed=3", "batch_size=24")
+    assert str(caught.value).count(" there, ") == 8
+
+
+@pytest.mark.parametrize("content", [b"not = [toml", b"\xff\xfe"])
+def test_a_file_that_is_no_recipe_is_said(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "recipe.toml").write_bytes(content)
+    with pytest.raises(OutputError, match="is no recipe"):
+        prepare(tmp_path)
+
+
+def test_a_complete_run_is_said_to_be_complete(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    write_results(tmp_path, {"x": 1})
+    with pytest.raises(RunComplete, match="This run is complete") as caught:
+        prepare(tmp_path)
+    assert caught.value.exit_code == ExitCode.OK
+    with pytest.raises(OutputError, match="another recipe"):
+        prepare(tmp_path, "seed=3")
+
+
+# --------------------------------------------------------------------------- who holds it
+_HOLD = """
+import sys
+from pathlib import Path
+from dinov3_framework.runtime.output import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    if "fork" in sys.argv:
+        import os, time
+        child = os.fork()
+        if child == 0:
+            time.sleep(600)
+        print(child, flush=True)
+    sys.stdin.read()
+"""
+
+Hold = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def hold() -> Iterator[Hold]:
+    started = []
+
+    def start(output: Path, *arguments: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _HOLD, str(output), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path, hold: Hold) -> None:
+    process = hold(tmp_path)
+    with pytest.raises(OutputError, match="is in use by another run"):
+        prepare(tmp_path)
+    assert not (tmp_path / "recipe.toml").exists()
+    process.communicate("")
+    prepare(tmp_path)
+
+
+def test_a_killed_run_lets_go_though_its_children_live_on(tmp_path: Path, hold: Hold) -> None:
+    process = hold(tmp_path, "fork")
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    try:
+        process.kill()
+        process.wait()
+        os.kill(child, 0)  # it is alive
+        prepare(tmp_path)
+    finally:
+        os.kill(child, 9)
+
+
+def test_the_folder_is_held_from_the_check_to_the_end(tmp_path: Path) -> None:
+    attempt = [sys.executable, "-c", _HOLD, str(tmp_path)]
+
+    def other() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(attempt, input="", capture_output=True, text=True, check=False)
+
+    with prepared(tiny_config(), registry(), tmp_path):
+        assert "is in use by another run" in other().stderr
+    assert other().returncode == 0
+
+
+# --------------------------------------------------------------------------- writing
+def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(OutputError, match="run cannot be written: File exists"):
+        prepare(tmp_path / "run")
+    with pytest.raises(OutputError, match="cannot be written: Not a directory"):
+        prepare(tmp_path / "run" / "deeper")
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder nobody can write to")
+def test_a_folder_that_cannot_be_made() -> None:
+    with pytest.raises(OutputError, match="/proc/self/run cannot be written"):
+        prepare(Path("/proc/self/run"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="Permission denied"):
+        prepare(tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "limit"])
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path: Path, kind: str) -> None:
+    disk = tmp_path / "disk"
+    with small_disk(disk, kind):
+        write_aside(disk / "x.json", "old")
+        with pytest.raises(OutputError, match=r"disk full.*make room"):
+            write_aside(disk / "x.json", "new" * 2**20 * 2)
+        assert (disk / "x.json").read_text() == "old"
+        assert [path.name for path in disk.iterdir()] == ["x.json"]
+
+
+def test_locks_are_let_go(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), locked(tmp_path):
+            raise ZeroDivisionError

@@ -1,0 +1,141 @@
+"""What the plugin's components do; imports torch, which their configs do without."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import torch
+from dinov3_faults import (
+    CentreConfig,
+    FlakyConfig,
+    PauseConfig,
+    PoisonConfig,
+    RaiseAtConfig,
+    ScaledMeanConfig,
+    SignalAtConfig,
+    TroubleConfig,
+)
+
+from dinov3_framework import (
+    CorruptSampleError,
+    Dataset,
+    Loss,
+    LossResult,
+    Observer,
+    OutputError,
+    Run,
+    Sample,
+    StepOutputs,
+    StepRecord,
+)
+from dinov3_framework.runtime import collectives
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+class SignalAt(Observer):
+    def __init__(self, config: SignalAtConfig) -> None:
+        self.config = config
+
+    def on_step(self, run: Run, step: StepRecord) -> None:
+        if step.iteration == self.config.iteration and self.config.rank == RANK:
+            os.kill(os.getpid(), getattr(signal, self.config.signal))
+
+
+class RaiseAt(Observer):
+    def __init__(self, config: RaiseAtConfig) -> None:
+        self.config = config
+
+    def on_step(self, run: Run, step: StepRecord) -> None:
+        if step.iteration == self.config.iteration and self.config.rank == RANK:
+            raise OutputError("the observer cannot go on")
+
+
+class Pause(Observer):
+    def __init__(self, config: PauseConfig) -> None:
+        self.config = config
+
+    def on_step(self, run: Run, step: StepRecord) -> None:
+        time.sleep(self.config.seconds)
+
+
+class Poison(Loss):
+    needs = frozenset({"student.global.class"})
+
+    def __init__(self, config: PoisonConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, step: StepOutputs) -> LossResult:
+        poisoned = step.iteration + 1 in self.config.iterations and self.config.rank == RANK
+        factor = float(self.config.value) if poisoned else 0.0
+        return LossResult((step.student["global"].cls * factor).sum())
+
+
+class Trouble(Loss):
+    needs = frozenset({"student.global.class"})
+
+    def __init__(self, config: TroubleConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, step: StepOutputs) -> LossResult:
+        if step.iteration + 1 == self.config.iteration and self.config.rank == RANK:
+            if self.config.what == "sleep":
+                time.sleep(3600)
+            raise torch.OutOfMemoryError("tried to allocate 1.5 TiB")
+        return LossResult((step.student["global"].cls * 0).sum())
+
+
+class Centre(Loss):
+    needs = frozenset({"student.global.class", "teacher.global.class"})
+
+    def __init__(self, config: CentreConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("centre", torch.zeros(()))
+
+    def forward(self, step: StepOutputs) -> LossResult:
+        mean = step.teacher["global"].cls.float().mean()
+        mean = collectives.all_reduce_sum(mean.clone()) / collectives.world_size()
+        poison = float("nan") if step.iteration + 1 in self.config.poisoned else 1.0
+        self.centre.lerp_(mean * poison + step.iteration + 1, 0.5)
+        loss = ((step.student["global"].cls - self.centre) ** 2).mean()
+        return LossResult(loss, {"centre": self.centre.clone()})
+
+
+class ScaledMean(Loss):
+    needs = frozenset({"student.global.class", "student.global.patches"})
+
+    def __init__(self, config: ScaledMeanConfig) -> None:
+        super().__init__()
+
+    def forward(self, step: StepOutputs) -> LossResult:
+        view = step.student["global"]
+        return LossResult(((view.cls - view.patches.mean(2)) ** 2).mean())
+
+
+class Flaky(Dataset):
+    def __init__(self, config: FlakyConfig, *, channels: int) -> None:
+        self.config, self.channels = config, channels
+
+    def __len__(self) -> int:
+        return self.config.size
+
+    def __getitem__(self, index: int) -> Sample:
+        if self.config.rank in (-1, RANK):
+            self._trouble(index)
+        noise = torch.Generator().manual_seed(index)
+        image = torch.randint(0, 256, (self.channels, 28, 28), generator=noise, dtype=torch.uint8)
+        return Sample(image)
+
+    def _trouble(self, index: int) -> None:
+        config = self.config
+        if index == config.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index == config.hang_at:
+            time.sleep(3600)
+        if config.corrupt_every and index % config.corrupt_every == 0:
+            raise CorruptSampleError(f"image {index}", "broken on purpose")
