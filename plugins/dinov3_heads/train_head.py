@@ -29,7 +29,7 @@ from dinov3_framework import (
 from dinov3_framework.data.loader import LabelledBatch, Layout, TransformedBatches
 from dinov3_framework.data.tokens import head_features, layers_complaint
 from dinov3_framework.errors import problems_at
-from dinov3_framework.parallel.sharder import Sharder, initialise
+from dinov3_framework.parallel.sharder import Sharder, initialize
 from dinov3_framework.parallel.state_dicts import fingerprint
 from dinov3_framework.training.check import optimizer_rows
 from dinov3_framework.training.simulation import SimulatedBatch, made_up_sample
@@ -154,7 +154,7 @@ class TrainHead(TrainingMethod):
         absent = state is InitialState.ABSENT
         head: Any = sharder.place(copy.deepcopy(blueprint))
         if state is InitialState.INITIAL:
-            initialise(head, blueprint, self._seed())
+            initialize(head, blueprint, self._seed())
         if absent or (config.tune_backbone and state is InitialState.RESTORED):
             backbone: Any = sharder.place(
                 copy.deepcopy(prepared.backbone), trains=config.tune_backbone
@@ -166,7 +166,7 @@ class TrainHead(TrainingMethod):
         def initial() -> tuple[Backbone, Head]:
             again = self._loaded(sharder, trains=False) if config.tune_backbone else backbone
             untrained: Any = sharder.place(copy.deepcopy(blueprint), trains=False)
-            initialise(untrained, blueprint, self._seed())
+            initialize(untrained, blueprint, self._seed())
             return again, untrained
 
         infos = {"head": self._head_info(prepared, {}).to_metadata()}

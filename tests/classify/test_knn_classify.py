@@ -63,7 +63,7 @@ def test_it_is_the_brute_force_vote(
 
 
 def test_features_that_nearly_coincide_are_told_apart() -> None:
-    """As those of a backbone at its random initialisation are."""
+    """As those of a backbone at its random initialization are."""
     rng = np.random.default_rng(8)
     common = torch.from_numpy(rng.normal(0, 1, 32)).float()
     train, test = (

@@ -59,7 +59,7 @@ def test_an_exported_backbone(
     assert str(teacher["knn@1"]) in printed
 
 
-def test_a_randomly_initialised_backbone_repeats_with_its_seed(tmp_path: Path) -> None:
+def test_a_randomly_initialized_backbone_repeats_with_its_seed(tmp_path: Path) -> None:
     names = ("a", "b", "c")
     hard = {"train": ClustersConfig(count=40), "test": ClustersConfig(count=400, seed=1)}
     for name, seed in zip(names, (0, 0, 1), strict=True):
@@ -122,8 +122,8 @@ def test_recipes_that_cannot_work(weights: str, options: dict[str, Any], message
 def test_channels_are_set_once() -> None:
     with pytest.raises(RecipeError, match=r"backbone.in_chans: is 3, but images.channels is 1"):
         task(backbone=TinyConfig(in_chans=3), images=GREY).check(1)
-    colour = task(backbone=TinyConfig(in_chans=3), images=ImagesConfig())
-    assert ("parameters", "288") in colour.check(1).sections["backbone"]
+    color = task(backbone=TinyConfig(in_chans=3), images=ImagesConfig())
+    assert ("parameters", "288") in color.check(1).sections["backbone"]
 
 
 def test_every_mistake_at_once() -> None:

@@ -34,7 +34,7 @@ from dinov3_framework import (
     normalize,
 )
 from dinov3_framework.data.loader import BatchMaker, LabelledBatch, Layout
-from dinov3_framework.parallel.sharder import Sharder, initialise, state_of
+from dinov3_framework.parallel.sharder import Sharder, initialize, state_of
 from dinov3_framework.runtime import collectives
 from dinov3_framework.training.task import InitialState, TrainingMethod
 from dinov3_framework.training.trainer import Trainer
@@ -132,7 +132,7 @@ class Contrastive(TrainingMethod):
             blueprint = getattr(prepared, part)
             network = sharder.place(copy.deepcopy(blueprint), trains=trains)
             if draw:
-                initialise(network, blueprint, keyed_seed(self.config.seed, f"init.{part}"))
+                initialize(network, blueprint, keyed_seed(self.config.seed, f"init.{part}"))
             return network
 
         new = state is InitialState.INITIAL
