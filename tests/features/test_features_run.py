@@ -88,7 +88,7 @@ def test_stopped_and_killed_it_goes_on(
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == ExitCode.REQUEUE, said
-    assert "of 30 parts are written, the same command goes on" in said
+    assert "of 30 parts; the state is saved, the same command goes on" in said
 
     process = started(output, *given, *launcher)
     wait_for_parts(process, output, more=1)
