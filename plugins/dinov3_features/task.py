@@ -24,8 +24,8 @@ from dinov3_framework.parallel.state_dicts import full_tensors
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.agreement import RankFailure, from_main
-from dinov3_framework.runtime.output import write_results
 from dinov3_framework.runtime.processes import pick_device
+from dinov3_framework.runtime.results import write_results
 from dinov3_framework.weights.loading import load_placed
 from dinov3_framework.weights.subject import Subject
 from dinov3_framework.weights.tensor_file import CODES

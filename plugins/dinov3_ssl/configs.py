@@ -203,14 +203,20 @@ class MultiDistillConfig(SelfSupervisedConfig):
 
 def of_student(config: MultiDistillConfig, name: str, output_dir: str | None) -> DistillConfig:
     """The distillation that one student of several is."""
-    known = {field.name for field in attrs.fields(DistillConfig)}
-    shared, own = (
-        {field.name: getattr(each, field.name) for field in attrs.fields(type(each))}
-        for each in (config, config.students[name])
+    own = config.students[name]
+    shared = {field.name: getattr(config, field.name) for field in attrs.fields(TrainingConfig)}
+    if own.optimizer is not None:
+        shared["optimizer"] = own.optimizer
+    return DistillConfig(
+        **shared | {"output_dir": output_dir, "launcher": None},
+        augmentation=config.augmentation,
+        losses=config.losses if own.losses is None else own.losses,
+        backbone=own.backbone,
+        init_from=own.init_from,
+        teacher=config.teacher,
+        average=config.average if own.average is None else own.average,
+        mask_student=config.mask_student,
     )
-    values = shared | {key: value for key, value in own.items() if value is not None}
-    values |= {"output_dir": output_dir, "launcher": None}
-    return DistillConfig(**{key: value for key, value in values.items() if key in known})
 
 
 def momentum(config: StudentTrainingConfig) -> Schedule:

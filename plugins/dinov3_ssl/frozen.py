@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from attrs import field, frozen
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts.layouts import Shape
@@ -142,28 +141,3 @@ def fill_frozen(
         together(fill)
     except RankFailure as failure:
         raise failure.for_process() from failure.own
-
-
-@torch.no_grad()
-def fingerprint(network: nn.Module) -> float:
-    """A number by which to know a network again, the same on every process to rounding.
-
-    To be called by every process that holds a part of it.
-    """
-    total = torch.zeros((), dtype=torch.float64)
-    for parameter in network.parameters():
-        size = parameter.detach().abs().sum(dtype=torch.float64)
-        total += (size.full_tensor() if isinstance(size, DTensor) else size).cpu()
-    return float(total)
-
-
-_CLOSE = 1e-5  # relative difference of fingerprints that rounding explains
-
-
-def require_same(before: float, now: float, weights: str) -> None:
-    """Raise ``CheckpointError`` where a fingerprint is not what it was."""
-    if abs(before - now) > _CLOSE * abs(before):
-        raise CheckpointError(
-            f"{weights} is not the teacher that this run has learnt from: bring that one back, or "
-            "start in another output folder"
-        )

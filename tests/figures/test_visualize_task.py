@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dinov3_figures.visualize_maps import BACKDROP
-from dinov3_figures.visualize_task import file_stems
+from dinov3_figures.maps import BACKDROP
+from dinov3_figures.task import file_stems
 from figures_support import read_png
 from PIL import Image
 from visualize_support import (
@@ -153,14 +153,14 @@ def test_the_page_s_maps_are_pixels_of_patches(output: Path) -> None:
     front = decoded(images[2]["src"])
     assert front.shape == (8, 12, 3)
     assert np.array_equal((front != BACKDROP).any(-1), subject_mask(32, 48).numpy())
-    # Where the marked patch is, its similarity has the last colour of the scale.
+    # Where the marked patch is, its similarity has the last color of the scale.
     similarity = decoded(images[3]["src"])
     assert tuple(similarity[4, 6]) == (253, 231, 37)
 
 
 def test_the_page_s_codes_give_the_similarities(output: Path) -> None:
     page = Page(output / "index.html")
-    section = page.all("section")[0]
+    section = page.all("section")[1]  # the first holds the facts
     rows, columns = map(int, str(section["data-grid"]).split(","))
     weights = np.array(str(section["data-weights"]).split(","), dtype=float)
     raw = base64.b64decode(str(section["data-values"]))
@@ -171,8 +171,7 @@ def test_the_page_s_codes_give_the_similarities(output: Path) -> None:
     found = json.loads((output / "results.json").read_text())["images"][0]["marked"][0]
     assert cosines[4, 6] == pytest.approx(1, abs=0.05)
     assert cosines.mean() == pytest.approx(found["mean_similarity"], abs=0.02)
-    (body,) = page.all("body")
-    assert len(base64.b64decode(str(body["data-colours"]))) == 3 * 256
+    assert len(base64.b64decode(str(section["data-colors"]))) == 3 * 256
 
 
 def test_a_page_without_similarities_needs_no_script(tmp_path: Path) -> None:
@@ -189,7 +188,7 @@ def test_many_images_get_a_list(tmp_path: Path) -> None:
     task(maps=("pca",), count=13, dataset=ScenesConfig(count=13)).run(tmp_path)
     page = Page(tmp_path / "index.html")
     targets = [str(a["href"]) for a in page.all("a") if str(a["href"]).startswith("#")]
-    assert targets == [f"#{section['id']}" for section in page.all("section")]
+    assert targets == [f"#{section['id']}" for section in page.all("section")[1:]]
     assert len(targets) == 13
 
 

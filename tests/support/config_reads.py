@@ -170,12 +170,18 @@ def _within(path: str, module: str, line: int) -> tuple[str, str] | None:
 def unread_fields(cls: type, reads: Iterable[Read], core: str) -> list[str]:
     """Fields of a config that neither ``core`` nor the config's own package reads.
 
-    A read counts if the object is known to be of the class or a base of it. Inside the class itself
+    A read counts if the object is known to be of the class or a base of it; what a base of
+    ``core`` declares, such as a loss's weight, is for any package to read. Inside the class itself
     it counts if it happens in a method or property that somebody else reads in turn.
     """
     line = {f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__}
     packages = {core, *(base.__module__.partition(".")[0] for base in cls.__mro__)}
-    ours = [read for read in reads if read.receiver in line and read.package in packages]
+    ours = [
+        read
+        for read in reads
+        if read.receiver in line
+        and (read.package in packages or read.receiver.startswith(f"{core}."))
+    ]
     outside = {r.name for r in ours if r.within is None or r.within[0] not in line}
     inside = {
         (r.within[1], r.name)

@@ -1,8 +1,7 @@
-"""Which images are shown, and at what size a backbone sees them."""
+"""Which images are shown, at what size a backbone sees them, and its features of their patches."""
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import itertools
 import logging
@@ -21,14 +20,16 @@ from dinov3_framework import (
     Dataset,
     Problem,
     RecipeError,
+    Sample,
     Subject,
-    UserError,
     normalize,
 )
+from dinov3_framework.errors import suggest
 from dinov3_framework.runtime import collectives
+from dinov3_framework.runtime.agreement import RankFailure, gathered
 
 # Below the framework's logger, whose handlers write run.log.
-log = logging.getLogger("dinov3_framework.figures")
+log = logging.getLogger("dinov3_framework.plots")
 
 _COUNT = 8  # images, unless the recipe says which or how many
 _MOST = 200  # images that names may match before a count has to be given
@@ -39,7 +40,7 @@ _MOST_PATCHES = 2**16  # of one image: attention takes memory or time with their
 
 @attrs.frozen(eq=False)
 class Seen:
-    """One image as the backbone saw it, and what it said of its patches."""
+    """One image as the backbone saw it, and the features of its patches."""
 
     name: str
     label: str  # its class, or empty
@@ -75,24 +76,18 @@ def _named(dataset: Dataset, patterns: Sequence[str]) -> list[int]:
     problems = []
     for place, pattern in enumerate(patterns):
         # By equality too: a name may hold what a pattern takes for a wildcard.
-        hits = [
-            index
-            for index, name in enumerate(known)
-            if name == pattern or fnmatch.fnmatchcase(name, pattern)
-        ]
+        hits = [i for i, n in enumerate(known) if n == pattern or fnmatch.fnmatchcase(n, pattern)]
         if not hits:
-            near = difflib.get_close_matches(pattern, known[:_SEARCHED], n=3)
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else _examples(known)
+            hint = suggest(pattern, known[:_SEARCHED])
+            if not hint.startswith("did you mean"):
+                shown = ", ".join(map(repr, known[:3]))
+                hint = f"names are like {shown}; * stands for any letters"
             message = f"no sample is named {pattern!r}; {dataset.describe()}"
             problems.append(Problem(f"names[{place}]", message, hint))
         found |= dict.fromkeys(hits)
     if problems:
         raise RecipeError(problems)
     return list(found)
-
-
-def _examples(known: Sequence[str]) -> str:
-    return f"names are like {', '.join(map(repr, known[:3]))}; * stands for any letters"
 
 
 # --------------------------------------------------------------------------- how large
@@ -119,22 +114,19 @@ def look(
 
     Call it on every process; all get everything, in the order of ``choice``. Pictures of which no
     sample can be decoded are left out with a warning. Raises ``DataError`` on every process where
-    none is left, or an image does not fit.
+    none is left; an error of one process ends all.
     """
-    mine: list[Seen | None] = []
-    complaint = ""
-    world = collectives.world_size()
+    rank, world = collectives.rank(), collectives.world_size()
+
+    def own_share() -> list[Seen | None]:
+        return [_look_at(subject, dataset, each, config) for each in choice[rank::world]]
+
     try:
-        for candidates in choice[collectives.rank() :: world]:
-            mine.append(_look_at(subject, dataset, candidates, config))
-    except UserError as error:
-        complaint = str(error)
-    shares: list[tuple[list[Seen | None], str]] = collectives.all_gather_object((mine, complaint))  # type: ignore[assignment]
-    for _, complaint in shares:
-        if complaint:
-            raise DataError(complaint)
+        shares = gathered(own_share)
+    except RankFailure as failure:
+        raise failure.for_process() from failure.own
     # Picture p is the (p // world)-th of process p % world.
-    every = [shares[place % world][0][place // world] for place in range(len(choice))]
+    every = [shares[place % world][place // world] for place in range(len(choice))]
     seen = [each for each in every if each is not None]
     if not seen:
         raise DataError(f"{dataset.describe()}: none of the chosen images can be decoded")
@@ -144,54 +136,53 @@ def look(
 def _look_at(
     subject: Subject, dataset: Dataset, candidates: Sequence[int], config: VisualizeConfig
 ) -> Seen | None:
+    found = readable(dataset, candidates)
+    if found is None:
+        return None
+    (name, sample), spec, patch = found, subject.images, subject.backbone.patch_size
+    image = sample.image
+    if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != spec.channels:
+        given = f"{str(image.dtype).removeprefix('torch.')} {list(image.shape)}"
+        raise DataError(f"{name} is {given} where uint8 [{spec.channels}, H, W] is expected")
+    original = image.shape[1], image.shape[2]
+    shape = seen_shape(*original, config.size or subject.size, config.side, patch)
+    patches = shape[0] * shape[1] // patch**2
+    if patches > _MOST_PATCHES:
+        raise DataError(
+            f"{name} ({original[0]} x {original[1]} px) would be seen at {shape[0]} x {shape[1]} "
+            f"px, {patches:,} patches, of which {_MOST_PATCHES:,} at most are taken; lower size, "
+            'or set side = "longer"'
+        )
+    image = resized(image, shape)
+    features = patch_grid(subject.backbone, normalize(image, spec), config.layer)
+    return Seen(name, _class_name(dataset, sample.label), original, image, features)
+
+
+def readable(dataset: Dataset, candidates: Sequence[int]) -> tuple[str, Sample] | None:
+    """Name and sample of the first candidate that can be decoded, of not too many."""
     for index in candidates[:_TRIES]:
         try:
             sample = dataset[index]
         except CorruptSampleError as error:
             log.warning("left out, since it cannot be decoded: %s", error)
             continue
-        name = dataset.name(index)
-        original = _checked(sample.image, name, subject.images.channels)
-        size = config.size or subject.size
-        shape = seen_shape(*original, size, config.side, subject.backbone.patch_size)
-        patches = shape[0] * shape[1] // subject.backbone.patch_size**2
-        if patches > _MOST_PATCHES:
-            raise DataError(
-                f"{name} ({original[0]} x {original[1]} px) would be seen at {shape[0]} x "
-                f"{shape[1]} px, {patches:,} patches, of which {_MOST_PATCHES:,} at most are "
-                'taken; lower size, or set side = "longer"'
-            )
-        image = resized(sample.image, shape)
-        features = patch_grid(subject.backbone, normalize(image, subject.images), config.layer)
-        return Seen(_printable(name), _label(dataset, sample.label), original, image, features)
+        # Names of files may hold bytes that are no text.
+        return dataset.name(index).encode("utf-8", "replace").decode("utf-8"), sample
     return None
 
 
-def _checked(image: Tensor, name: str, channels: int) -> tuple[int, int]:
-    """(height, width) of a sample's image; raises ``DataError`` where it is none."""
-    if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != channels:
-        dtype = str(image.dtype).removeprefix("torch.")
-        raise DataError(
-            f"{name} is {dtype} {list(image.shape)} where uint8 [{channels}, H, W] is expected"
-        )
-    return image.shape[1], image.shape[2]
-
-
-def _printable(name: str) -> str:
-    """A name that can be written: those of files may hold bytes that are no text."""
-    return name.encode("utf-8", "replace").decode("utf-8")
-
-
-def _label(dataset: Dataset, label: int | None) -> str:
-    classes = getattr(dataset, "classes", None)
-    return "" if label is None else str(classes[label] if classes else f"class {label}")
+def _class_name(dataset: Dataset, label: int | None) -> str:
+    if label is None:
+        return ""
+    return dataset.classes[label] if dataset.classes else f"class {label}"
 
 
 @torch.no_grad()
-def patch_grid(backbone: Backbone, image: Tensor, layer: int) -> Tensor:
-    """Patch features [h, w, D] of a layer, float32 on the CPU, of one normalised image [C, H, W].
+def patch_grid(backbone: Backbone, image: Tensor, layer: int = -1) -> Tensor:
+    """Patch features [h, w, D] of a layer, after the norm, of one normalized image [C, H, W].
 
-    Raises ``DataError`` where they are not finite.
+    They are float32 and on the CPU. Where the backbone is sharded, call it on every process with
+    the same image. Raises ``DataError`` where they are not finite.
     """
     parameter = next(backbone.parameters(), None)
     if parameter is not None:
