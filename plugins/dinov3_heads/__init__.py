@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dinov3_framework import (
     BackboneConfig,
+    BackboneTaskConfig,
     Component,
     EvaluationConfig,
     HeadConfig,
     ImagesConfig,
     ObserverConfig,
-    SubjectConfig,
     TransformConfig,
     config,
     hookimpl,
@@ -47,7 +47,7 @@ class TrainHeadConfig(TrainingConfig):
 
 
 @config
-class EvaluateConfig(SubjectConfig):
+class EvaluateConfig(BackboneTaskConfig):
     """Evaluations of a backbone with weights or as initialized, or of a head on it.
 
     Either ``weights`` or ``backbone`` is given. Leaves ``results.json`` and ``results.csv``, each
@@ -77,7 +77,7 @@ class EvaluateWhileTrainingConfig(ObserverConfig):
 def dinov3_tasks() -> list[Component]:
     return [
         Component("train_head", TrainHeadConfig, "dinov3_heads.train_head:TrainHead.task"),
-        Component("evaluate", EvaluateConfig, "dinov3_heads.evaluate:Evaluate"),
+        Component("evaluate", EvaluateConfig, "dinov3_heads.evaluate:Evaluate", formerly=("knn",)),
     ]
 
 
@@ -88,5 +88,6 @@ def dinov3_observers() -> list[Component]:
             "evaluate",
             EvaluateWhileTrainingConfig,
             "dinov3_heads.observer:EvaluateWhileTraining",
+            formerly=("knn",),
         )
     ]
