@@ -101,9 +101,7 @@ def test_a_mask_goes_where_the_image_goes() -> None:
     mask = torch.zeros(60, 90, dtype=torch.uint8)
     mask[10:50, 20:70] = 3
     targets = {"mask": Target("mask", 4, ignore_index=255)}
-    transform = joint(
-        targets, resize=50, scale=(0.5, 1.5), crop=40, crop_at="random", flip=0.5
-    )
+    transform = joint(targets, resize=50, scale=(0.5, 1.5), crop=40, crop_at="random", flip=0.5)
     for seed in range(20):
         torch.manual_seed(seed)
         sample = transform(Sample(mask[None] * 60, {"mask": tv_tensors.Mask(mask)}))
