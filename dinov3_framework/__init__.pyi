@@ -21,6 +21,7 @@ from dinov3_framework.contracts.data import StreamDataset as StreamDataset
 from dinov3_framework.contracts.data import Target as Target
 from dinov3_framework.contracts.data import Transform as Transform
 from dinov3_framework.contracts.data import View as View
+from dinov3_framework.contracts.data import choose_target as choose_target
 from dinov3_framework.contracts.layouts import Chunks as Chunks
 from dinov3_framework.contracts.layouts import Content as Content
 from dinov3_framework.contracts.layouts import Dropped as Dropped

@@ -171,7 +171,7 @@ class HeadFeatures:
 register_pytree_node(
     HeadFeatures,
     lambda features: ([list(features.maps), list(features.cls)], features.image_size),
-    lambda parts, image_size: HeadFeatures(*parts, image_size),
+    lambda parts, image_size: HeadFeatures(parts[0], parts[1], image_size),
 )
 
 

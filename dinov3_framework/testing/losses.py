@@ -92,10 +92,10 @@ class LossSuite(Suite):
         )
         assert value.isfinite(), f"the loss is {value.item()}"
         for name, metric in result.metrics.items():
-            is_tensor = isinstance(metric, Tensor)
-            is_number = metric.numel() == 1 if is_tensor else isinstance(metric, int | float)
+            single = isinstance(metric, Tensor) and metric.numel() == 1
+            is_number = single or isinstance(metric, int | float)
             assert is_number, f"the metric {name!r} must be one number"
-            attached = is_tensor and metric.requires_grad
+            attached = isinstance(metric, Tensor) and metric.requires_grad
             assert not attached, f"the metric {name!r} holds on to the graph; detach() it"
         return _Outcome(result, learning)
 

@@ -84,9 +84,9 @@ class Suite:
 
     def build(self) -> Any:
         """A new component, an instance of its contract's class."""
-        factory = self.factory or self.known.build
+        factory: Any = self.factory or self.known.build
         if getattr(factory, "__self__", None) is self:  # a function in the class's body
-            factory = factory.__func__  # type: ignore[attr-defined]
+            factory = factory.__func__
         component = factory(self.config, **self.arguments())
         made, wanted = type(component).__name__, self.contract.__name__
         assert isinstance(component, self.contract), f"the factory gave a {made}, no {wanted}"

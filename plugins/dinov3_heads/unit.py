@@ -20,7 +20,7 @@ from dinov3_framework import (
 )
 from dinov3_framework.data.loader import LabelledBatch
 from dinov3_framework.data.tokens import head_features
-from dinov3_framework.parallel.sharder import tensors_of
+from dinov3_framework.parallel.sharder import state_of, tensors_of
 from dinov3_framework.parallel.state_dicts import require_same
 
 
@@ -68,11 +68,7 @@ class HeadUnit(TrainUnit):
 
     # ------------------------------------------------------------------ state
     def state(self) -> dict[str, Tensor]:
-        return {
-            f"{network}.{name}": tensor.detach()
-            for network, module in self.networks.items()
-            for name, tensor in tensors_of(module)
-        }
+        return state_of(self.networks)
 
     def notes(self) -> Mapping[str, Any]:
         frozen = {} if self._fingerprint is None else {"frozen_backbone": self._fingerprint}
