@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dinov3_framework import (
     BackboneConfig,
+    BackboneTaskConfig,
     Component,
     EvaluationConfig,
     HeadConfig,
     ImagesConfig,
     ObserverConfig,
-    SubjectConfig,
     TransformConfig,
     config,
     hookimpl,
@@ -47,7 +47,7 @@ class TrainHeadConfig(TrainingConfig):
 
 
 @config
-class EvaluateConfig(SubjectConfig):
+class EvaluateConfig(BackboneTaskConfig):
     """Evaluations of a backbone with weights or as initialized, or of a head on it.
 
     Either ``weights`` or ``backbone`` is given. Leaves ``results.json`` and ``results.csv``, each

@@ -5,18 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dinov3_framework import DataError, Model, Plan, Registry, Task
+from dinov3_framework import (
+    DataError,
+    Model,
+    Plan,
+    Registry,
+    Task,
+    describe_recipe_backbone,
+    load_recipe_backbone,
+)
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.results import Record, print_results, write_results
 from dinov3_heads import EvaluateConfig
 from dinov3_heads.evaluations import Evaluations, label_of
-from dinov3_heads.weights import (
-    LoadedHead,
-    describe_head,
-    describe_recipe_backbone,
-    load_head,
-    load_recipe_backbone,
-)
+from dinov3_heads.weights import LoadedHead, describe_head, load_head
 
 
 class Evaluate(Task):

@@ -35,17 +35,12 @@ from dinov3_framework.training.check import optimizer_rows
 from dinov3_framework.training.simulation import SimulatedBatch, made_up_sample
 from dinov3_framework.training.task import InitialState, TrainingMethod
 from dinov3_framework.training.trainer import Trainer
-from dinov3_framework.weights.gathered_export import export_gathered
+from dinov3_framework.weights.export import export_gathered
 from dinov3_framework.weights.info import BackboneInfo
+from dinov3_framework.weights.loading import describe_recipe_backbone, load_recipe_backbone
 from dinov3_heads import TrainHeadConfig
 from dinov3_heads.unit import HeadUnit
-from dinov3_heads.weights import (
-    BACKBONE,
-    HEAD,
-    describe_recipe_backbone,
-    head_info,
-    load_recipe_backbone,
-)
+from dinov3_heads.weights import BACKBONE, HEAD, head_info
 
 
 @frozen

@@ -24,9 +24,9 @@ from dinov3_framework.training.task import (
     TrainingMethod,
 )
 from dinov3_framework.training.trainer import Trainer
-from dinov3_framework.weights.gathered_export import export_gathered
+from dinov3_framework.weights.export import export_gathered
 from dinov3_framework.weights.info import BackboneInfo
-from dinov3_framework.weights.opening import EXPORT, exists
+from dinov3_framework.weights.locations import EXPORT, exists
 from dinov3_ssl.batches import CropBatches
 from dinov3_ssl.configs import StudentTrainingConfig, momentum, resolved_backbone
 from dinov3_ssl.frozen import memory_of, published_as

@@ -38,7 +38,7 @@ from dinov3_framework.parallel.sharder import Sharder, initialise, state_of
 from dinov3_framework.runtime import collectives
 from dinov3_framework.training.task import InitialState, TrainingMethod
 from dinov3_framework.training.trainer import Trainer
-from dinov3_framework.weights.gathered_export import export_gathered
+from dinov3_framework.weights.export import export_gathered
 from dinov3_framework.weights.info import BackboneInfo
 
 EXPORT = "exports/backbone.safetensors"

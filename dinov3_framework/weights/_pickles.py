@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from attrs import frozen
 from torch import Tensor, nn
 
 from dinov3_framework.errors import CheckpointError
-from dinov3_framework.weights import looks
+from dinov3_framework.weights import _file_diagnosis as diagnosis
 
 _DEEPEST = 32  # levels of dicts in dicts; a dict that holds itself would have no end
 
@@ -36,23 +35,15 @@ _HARMLESS_BUILTINS |= {"bytearray", "slice", "range", "object", "bool", "str", "
 _USUAL_KEYS = ("teacher", "model", "state_dict", "model_state_dict", "student", "module")
 
 
-@frozen
-class Pickled:
-    """The tensors of a PyTorch file under dotted names, in its order, and what else it held."""
+def read_pickle(path: Path) -> list[tuple[str, Tensor]]:
+    """The tensors of a file that ``torch.save`` wrote, in its order, by dotted names.
 
-    tensors: Sequence[tuple[str, Tensor]]
-    ignored: Sequence[str]
-
-
-def read_pickle(path: Path) -> Pickled:
-    """The tensors of a file that ``torch.save`` wrote; dicts in dicts become dotted names.
-
-    Tensors of a file in torch's zip format are mapped, not read: they cost memory where they are
-    used, and live and die with the file. The state of an optimizer, entries that are no tensors
-    and those whose key is no string are left out and listed. Raises ``CheckpointError`` for
-    anything but a dict with tensors in it.
+    Those in torch's zip format are mapped, not read: they cost memory where they are used, and
+    live and die with the file. The state of an optimizer, entries that are no tensors and those
+    whose key is no string are left out. Raises ``CheckpointError`` for anything but a dict with
+    tensors in it.
     """
-    mapped = _check_zip(path) if looks.container(path) == "zip" else False
+    mapped = _check_zip(path) if diagnosis.container_of(path) == "zip" else False
     # By its suffix alone torch would take a file for safetensors, whatever is in it.
     misnamed = path.suffix == ".safetensors"
     try:
@@ -102,51 +93,42 @@ def _check_zip(path: Path) -> bool:
 
 
 # --------------------------------------------------------------------------- the content
-def _flattened(path: Path, content: Any) -> Pickled:
-    if isinstance(content, Tensor):
-        raise CheckpointError(
-            f"{path} holds one tensor {list(content.shape)} without a name; a file of weights "
-            "holds a state dict, as model.state_dict() gives it"
-        )
+def _flattened(path: Path, content: Any) -> list[tuple[str, Tensor]]:
     if not isinstance(content, Mapping):
+        what = f"a {type(content).__name__}"
+        if isinstance(content, Tensor):
+            what = f"one tensor {list(content.shape)} without a name"
         raise CheckpointError(
-            f"{path} holds a {type(content).__name__}; a file of weights holds a state dict, as "
-            "model.state_dict() gives it"
+            f"{path} holds {what}; a file of weights holds a state dict, as model.state_dict() "
+            "gives it"
         )
-    tensors: list[tuple[str, Tensor]] = []
-    ignored: list[str] = []
-    for name, leaf in _leaves(path, content, (), optimizer=_is_optimizer(content)):
-        if isinstance(leaf, Tensor):
-            tensors.append((name, _plain(path, name, leaf)))
-        else:
-            ignored.append(name)
+    tensors = list(_tensors(path, content, ()))
     if not tensors:
         raise CheckpointError(f"{path} holds no weights: {_instead(content)}")
-    return Pickled(tensors, ignored)
+    return tensors
 
 
-def _leaves(
-    path: Path, content: Mapping[Any, Any], above: tuple[str, ...], optimizer: bool = False
-) -> Iterator[tuple[str, Any]]:
-    """(dotted name, tensor or None) of all entries; None for those to be left out."""
+def _tensors(
+    path: Path, content: Mapping[Any, Any], above: tuple[str, ...]
+) -> Iterator[tuple[str, Tensor]]:
+    if _is_optimizer(content):
+        return
     if len(above) > _DEEPEST:
         raise CheckpointError(
             f"{path}: dicts in dicts go deeper than {_DEEPEST} levels at "
             f"{'.'.join(above[:3])}...: this is no state dict"
         )
     for key, entry in content.items():
-        parts = (*above, str(key))
-        name = ".".join(parts)
-        usable = isinstance(key, str) and not optimizer
-        if usable and isinstance(entry, Mapping) and not _is_optimizer(entry):
-            yield from _leaves(path, entry, parts)
-        else:
-            yield name, entry if usable and isinstance(entry, Tensor) else None
+        if isinstance(key, str) and isinstance(entry, Mapping):
+            yield from _tensors(path, entry, (*above, key))
+        elif isinstance(key, str) and isinstance(entry, Tensor):
+            name = ".".join((*above, key))
+            yield name, _plain(path, name, entry)
 
 
-def _is_optimizer(content: Any) -> bool:
+def _is_optimizer(content: Mapping[Any, Any]) -> bool:
     """Whether this is what ``Optimizer.state_dict()`` gives."""
-    return isinstance(content, Mapping) and {"state", "param_groups"} <= content.keys()
+    return {"state", "param_groups"} <= content.keys()
 
 
 def _plain(path: Path, name: str, tensor: Tensor) -> Tensor:
@@ -179,7 +161,7 @@ def _instead(content: Mapping[Any, Any]) -> str:
 # --------------------------------------------------------------------------- refusals
 def _refusal(path: Path, error: Exception) -> CheckpointError:
     if isinstance(error, OSError):
-        return looks.unreadable(path, error)
+        return diagnosis.unreadable(path, error)
     asks, strings = _asked(path)
     classes = [each for each in asks if not _harmless(each)]
     if any("DTensor" in each or "ShardedTensor" in each for each in classes):
@@ -257,7 +239,7 @@ def _asked(path: Path) -> tuple[list[str], list[str]]:
 
 
 def _pickle_of(path: Path) -> IO[bytes]:
-    if looks.container(path) != "zip":
+    if diagnosis.container_of(path) != "zip":
         return path.open("rb")
     with zipfile.ZipFile(path) as archive:
         name = next(n for n in archive.namelist() if n.partition("/")[2] == "data.pkl")

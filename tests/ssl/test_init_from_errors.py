@@ -23,7 +23,7 @@ from init_from_support import (
     under,
     vit,
 )
-from trainer_support import prepared, pretrain, trainer
+from trainer_support import pretrain, trainer
 
 from dinov3_framework import BackboneConfig, CheckpointError, RecipeError, config, option
 from dinov3_framework.weights.matching import match, patterns_for
@@ -69,7 +69,7 @@ def test_nan_in_the_weights_ends_the_start(tmp_path: Path) -> None:
     state["blocks.1.mlp.fc1.weight"][0, :3] = float("nan")
     torch.save(state, tmp_path / "nan.pth")
     with (
-        pytest.raises(CheckpointError, match=r"1 with NaN or inf:\n *backbone\.blocks\.1\.mlp"),
+        pytest.raises(CheckpointError, match=r"1 with NaN or inf:\n *blocks\.1\.mlp"),
         trainer(tmp_path / "new", *start(tmp_path / "nan.pth")),
     ):
         pass
@@ -280,7 +280,7 @@ def test_evaluation_settings() -> None:
 
 
 def test_the_support_is_as_the_recipe(tmp_path: Path) -> None:
-    student = prepared(*RGB).blueprint.student()
+    student = pretrain(*RGB).method.prepare().blueprint.student()
     assert {n: t.shape for n, t in student["backbone"].state_dict().items()} == {
         n: t.shape for n, t in vit().state_dict().items()
     }

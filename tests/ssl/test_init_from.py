@@ -31,7 +31,7 @@ from dinov3_framework.parallel import ParallelConfig
 from dinov3_framework.parallel.sharder import Sharder
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.processes import process_group
-from dinov3_framework.weights.loading import load_placed
+from dinov3_framework.weights.loading import load_sharded
 
 GRAM = ("losses.gram.use=gram", "augmentation.anchor_size=28")
 
@@ -188,10 +188,10 @@ def begin(output: Path, overrides: list[str], path: Path) -> tuple[Any, ...]:
     task = pretrain(*overrides)
     ours = task._trainer(task._parts(), task._dataset(), output, torch.device("cpu"))
     sharded = isinstance(next(ours.unit.placed.student.parameters()), DTensor)
-    alone = load_placed(path, sharder=Sharder(ours.config.parallel, torch.device("cpu")))
+    alone = load_sharded(path, sharder=Sharder(ours.config.parallel, torch.device("cpu")))
     there = path if collectives.is_main() else path.with_name("nowhere")
     with pytest.raises((CheckpointError, PeerError), match="there is no file"):
-        load_placed(there, sharder=Sharder(ours.config.parallel, torch.device("cpu")))
+        load_sharded(there, sharder=Sharder(ours.config.parallel, torch.device("cpu")))
     return (
         whole(ours.unit.placed.student),
         whole(ours.unit.placed.teacher),
@@ -223,7 +223,8 @@ def test_two_processes_begin_as_one(tmp_path: Path) -> None:
 def test_a_backbone_loaded_into_its_place(kind: str, param_dtype: Any, tmp_path: Path) -> None:
     path, device = KINDS[kind](tmp_path, vit()), torch.device("cpu")
     with process_group(device, timeout=60):
-        loaded = load_placed(path, sharder=Sharder(ParallelConfig(param_dtype=param_dtype), device))
+        sharder = Sharder(ParallelConfig(param_dtype=param_dtype), device)
+        loaded = load_sharded(path, sharder=sharder)
         placed = [isinstance(parameter, DTensor) for parameter in loaded.backbone.parameters()]
         assert set(placed) == {param_dtype == "bf16"}
         assert_same(whole(loaded.backbone), vit().state_dict())
