@@ -121,9 +121,10 @@ class WeightSource:
         info = info or BackboneInfo.from_metadata(opened.path, opened.metadata, kind)
         if info is not None:
             config = _config_of(info, opened, catalog)
-            prefix = f"{network}.{kind}."
-            if not any(name.startswith(prefix) for name in opened.shapes):
-                prefix = ""
+            # Of training checkpoints, of those of heads, or of a file of its own.
+            prefixes = (f"{network}.{kind}.", f"{kind}.")
+            names = tuple(opened.shapes)
+            prefix = next((p for p in prefixes if any(n.startswith(p) for n in names)), "")
             known = images or info.images, info.size, dict(info.provenance)
             return cls(kind, config, None, *known, catalog, opened, prefix)
         found = find(opened, catalog, kind, network)
