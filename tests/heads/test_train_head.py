@@ -1,4 +1,4 @@
-"""The task ``train_head``: what is learned, what is kept, and that it goes on with the same bits."""
+"""The task ``train_head``: what is learned and kept, and that runs go on with the same bits."""
 
 from __future__ import annotations
 
