@@ -201,7 +201,7 @@ def test_16_bit_images_do_not_wrap_around() -> None:
 
 
 def test_an_image_of_other_channels_is_a_user_error() -> None:
-    with pytest.raises(DataError, match="images.channels = 1 asks for"):
+    with pytest.raises(DataError, match=r"images\.channels = 1 asks for"):
         joint()(Sample(torch.zeros(3, 8, 8, dtype=torch.uint8)))
 
 
