@@ -93,8 +93,8 @@ class WeightSource:
             opened = open_path(
                 path, stack, kind=kind, network=network, projectors=projectors, thorough=thorough
             )
-            info = None
-            if kind == "backbone" and is_checkpoint(opened.path):
+            info = BackboneInfo.from_metadata(opened.path, opened.metadata, kind)
+            if info is None and kind == "backbone" and is_checkpoint(opened.path):
                 # Here, since it needs the libraries of recipes, which torch.hub's users lack.
                 from dinov3_framework.weights._runs import recipe_info
 

@@ -173,7 +173,9 @@ class TrainHead(TrainingMethod):
             initialise(untrained, blueprint, self._seed())
             return again, untrained
 
-        info = self._head_info(prepared, {})
+        infos = [self._head_info(prepared, {})]
+        if config.tune_backbone:
+            infos.append(self._backbone_info(prepared, {}))
         return HeadUnit(
             backbone.eval(),
             head,
@@ -182,7 +184,7 @@ class TrainHead(TrainingMethod):
             tuned=config.tune_backbone,
             weights=self.described.name,
             fingerprint=None if absent or config.tune_backbone else fingerprint(backbone),
-            notes={info.kind: info.to_metadata()},
+            notes={info.kind: info.to_metadata() for info in infos},
             initial=initial,
         )
 
