@@ -33,6 +33,8 @@ def recipe_info(checkpoint: Path, registry: Registry) -> BackboneInfo | None:
     backbone, images = getattr(config, "backbone", None), getattr(config, "images", None)
     if backbone is None or not isinstance(images, ImagesConfig):
         return None
+    if not hasattr(config, "augmentation"):  # of a head: there is a backbone if it was tuned
+        return None
     component, values = registry.values_of(backbone)
     return BackboneInfo(
         component=component,

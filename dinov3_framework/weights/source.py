@@ -93,8 +93,8 @@ class WeightSource:
             opened = open_path(
                 path, stack, kind=kind, network=network, projectors=projectors, thorough=thorough
             )
-            info = None
-            if kind == "backbone" and is_checkpoint(opened.path):
+            info = BackboneInfo.from_metadata(opened.path, opened.metadata, kind)
+            if info is None and kind == "backbone" and is_checkpoint(opened.path):
                 # Here, since it needs the libraries of recipes, which torch.hub's users lack.
                 from dinov3_framework.weights._runs import recipe_info
 
@@ -121,9 +121,10 @@ class WeightSource:
         info = info or BackboneInfo.from_metadata(opened.path, opened.metadata, kind)
         if info is not None:
             config = _config_of(info, opened, catalog)
-            prefix = f"{network}.{kind}."
-            if not any(name.startswith(prefix) for name in opened.shapes):
-                prefix = ""
+            # Of training checkpoints, of those of heads, or of a file of its own.
+            prefixes = (f"{network}.{kind}.", f"{kind}.")
+            names = tuple(opened.shapes)
+            prefix = next((p for p in prefixes if any(n.startswith(p) for n in names)), "")
             known = images or info.images, info.size, dict(info.provenance)
             return cls(kind, config, None, *known, catalog, opened, prefix)
         found = find(opened, catalog, kind, network)
