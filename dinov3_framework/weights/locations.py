@@ -13,7 +13,8 @@ from dinov3_framework.weights._files import OpenWeights, open_weights
 from dinov3_framework.weights._recognition import Catalog
 from dinov3_framework.weights.downloads import check_digest, fetch_weights, is_url
 
-EXPORT = "exports/teacher_backbone.safetensors"  # below a run's folder
+# Below a run's folder.
+EXPORT = "exports/teacher_backbone.safetensors"
 RECIPE = "recipe.toml"
 
 
@@ -109,9 +110,9 @@ def open_path(
     """
     if path.is_dir():
         checkpoints = sharded.checkpoint_in(path)
-        export = path / EXPORT
-        exported = kind == "backbone" and network == "teacher" and export.is_file()
-        if exported and not (projectors and checkpoints is not None):
+        names = [f"exports/{kind}.safetensors", *([EXPORT] if kind == "backbone" else [])]
+        export = next((path / name for name in names if (path / name).is_file()), None)
+        if export and network == "teacher" and not (projectors and checkpoints):
             return stack.enter_context(open_weights(export))
         if sharded.is_checkpoint(path):
             return sharded.open_checkpoint(path, kind, thorough)

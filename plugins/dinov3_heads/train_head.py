@@ -37,7 +37,7 @@ from dinov3_framework.training.simulation import SimulatedBatch
 from dinov3_framework.training.task import InitialState, TrainingMethod
 from dinov3_framework.training.trainer import Trainer
 from dinov3_framework.weights.export import export_gathered
-from dinov3_framework.weights.info import BackboneInfo
+from dinov3_framework.weights.info import ComponentInfo
 from dinov3_framework.weights.loading import describe_recipe_backbone, load_recipe_backbone
 from dinov3_heads import TrainHeadConfig
 from dinov3_heads.unit import HeadUnit
@@ -197,7 +197,7 @@ class TrainHead(TrainingMethod):
 
     def _backbone_info(self, prepared: HeadParts, made: Mapping[str, str]) -> Any:
         component, values = self.registry.values_of(self.described.config)
-        return BackboneInfo(
+        return ComponentInfo(
             component,
             values,
             self.images(),

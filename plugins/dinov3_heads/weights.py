@@ -7,7 +7,7 @@ import json
 import attrs
 
 from dinov3_framework import Head
-from dinov3_framework.weights.info import BackboneInfo
+from dinov3_framework.weights.info import ComponentInfo
 
 HEAD, BACKBONE = "exports/head.safetensors", "exports/backbone.safetensors"
 
@@ -17,7 +17,7 @@ class LoadedHead:
     """A head with what it was trained on."""
 
     head: Head
-    info: BackboneInfo
+    info: ComponentInfo
 
     @property
     def size(self) -> int | None:
@@ -28,10 +28,11 @@ class LoadedHead:
 
 
 def head_info(component, config, images, size, targets, provenance):
-    return BackboneInfo(
+    return ComponentInfo(
         component,
         config,
         images,
         size,
         {**provenance, "targets": json.dumps({n: attrs.asdict(t) for n, t in targets.items()})},
+        kind="head",
     )
