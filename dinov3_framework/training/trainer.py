@@ -289,7 +289,7 @@ class Trainer:
                 for key, value in (observer.on_end(self.run) or {}).items():
                     known = results.get(key)
                     both = isinstance(known, dict) and isinstance(value, Mapping)
-                    results[key] = {**known, **value} if both else value
+                    results[key] = {**(known or {}), **value} if both else value
         return results
 
     def close(self, error: BaseException | None) -> None:

@@ -77,7 +77,7 @@ class EvaluateWhileTrainingConfig(ObserverConfig):
 def dinov3_tasks() -> list[Component]:
     return [
         Component("train_head", TrainHeadConfig, "dinov3_heads.train_head:TrainHead.task"),
-        Component("evaluate", EvaluateConfig, "dinov3_heads.evaluate:Evaluate"),
+        Component("evaluate", EvaluateConfig, "dinov3_heads.evaluate:Evaluate", formerly=("knn",)),
     ]
 
 
@@ -88,5 +88,6 @@ def dinov3_observers() -> list[Component]:
             "evaluate",
             EvaluateWhileTrainingConfig,
             "dinov3_heads.observer:EvaluateWhileTraining",
+            formerly=("knn",),
         )
     ]

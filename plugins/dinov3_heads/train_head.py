@@ -20,7 +20,6 @@ from dinov3_framework import (
     Model,
     Problem,
     RecipeError,
-    Sample,
     StreamDataset,
     Target,
     Transform,
@@ -33,7 +32,7 @@ from dinov3_framework.errors import problems_at
 from dinov3_framework.parallel.sharder import Sharder, initialise
 from dinov3_framework.parallel.state_dicts import fingerprint
 from dinov3_framework.training.check import optimizer_rows
-from dinov3_framework.training.simulation import SimulatedBatch
+from dinov3_framework.training.simulation import SimulatedBatch, made_up_sample
 from dinov3_framework.training.task import InitialState, TrainingMethod
 from dinov3_framework.training.trainer import Trainer
 from dinov3_framework.weights.export import export_gathered
@@ -234,8 +233,8 @@ class TrainHead(TrainingMethod):
                 "images of several sizes cannot be estimated; let the transform crop them"
             )
         self._head(prepared)
-        blank = _blank(prepared.targets, prepared.transform.size, self.images().channels)
-        sample = prepared.transform(blank)
+        size, channels = prepared.transform.size, self.images().channels
+        sample = prepared.transform(made_up_sample(prepared.targets, size, channels))
         count = layout.per_micro_batch
         batch = LabelledBatch(prepared.transform.collate([sample] * count))
 
@@ -272,23 +271,3 @@ class TrainHead(TrainingMethod):
             "Evaluate the head on its backbone, with [evaluations.NAME] tables in a recipe:\n\n"
             f'  dinov3-run RECIPE task=evaluate weights="{weights}" head="{export}"\n'
         )
-
-
-def _blank(targets: Mapping[str, Target], size: tuple[int, int], channels: int) -> Sample:
-    """A sample without content, with a few objects if there are any."""
-    objects = 8
-    shapes = {"mask": size, "map": size, "instances": (objects, *size), "boxes": (objects, 4)}
-    types = {"map": torch.float32, "instances": torch.bool, "boxes": torch.float32}
-    simple = {"class": 0, "number": 0.0, "text": ""}
-    values: dict[str, Any] = {}
-    for name, target in targets.items():
-        kind = target.kind
-        if kind in shapes:
-            values[name] = torch.zeros(shapes[kind], dtype=types.get(kind, torch.int64))
-        elif target.per_object:
-            values[name] = (
-                [""] * objects if kind == "text" else torch.tensor([simple[kind]] * objects)
-            )
-        else:
-            values[name] = simple[kind]
-    return Sample(torch.zeros(channels, *size, dtype=torch.uint8), values)

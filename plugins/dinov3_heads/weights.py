@@ -24,7 +24,7 @@ class LoadedHead:
         return self.info.size or None
 
     name = "head"
-    provenance = {}
+    provenance: Mapping[str, str] = {}
 
 
 def head_info(component, config, images, size, targets, provenance):

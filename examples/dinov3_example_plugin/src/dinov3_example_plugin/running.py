@@ -86,7 +86,7 @@ class Journal(Observer):
         self._write(f"begins after iteration {iteration}")
 
     def on_step(self, run: Run, step: StepRecord) -> Mapping[str, float] | None:
-        self._write(f"iteration {step.iteration}: loss {step.metrics['total_loss']:.4f}")
+        self._write(f"iteration {step.iteration}: loss {step.metrics['loss']:.4f}")
         return None
 
     def on_checkpoint(self, run: Run, iteration: int, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where a step is rehearsed: pretended processes, and tensors without memory."""
+"""Where a step is simulated: a fake process group, and networks without memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from attrs import frozen
+from attrs import field, frozen
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import debug
@@ -27,24 +27,24 @@ CPU = torch.device("cpu")
 
 
 @frozen
-class Seat:
-    """One of the pretended processes."""
+class SimulatedRank:
+    """One of the processes of a job."""
 
     world_size: int
     rank: int = 0
-    spans: Sequence[range] = ()  # the ranks of runs side by side; none: all are of one run
+    spans: Sequence[range] = field(default=(), converter=tuple)  # ranks of trainings side by side
 
     @property
     def span(self) -> range:
-        """The ranks of the run that this process takes part in."""
+        """The ranks of the training that this process takes part in."""
         return next((s for s in self.spans if self.rank in s), range(self.world_size))
 
 
-class PretendingSharder(Sharder):
+class SimulatedSharder(Sharder):
     """Shards as the real one does, then allocates without memory; nothing is compiled.
 
-    Only the allocation is pretended: to cut meta tensors into shards is many times faster with
-    real ones.
+    Only the allocation is fake: to cut meta tensors into shards is many times faster with real
+    ones. ``placed`` are all networks, of this sharder and of those made by ``over_all``.
     """
 
     def __init__(
@@ -55,31 +55,35 @@ class PretendingSharder(Sharder):
     ) -> None:
         super().__init__(replace(config, compile=False), CPU, group)
         self.tensors = tensors
+        self.placed: list[nn.Module] = []
 
     def _machine_problems(self) -> Sequence[Problem]:
-        return ()  # this one only pretends to be another
+        return ()  # the device is another one's
 
-    def over_all(self) -> PretendingSharder:
-        """The same for what is spread over all processes there are."""
-        return PretendingSharder(self.config, self.tensors)
+    def over_all(self) -> SimulatedSharder:
+        other = SimulatedSharder(self.config, self.tensors)
+        other.placed = self.placed
+        return other
 
     def allocate(self, module: nn.Module) -> nn.Module:
         with self.tensors:
-            return super().allocate(module)
+            placed = super().allocate(module)
+        self.placed.append(placed)
+        return placed
 
 
 @contextmanager
-def pretended(seat: Seat) -> Iterator[FakeTensorMode]:
-    """A process of a run, for the duration of a ``with``.
+def fake_process_group(rank: SimulatedRank) -> Iterator[FakeTensorMode]:
+    """Be a process of a job for the duration of a ``with``.
 
     Tensors made under the mode that it yields have shapes and no values. What was made before,
     such as a loss's buffers, may be used under it and is not changed.
     """
     _forget_meshes()
-    dist.init_process_group("fake", store=FakeStore(), rank=seat.rank, world_size=seat.world_size)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank.rank, world_size=rank.world_size)
     try:
-        groups = subgroups([list(span) for span in seat.spans], timeout=60)
-        own = [group for group, span in zip(groups, seat.spans, strict=True) if seat.rank in span]
+        groups = subgroups([list(span) for span in rank.spans], timeout=60)
+        own = [group for group, span in zip(groups, rank.spans, strict=True) if rank.rank in span]
         with collectives.within(own[0] if own else None):
             yield FakeTensorMode(allow_non_fake_inputs=True)
     finally:

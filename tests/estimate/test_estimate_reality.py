@@ -1,4 +1,4 @@
-"""The rehearsal's peak of memory against that of real processes.
+"""The estimate's peak of memory against that of real processes.
 
 What is measured, and how, is in benchmarks/rehearsal.py.
 """
@@ -21,7 +21,7 @@ pytestmark = [
         not Path("/proc/self/status").exists(), reason="memory is read as Linux tells it"
     ),
 ]
-CASES = ("fp32", "bf16, 2 passes")
+CASES = ("fp32", "bf16, 2 micro-batches")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_tensors_take_what_was_predicted(name: str, found: dict[str, bench.Compa
     """The same ledger, kept over a real step."""
     case = found[name]
     assert case.predicted > 100 * bench.MIB
-    # Two passes: the rehearsal gives both of them as many masked patches as the fuller one has.
+    # Of two micro-batches: both are given as many masked patches as the fuller one has.
     assert case.predicted == pytest.approx(case.counted, rel=0.05)
 
 

@@ -1,4 +1,4 @@
-"""A rehearsed step of students that a frozen teacher teaches: one, or several side by side."""
+"""A simulated step of students that a frozen teacher teaches: one, or several side by side."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from dinov3_estimate.findings import Findings
-from dinov3_estimate.memory import Kind
-from dinov3_estimate.several import PretendedStudent, _fullest
-from dinov3_estimate.stage import Seat
-from dinov3_ssl.configs import MultiDistillConfig, of_student
-from dinov3_ssl.multi_distill import spans_of
+from dinov3_estimate.command import estimate, fullest_rank
+from dinov3_estimate.simulated import SimulatedRank
+from dinov3_estimate.step import Estimate, simulate
+from dinov3_ssl.configs import MultiDistillConfig
 from distill_support import DISTILL, MULTI, distill
 from trainer_support import pretrain, registry
 
@@ -21,7 +19,6 @@ from dinov3_framework.recipes.structure import structure_recipe
 from dinov3_framework.weights import downloads
 from dinov3_framework.weights.locations import published_file
 
-NEEDS = {"wide": {"class", "patches"}, "narrow": {"class", "patches"}, "conv": {"class"}}
 PUBLISHED = "dinov3_vits16_pretrain_lvd1689m-08c60483.pth"
 RGB = "images={channels=3, mean=[0, 0, 0], std=[1, 1, 1]}"
 SIZES = ("augmentation.global_size=64", "augmentation.local_size=32", "backbone.patch_size=16")
@@ -44,20 +41,25 @@ def config(teacher: Path) -> MultiDistillConfig:
 
 
 @pytest.fixture(scope="module")
-def found(config: MultiDistillConfig) -> Findings:
+def found(config: MultiDistillConfig) -> Estimate:
     """Of the student that has two of four processes."""
-    own, spans = of_student(config, "wide", None), spans_of(config, 4)
-    student = PretendedStudent(own, registry=registry(), name="wide", spans=spans, needs=NEEDS)
-    seat = _fullest(own, spans, "wide")
+    trainings = registry().build(config, registry=registry()).side_by_side(4)
+    assert [each.name for each in trainings] == ["wide", "narrow", "conv"]
+    rank = fullest_rank(trainings[0], trainings)
     # Of ten images the four show 2, 3, 2 and 3 to the teacher.
-    assert seat == Seat(4, 1, [range(2), range(2, 3), range(3, 4)])
-    return student.rehearsed(seat)
+    assert rank == SimulatedRank(4, 1, [range(2), range(2, 3), range(3, 4)])
+    return simulate(trainings[0].task, rank)
+
+
+def batch_rows(found: Estimate) -> dict[str, str]:
+    return dict(found.largest.batch.rows)
 
 
 # --------------------------------------------------------------------------- several
-def test_the_teacher_is_over_all_and_the_student_over_its_own(found: Findings) -> None:
-    assert (found.layout.world_size, found.layout.per_pass, found.taught) == (2, 5, 3)
-    whole, held = found.parameters[Kind.STUDENT]
+def test_the_teacher_is_over_all_and_the_student_over_its_own(found: Estimate) -> None:
+    assert (found.layout.world_size, found.layout.per_micro_batch) == (2, 5)
+    assert batch_rows(found)["shown to the teacher"] == "4 x 1 micro-batches x 3 at most"
+    whole, held = found.parameters["student"]
     assert held == pytest.approx(whole / 2, rel=0.05)
     sent = Counter(
         {(m.name, m.processes): n for m, n in found.tally.messages.items() if n and m.bytes}
@@ -70,7 +72,7 @@ def test_the_teacher_is_over_all_and_the_student_over_its_own(found: Findings) -
     assert gathered == 3  # the teacher's two blocks and the rest of its backbone
 
 
-def test_crops_and_features_are_exchanged(found: Findings) -> None:
+def test_crops_and_features_are_exchanged(found: Estimate) -> None:
     """The process gives its three images to one process of each student, and gets its five."""
     exchanged = Counter(
         {m.bytes: n for m, n in found.tally.messages.items() if m.name == "all_to_all"}
@@ -86,15 +88,24 @@ def test_crops_and_features_are_exchanged(found: Findings) -> None:
 
 
 def test_masks_are_those_of_the_images_that_the_student_sees(
-    found: Findings, config: MultiDistillConfig
+    found: Estimate, config: MultiDistillConfig
 ) -> None:
-    own = of_student(config, "wide", None)
     alone = distill(Path(config.teacher.weights), *SIZES, "batch_size=10")
-    alone.rehearses = True
-    of_two = alone.rehearsed(Seat(2))
-    assert own.augmentation == alone.config.augmentation
-    assert found.hidden == of_two.hidden is not None
-    assert found.tokens.teacher == of_two.tokens.teacher
+    assert alone.config.augmentation == config.augmentation
+    of_two = simulate(alone, SimulatedRank(2))
+    masked = batch_rows(found)["masked patches"]
+    assert masked == batch_rows(of_two)["masked patches"]
+    of_teacher = [batch_rows(each)["tokens of the teacher"] for each in (found, of_two)]
+    assert of_teacher[0].partition(",")[0] == of_teacher[1].partition(",")[0]
+
+
+def test_a_frozen_teacher_is_found_in_memory(found: Estimate) -> None:
+    """Its backbone is a quarter's of all processes, its projectors are the student's."""
+    whole, held = found.parameters["frozen teacher"]
+    assert whole / 4 < held < whole / 3
+    assert found.rest.bytes["frozen teacher"] >= 4 * held
+    assert "other networks" not in found.parameters
+    assert list(found.parameters) == ["student", "average", "frozen teacher"]
 
 
 @pytest.mark.slow
@@ -110,9 +121,9 @@ def test_the_report_on_several(
     out = "\n".join(" ".join(line.split()) for line in capsys.readouterr().out.splitlines())
     for part in (
         "images per step 20, all of which every student sees",
-        "of the teacher 8 x 1 passes x 3 at most",
-        "of wide 4 x 1 passes x 5",
-        "of conv 2 x 1 passes x 10",
+        "of the teacher 8 x 1 micro-batches x 3 at most",
+        "of wide 4 x 1 micro-batches x 5",
+        "of conv 2 x 1 micro-batches x 10",
         "narrow: memory of a process",
         "conv: estimated on H100 SXM 80 GB",
         ": all wait for it",
@@ -129,7 +140,7 @@ def test_the_report_on_several(
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a rehearsal fetches nothing")
+        raise AssertionError("an estimate fetches nothing")
 
     monkeypatch.setattr(downloads, "_download", refuse)
     monkeypatch.setattr(downloads, "_local", refuse)
@@ -138,7 +149,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("offline")
 def test_a_published_teacher_is_known_by_the_name_of_its_file() -> None:
     weights = f"nowhere/{PUBLISHED}"
-    report = distill(Path("x"), RGB, *SIZES, f"teacher.weights={weights}").rehearse(2, "h100")
+    report = estimate(distill(Path("x"), RGB, *SIZES, f"teacher.weights={weights}"), 2)
     told = dict(report.sections["teacher"])
     assert told["backbone"] == "vit_small, 21,601,152 parameters"
     assert told["known as"] == f"the published {PUBLISHED}"
@@ -166,7 +177,7 @@ def test_published_weights_of_anchors_and_beginnings_are_not_fetched() -> None:
     begin = "init_from={weights='dinov3_vits16', new=['*'], unused=['*']}"
     anchor = "losses.gram={use='gram', anchor={weights='dinov3_vits16'}}"
     task = pretrain(RGB, *SIZES, "augmentation.anchor_size=64", begin, anchor)
-    anchors = dict(task.rehearse(1, "h100").sections["parameters"])["anchors"]
+    anchors = dict(estimate(task, 1).sections["parameters"])["anchors"]
     assert anchors.startswith("21,601,152, ")
 
 
@@ -176,4 +187,4 @@ def test_an_unknown_teacher(recipe: Path) -> None:
     config = structure_recipe(registry(), compose(recipe, [f"teacher.weights={weights}", RGB]))
     task = registry().build(config, registry=registry())
     with pytest.raises(UserError, match=r"there is no https.* here\n .*a published name"):
-        task.rehearse(4, "h100")
+        estimate(task, 4)

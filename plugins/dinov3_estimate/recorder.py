@@ -1,9 +1,8 @@
-"""Looks on while a step runs: every operation, in real or in pretended tensors."""
+"""Records every operation while a step runs, in real or in fake tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -12,19 +11,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from dinov3_estimate.memory import Kind, Ledger
-from dinov3_estimate.messages import message
-from dinov3_estimate.tally import Product, Tally
+from dinov3_estimate.ledger import ACTIVATIONS, BATCH, GATHERED, GRADIENTS, TEMPORARY, Ledger
+from dinov3_estimate.tally import Product, Tally, message
 
 _aten = torch.ops.aten
-_DTYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float64: "fp64",
-    torch.float8_e4m3fn: "fp8",
-    torch.float8_e5m2: "fp8",
-}
 # The CPU's name of attention has no formula in torch.
 _FLASH = flop_registry[_aten._scaled_dot_product_flash_attention]
 _FLASH_BACKWARD = flop_registry[_aten._scaled_dot_product_flash_attention_backward]
@@ -37,20 +27,16 @@ _FORMULAS: Mapping[Any, Callable[..., int]] = flop_registry | {
     ),
 }
 # What only asks, or takes memory without touching it.
-_IDLE = {
-    _aten.empty,
-    _aten.empty_like,
-    _aten.empty_strided,
-    _aten.new_empty,
-    _aten.new_empty_strided,
-}
+_IDLE = {_aten.empty, _aten.empty_like, _aten.empty_strided}
+_IDLE |= {_aten.new_empty, _aten.new_empty_strided}
 
 
-class Watch(TorchDispatchMode):
+class OpRecorder(TorchDispatchMode):
     """Keeps a ledger of memory and a tally of work while a ``with`` lasts.
 
-    ``phase`` is what goes on, to be set by who runs the step: ``forward``, ``backward`` or another
-    word. What it has not been told by ``ledger.call``, it judges by the operation and the phase.
+    ``phase`` is what goes on, to be set by who runs the step: ``batch``, ``forward``, ``backward``
+    or another word. The kind of a storage follows from the operation and the phase, unless
+    ``ledger.assign`` says otherwise.
     """
 
     def __init__(self, granularity: int = 1) -> None:
@@ -60,7 +46,6 @@ class Watch(TorchDispatchMode):
         self.phase = ""
         self._resize = torch.UntypedStorage.resize_
 
-    # ------------------------------------------------------------------ entering, leaving
     def __enter__(self) -> Self:
         # FSDP frees and takes memory by resizing storages, which is no operation.
         original, ledger = self._resize, self.ledger
@@ -78,16 +63,6 @@ class Watch(TorchDispatchMode):
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
-    @contextmanager
-    def counting(self, tally: Tally) -> Iterator[None]:
-        """Count into another tally for a while."""
-        before, self.tally = self.tally, tally
-        try:
-            yield
-        finally:
-            self.tally = before
-
-    # ------------------------------------------------------------------ operations
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -101,10 +76,19 @@ class Watch(TorchDispatchMode):
         outputs = list(_tensors(result))
         inputs = [*_tensors(args), *_tensors(kwargs.values())]
         self._remember(func, inputs, outputs, kwargs)
+        packet, tally = func._overloadpacket, self.tally
         if (found := message(func, args, result, self.phase == "backward")) is not None:
-            self.tally.messages[found] += 1
+            tally.messages[found] += 1
+        elif self.phase == "batch" or packet in _IDLE or _is_view(func, inputs, outputs):
+            pass  # batches are made beside the step
         else:
-            self._count(func, args, kwargs, result, inputs, outputs)
+            moved = sum(map(_size, inputs)) + sum(map(_size, outputs))
+            tally.kernels += 1
+            if packet in _FORMULAS:
+                flops = int(_FORMULAS[packet](*args, **kwargs, out_val=result))
+                tally.products[Product(_dtype(inputs), flops, moved)] += 1
+            else:
+                tally.moved += moved
         return result
 
     def _remember(
@@ -112,43 +96,25 @@ class Watch(TorchDispatchMode):
     ) -> None:
         ledger, name = self.ledger, func._schema.name
         kind = self._kind()
-        if name == "aten::_to_copy" and ledger.kind_of(inputs[0]) is Kind.GRADIENTS:
-            kind = Kind.GRADIENTS
+        if name == "aten::_to_copy" and ledger.kind_of(inputs[0]) == GRADIENTS:
+            kind = GRADIENTS
         when = f"{self.phase}, at {name.partition('::')[2]}"
         for tensor in outputs:
             ledger.note(tensor, kind, when)
         if name == "fsdp::all_gather_copy_in":
-            ledger.call(outputs, Kind.GATHERED)
+            ledger.assign(outputs, GATHERED)
         elif name == "fsdp::split_with_sizes_copy":
-            ledger.call(_tensors(kwargs["out"]), Kind.GATHERED)
+            ledger.assign(_tensors(kwargs["out"]), GATHERED)
         elif name == "c10d::_reduce_scatter_base_":
-            ledger.call(inputs[:1], Kind.GRADIENTS)
+            ledger.assign(inputs[:1], GRADIENTS)
 
-    def _kind(self) -> Kind:
+    def _kind(self) -> str:
+        if self.phase == "batch":
+            return BATCH
         # In a backward pass gradients are asked for only where activations are computed again.
         if self.phase == "forward" or (self.phase == "backward" and torch.is_grad_enabled()):
-            return Kind.ACTIVATIONS
-        return Kind.TEMPORARY
-
-    def _count(
-        self,
-        func: Any,
-        args: Any,
-        kwargs: Mapping[str, Any],
-        result: Any,
-        inputs: list[Tensor],
-        outputs: list[Tensor],
-    ) -> None:
-        packet = func._overloadpacket
-        if packet in _IDLE or _is_view(func, inputs, outputs):
-            return
-        moved = sum(map(_size, inputs)) + sum(map(_size, outputs))
-        self.tally.kernels += 1
-        if packet in _FORMULAS:
-            flops = int(_FORMULAS[packet](*args, **kwargs, out_val=result))
-            self.tally.products[Product(_dtype(inputs), flops, moved)] += 1
-        else:
-            self.tally.moved += moved
+            return ACTIVATIONS
+        return TEMPORARY
 
 
 def _is_view(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
@@ -177,4 +143,5 @@ def _size(tensor: Tensor) -> int:
 def _dtype(inputs: list[Tensor]) -> str:
     """What a product is calculated in: the type of its second factor, as the first may be added."""
     tensor = inputs[min(1, len(inputs) - 1)]
-    return _DTYPES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+    name = str(tensor.dtype).removeprefix("torch.").partition("_")[0]
+    return name.replace("bfloat", "bf").replace("float", "fp")

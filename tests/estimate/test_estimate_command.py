@@ -29,7 +29,7 @@ def test_the_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = printed(capsys)
     for part in (
         "processes 12, 8 to a machine",
-        "images per step 24 = 12 x 1 passes x 2",
+        "images per step 24 = 12 x 1 micro-batches x 2",
         "optimizer state",
         "all_gather of 12",
         "estimated on H100 SXM 80 GB",
@@ -95,9 +95,9 @@ def test_options_that_go_with_it(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["knn.toml", "features.toml"])
-def test_only_training_can_be_rehearsed(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_training_can_be_estimated(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(RECIPES / recipe), "--rehearse"]) == 2
-    assert "cannot be rehearsed: only tasks that train can" in capsys.readouterr().err
+    assert "cannot be estimated: only trainings can" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,4 +1,7 @@
-"""Every key that a recipe may set is read by the code that it is meant for."""
+"""What mypy infers of all sources: every key that a recipe may set is read; users see types.
+
+One run of mypy serves both.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from config_reads import Read, Sources, reads_in, unread_fields, with_nested
+from config_reads import Inferred, Read, Sources, infer, unread_fields, with_nested
 
 from dinov3_framework import Registry
 from dinov3_framework.kinds import KINDS
@@ -77,6 +80,25 @@ class Toy:
         ToyConfig(written=other.depth)
         return config.read + config.twice + nested + getattr(config, "by_getattr")
 '''
+USER = """
+from dinov3_framework import Backbone, LossConfig, Registry, View, config, load_backbone, option
+from dinov3_framework import collectives
+
+@config
+class SpreadConfig(LossConfig):
+    target: float = option("a target", default=1.0)
+
+reveal_type(SpreadConfig(target=2.0).target)
+reveal_type(View(crops=2, size=8).size)
+reveal_type(Registry.load().names("loss"))
+reveal_type(load_backbone("file").backbone.embed_dim)
+reveal_type(collectives.world_size())
+reveal_type(SpreadConfig().weight)
+SpreadConfig(tarhet=2.0)
+View(crops="two", size=8)
+from dinov3_framework import Backbones
+"""
+
 UNREAD = ["by_dead_property", "by_getattr", "depth", "only_checked", "unread", "written"]
 
 
@@ -85,22 +107,33 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("toy")
     (root / "toy_reads").mkdir()
     (root / "toy_reads" / "__init__.py").write_text(textwrap.dedent(TOY), "utf-8")
+    (root / "toy_user").mkdir()
+    (root / "toy_user" / "__init__.py").write_text(USER, "utf-8")
     return root
 
 
 @pytest.fixture(scope="module")
-def reads(toy: Path) -> set[Read]:
-    """Those of the core, all plugins and the toy; the contract checks are no use of a key."""
-    sources = [
+def inferred(toy: Path) -> Inferred:
+    """Of the core, all plugins, the toy and the user."""
+    return infer(
         Sources(ROOT, [CORE]),
         Sources(ROOT / "plugins", PLUGINS),
         Sources(toy, ["toy_reads"]),
-    ]
-    return reads_in(sources, ignore=f"{CORE}.testing")
+        Sources(toy, ["toy_user"], strict=True),
+    )
+
+
+@pytest.fixture(scope="module")
+def reads(inferred: Inferred) -> set[Read]:
+    """The contract checks are no use of a key."""
+    return inferred.reads(ignore=f"{CORE}.testing")
 
 
 def all_configs() -> list[type]:
-    """Of every component that this distribution offers, their tables, and the schedules."""
+    """Of every component that this distribution offers, their tables, and the schedules.
+
+    Not the base of a kind itself, whose fields are read as those of its subclasses.
+    """
     registry = Registry.load()
     found: dict[type, None] = {}
     for kind in KINDS:
@@ -109,7 +142,8 @@ def all_configs() -> list[type]:
             module = registered.component.config.__module__.partition(".")[0]
             if module in (CORE, *PLUGINS):
                 found |= dict.fromkeys(with_nested(registered.component.config))
-    return [*found, *SCHEDULES.values()]
+    bases = {kind.config for kind in KINDS.values()}
+    return [*(cls for cls in found if cls not in bases), *SCHEDULES.values()]
 
 
 def test_the_configs_are_found() -> None:
@@ -152,3 +186,30 @@ def test_a_key_that_loses_its_reader_is_noticed(reads: set[Read]) -> None:
         others = [read for read in reads if read.receiver not in names]
         fields = sorted(attribute.name for attribute in cls.__attrs_attrs__)  # type: ignore[attr-defined]
         assert unread_fields(cls, others, CORE) == fields
+
+
+# --------------------------------------------------------------------------- users
+@pytest.mark.slow
+def test_users_see_types(inferred: Inferred) -> None:
+    """Nothing that is imported from the top level is Any, and mistakes are found."""
+    messages = inferred.messages("toy_user")
+    revealed = [text.split('"')[1] for text in messages if "Revealed type" in text]
+    assert [kind.replace("builtins.", "") for kind in revealed] == [
+        "float",
+        "int",
+        "list[str]",
+        "int",
+        "int",
+        "dinov3_framework.schedules.Schedule",
+    ]
+    mistakes = [text for text in messages if ": error: " in text]
+    for complaint, text in zip(
+        (
+            'Unexpected keyword argument "tarhet"',
+            'Argument "crops" to "View" has incompatible type "str"',
+            'has no attribute "Backbones"',
+        ),
+        mistakes,
+        strict=True,
+    ):
+        assert complaint in text

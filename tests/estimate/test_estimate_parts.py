@@ -1,31 +1,42 @@
-"""The parts of a rehearsal on their own: ledger, watch, estimate, what is advised."""
+"""The parts of an estimate on their own: ledger, recorder, times, what is suggested."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import pytest
 import torch
 from attrs import evolve
-from dinov3_estimate.accelerators import ACCELERATORS, Accelerator, accelerator
-from dinov3_estimate.estimate import (
+from dinov3_estimate.ledger import (
+    ACTIVATIONS,
+    BATCH,
+    GATHERED,
+    GRADIENTS,
+    TEMPORARY,
+    Ledger,
+    Moment,
+)
+from dinov3_estimate.recorder import OpRecorder
+from dinov3_estimate.report import sections
+from dinov3_estimate.simulated import SimulatedRank
+from dinov3_estimate.step import Estimate, simulate
+from dinov3_estimate.suggestions import suggestions
+from dinov3_estimate.tally import Message, Product, Tally
+from dinov3_estimate.timing import (
+    ACCELERATORS,
     HIDDEN,
     HOP,
     KERNEL,
     LINKS,
     MESSAGE,
     PRODUCTS,
-    Estimate,
-    estimate,
+    Accelerator,
+    StepTime,
+    accelerator,
     message_time,
     needed,
+    step_time,
 )
-from dinov3_estimate.findings import Findings
-from dinov3_estimate.knobs import helpful
-from dinov3_estimate.memory import Kind, Ledger, Moment
-from dinov3_estimate.report import sections
-from dinov3_estimate.stage import Seat
-from dinov3_estimate.step import rehearse
-from dinov3_estimate.tally import Message, Product, Tally
-from dinov3_estimate.watch import Watch
 from trainer_support import pretrain
 
 from dinov3_framework import UserError
@@ -42,70 +53,70 @@ def floats(count: int) -> torch.Tensor:
 def test_storages_come_and_go() -> None:
     ledger = Ledger()
     kept, passing = floats(10), floats(20)
-    ledger.note(kept, Kind.ACTIVATIONS, "first")
-    ledger.note(passing, Kind.TEMPORARY, "second")
-    ledger.note(passing[5:], Kind.TEMPORARY, "a view")
+    ledger.note(kept, ACTIVATIONS, "first")
+    ledger.note(passing, TEMPORARY, "second")
+    ledger.note(passing[5:], TEMPORARY, "a view")
     del passing
-    ledger.note(kept, Kind.TEMPORARY, "known already")
-    assert ledger.now().bytes[Kind.ACTIVATIONS] == ledger.now().total == 40
+    ledger.note(kept, TEMPORARY, "known already")
+    assert ledger.now().bytes[ACTIVATIONS] == ledger.now().total == 40
     assert (ledger.peak().total, ledger.peak().when) == (120, "second")
-    assert ledger.peak().bytes[Kind.TEMPORARY] == 80
+    assert ledger.peak().bytes[TEMPORARY] == 80
 
 
 def test_a_kind_that_is_known_later_holds_for_the_peak() -> None:
     ledger = Ledger()
     tensor = floats(10)
-    ledger.note(tensor, Kind.TEMPORARY, "made")
-    ledger.call([tensor], Kind.GRADIENTS)
-    assert ledger.peak().bytes[Kind.GRADIENTS] == 40
-    assert ledger.peak().bytes[Kind.TEMPORARY] == 0
-    assert ledger.kind_of(tensor.view(2, 5)) is Kind.GRADIENTS
+    ledger.note(tensor, TEMPORARY, "made")
+    ledger.assign([tensor], GRADIENTS)
+    assert ledger.peak().bytes[GRADIENTS] == 40
+    assert ledger.peak().bytes[TEMPORARY] == 0
+    assert ledger.kind_of(tensor.view(2, 5)) is GRADIENTS
     assert ledger.kind_of(floats(1)) is None
 
 
 def test_sizes_are_rounded_up() -> None:
     ledger = Ledger(granularity=512)
     small, large = floats(1), floats(129)
-    ledger.call([small, large], Kind.BATCH)
-    assert ledger.now().bytes[Kind.BATCH] == 512 + 1024
+    ledger.assign([small, large], BATCH)
+    assert ledger.now().bytes[BATCH] == 512 + 1024
     ledger.forget_peak()
     assert ledger.peak().total == 512 + 1024
 
 
-# --------------------------------------------------------------------------- the watch
+# --------------------------------------------------------------------------- the recorder
 def test_what_is_made_is_named_by_the_phase() -> None:
-    with Watch() as watch:
-        watch.phase = "forward"
+    with OpRecorder() as recorder:
+        recorder.phase = "forward"
         weight = torch.ones(4, requires_grad=True)
         out = (weight * weight).sum()
-        watch.phase = "backward"
+        recorder.phase = "backward"
         out.backward()
-        held = watch.ledger.now().bytes
-    assert held[Kind.ACTIVATIONS] == 16 + 4  # the weight and the sum
-    assert held[Kind.TEMPORARY] == 16  # its gradient, which nobody has named
-    assert held[Kind.GATHERED] == 0
+        held = recorder.ledger.now().bytes
+    assert held[ACTIVATIONS] == 16 + 4  # the weight and the sum
+    assert held[TEMPORARY] == 16  # its gradient, which nobody has named
+    assert held[GATHERED] == 0
 
 
 def test_what_sharding_gathers_is_known_by_its_operations() -> None:
     gathered, parts = floats(12).view(2, 6), [floats(4).view(2, 2), floats(8).view(2, 4)]
-    with Watch() as watch:
+    with OpRecorder() as recorder:
         torch.ops.fsdp.split_with_sizes_copy(gathered, [2, 4], dim=1, out=parts)
-        assert watch.ledger.now().bytes[Kind.GATHERED] == 48
+        assert recorder.ledger.now().bytes[GATHERED] == 48
         parts[0].untyped_storage().resize_(0)
-        assert watch.ledger.now().bytes[Kind.GATHERED] == 32
+        assert recorder.ledger.now().bytes[GATHERED] == 32
         parts[0].untyped_storage().resize_(16)
-        assert watch.ledger.now().bytes[Kind.GATHERED] == 48
+        assert recorder.ledger.now().bytes[GATHERED] == 48
 
 
 def test_views_and_fresh_memory_are_no_work() -> None:
-    with Watch() as watch:
+    with OpRecorder() as recorder:
         tensor = torch.empty(3, 4)
         tensor.t()[1:].detach()
-        assert watch.tally.kernels == watch.tally.moved == 0
+        assert recorder.tally.kernels == recorder.tally.moved == 0
         tensor.add_(1)
-        assert (watch.tally.kernels, watch.tally.moved) == (1, 2 * 48)
+        assert (recorder.tally.kernels, recorder.tally.moved) == (1, 2 * 48)
         tensor @ torch.empty(4, 5, dtype=torch.float32)
-    assert watch.tally.products == {Product("fp32", 2 * 3 * 4 * 5, 48 + 80 + 60): 1}
+    assert recorder.tally.products == {Product("fp32", 2 * 3 * 4 * 5, 48 + 80 + 60): 1}
 
 
 def test_tallies_add_up() -> None:
@@ -158,20 +169,20 @@ def test_messages_take_time(
 def test_a_product_takes_the_longer_of_computing_and_reading(machine: Accelerator) -> None:
     tally = Tally()
     tally.products[Product("bf16", 10**12, 1)] = 2
-    assert estimate(tally, machine).products == pytest.approx(2 / PRODUCTS)
+    assert step_time(tally, machine).products == pytest.approx(2 / PRODUCTS)
     tally.products = type(tally.products)({Product("bf16", 1, 75 * 10**7): 1})
-    assert estimate(tally, machine).products == pytest.approx(1)
+    assert step_time(tally, machine).products == pytest.approx(1)
     tally.products = type(tally.products)({Product("fp64", 10**11, 1): 1})
-    assert estimate(tally, machine).products == pytest.approx(1 / PRODUCTS)
+    assert step_time(tally, machine).products == pytest.approx(1 / PRODUCTS)
 
 
 def test_a_host_that_cannot_keep_up(machine: Accelerator) -> None:
-    spent = estimate(Tally(kernels=1000, moved=1), machine)
+    spent = step_time(Tally(kernels=1000, moved=1), machine)
     assert spent.computing == spent.step == pytest.approx(1000 * KERNEL)
 
 
 def test_messages_of_sharding_hide_behind_computing() -> None:
-    spent = Estimate(products=6, memory=4, host=1, hideable=5, waiting=1)
+    spent = StepTime(products=6, memory=4, host=1, hideable=5, waiting=1)
     assert spent.step == 10 + 1
     spent = evolve(spent, hideable=12)
     assert spent.step == pytest.approx(10 + 1 + 12 - 10 * HIDDEN)
@@ -183,46 +194,50 @@ def test_which_messages_can_hide() -> None:
     assert not Message("all_reduce", 1, 2, 1, in_backward=False).can_hide  # Sinkhorn-Knopp
 
 
-# --------------------------------------------------------------------------- advice
+# --------------------------------------------------------------------------- suggestions
 @pytest.fixture(scope="module")
-def found() -> Findings:
-    task = pretrain()
-    return rehearse(task.config, task._parts(), Seat(1))
+def found() -> Estimate:
+    return simulate(pretrain(), SimulatedRank(1))
 
 
-def large(found: Findings, **gib: float) -> Findings:
-    bytes_ = dict.fromkeys(Kind, 0) | {Kind[kind]: int(size * GIB) for kind, size in gib.items()}
-    (one,) = found.resolutions
-    return evolve(found, resolutions=[evolve(one, peak=Moment(bytes_, "forward"))])
+def large(found: Estimate, *, trained: float = 0, **gib: float) -> Estimate:
+    """The same with so much memory in use at the peak, by kind, and so much that is trained."""
+    bytes_ = Counter({name.replace("_", " "): int(size * GIB) for name, size in gib.items()})
+    steps = [evolve(found.largest, peak=Moment(bytes_, "forward"))]
+    return evolve(found, steps=steps, trained_bytes=int(trained * GIB))
 
 
-def test_what_does_not_fit_gets_advice(found: Findings) -> None:
-    config = pretrain().config
-    report = sections(config, large(found, ACTIVATIONS=100, STUDENT=2), ACCELERATORS["h100"], [])
-    verdicts = dict(report["memory needed"])
+def test_what_does_not_fit_gets_suggestions(found: Estimate) -> None:
+    def report(estimate: Estimate) -> dict[str, dict[str, str]]:
+        told = sections(estimate.config, {"": estimate}, ACCELERATORS["h100"])
+        return {title: dict(rows) for title, rows in told.items()}
+
+    crowded = report(large(found, activations=100, student=2, trained=2))
+    verdicts = crowded["memory needed"]
     wanted = needed(102 * GIB)
     assert f"{wanted:.1f} of 79.1 GiB: does NOT fit" in verdicts["H100 SXM 80 GB"]
     assert "fits, " in verdicts["H200 SXM 141 GB"]
-    advice = dict(report["what would help"])
-    assert advice == {
+    assert crowded["what would help"] == {
         'parallel.checkpointing = "full"': "about 80.0 GiB less",
         'parallel.checkpointing = "selective"': "about 40.0 GiB less",
         "twice the accumulation_steps": "about 48.0 GiB less",
         'parallel.param_dtype = "bf16"': "about 50.0 GiB less",
         "twice the processes, for the same batch_size": "about 51.0 GiB less",
     }
-    assert sections(config, found, ACCELERATORS["h100"], [])["what would help"] == []
+    assert report(found)["what would help"] == {}
 
 
-def test_only_what_can_be_had_is_advised(found: Findings) -> None:
+def test_only_what_can_be_had_is_suggested(found: Estimate) -> None:
     config = pretrain(BF16, "parallel.checkpointing=full").config
     single = evolve(found.layout, batch_size=1)
-    crowded = evolve(large(found, MOMENTS=100, ACTIVATIONS=1), layout=single)
-    assert [what for what, _ in helpful(config, crowded)] == [
+    full = large(found, optimizer_state=100, activations=1)
+    crowded = evolve(full, layout=single, config=config)
+    assert [each.what for each in suggestions(crowded)] == [
         "twice the processes, for the same batch_size"
     ]
     several = pretrain(BF16, "parallel.checkpointing=full", "parallel.replicas=2").config
-    assert dict(helpful(several, crowded))["half of parallel.replicas"] == 50 * GIB
+    of_several = {each.what: each.saves for each in suggestions(evolve(crowded, config=several))}
+    assert of_several["half of parallel.replicas"] == 50 * GIB
 
 
 def test_accelerators_are_found_by_name() -> None:
