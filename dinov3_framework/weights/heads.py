@@ -16,7 +16,7 @@ from dinov3_framework.contracts.data import Target
 from dinov3_framework.contracts.networks import Backbone, Head
 from dinov3_framework.errors import CheckpointError
 from dinov3_framework.registry import Registry
-from dinov3_framework.weights.info import BackboneInfo
+from dinov3_framework.weights.info import ComponentInfo
 from dinov3_framework.weights.source import WeightSource
 
 
@@ -90,11 +90,11 @@ def head_info(
     size: int | None,
     targets: Mapping[str, Target],
     provenance: Mapping[str, str],
-) -> BackboneInfo:
+) -> ComponentInfo:
     """What the file of a head says of it."""
     schema = json.dumps({name: attrs.asdict(target) for name, target in targets.items()})
     known = {**provenance, "targets": schema}
-    return BackboneInfo(component, config, images, size or 0, known, kind="head")
+    return ComponentInfo(component, config, images, size or 0, known, kind="head")
 
 
 def _target(values: Mapping[str, Any]) -> Target:

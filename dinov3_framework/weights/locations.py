@@ -112,11 +112,10 @@ def open_path(
     """
     if path.is_dir():
         checkpoints = sharded.checkpoint_in(path)
-        exports = [path / name for name in _EXPORTS[kind] if (path / name).exists()]
+        exports = [path / name for name in _EXPORTS[kind] if (path / name).is_file()]
         kept = projectors and checkpoints is not None
         if exports and network == "teacher" and not kept:
-            options = {"network": network, "projectors": projectors, "thorough": thorough}
-            return open_path(exports[0], stack, kind=kind, **options)
+            return stack.enter_context(open_weights(exports[0]))
         if sharded.is_checkpoint(path):
             return sharded.open_checkpoint(path, kind, thorough)
         if checkpoints is not None:

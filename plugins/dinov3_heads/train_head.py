@@ -41,7 +41,7 @@ from dinov3_framework.training.task import InitialState, TrainingMethod
 from dinov3_framework.training.trainer import Trainer
 from dinov3_framework.weights.export import export_gathered
 from dinov3_framework.weights.heads import head_info
-from dinov3_framework.weights.info import BackboneInfo
+from dinov3_framework.weights.info import ComponentInfo
 from dinov3_framework.weights.locations import HEAD, TUNED
 from dinov3_heads import FINGERPRINT, TrainHeadConfig
 from dinov3_heads.unit import HeadUnit
@@ -188,17 +188,17 @@ class TrainHead(TrainingMethod):
             initial=initial,
         )
 
-    def _head_info(self, prepared: HeadParts, made: Mapping[str, str]) -> BackboneInfo:
+    def _head_info(self, prepared: HeadParts, made: Mapping[str, str]) -> ComponentInfo:
         component, values = self.registry.values_of(self.config.head)
         known = {**made, "trained on": self.described.name}
         size, targets = self._size(prepared), self._head(prepared).targets
         return head_info(component, values, self.images(), size, targets, known)
 
-    def _backbone_info(self, prepared: HeadParts, made: Mapping[str, str]) -> BackboneInfo:
+    def _backbone_info(self, prepared: HeadParts, made: Mapping[str, str]) -> ComponentInfo:
         component, values = self.registry.values_of(self.described.config)
         known = {**made, "tuned from": self.described.name}
         size = self._size(prepared) or _SIZE
-        return BackboneInfo(component, values, self.images(), size, known)
+        return ComponentInfo(component, values, self.images(), size, known)
 
     def _head(self, prepared: HeadParts) -> Head:
         if prepared.head is None:
