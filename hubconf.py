@@ -18,7 +18,7 @@ for _folder in (_Path(__file__).parent, _Path(__file__).parent / "plugins"):
     if str(_folder) not in _sys.path:
         _sys.path.append(str(_folder))
 
-from dinov3_framework.weights.catalog import PlainCatalog as _PlainCatalog
+from dinov3_framework.weights.hub import PlainCatalog as _PlainCatalog
 from dinov3_framework.weights.hub import load_published as _load_published
 
 dependencies = ["torch", "numpy", "attrs"]

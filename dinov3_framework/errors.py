@@ -63,6 +63,13 @@ class RecipeError(UserError):
         super().__init__("\n".join(lines))
 
 
+def problems_at(where: str, error: UserError) -> list[Problem]:
+    """The mistakes of a part of a recipe, with their key paths in the whole one."""
+    if isinstance(error, RecipeError):
+        return [each._replace(where=f"{where}.{each.where}".rstrip(".")) for each in error.problems]
+    return [Problem(where, str(error))]
+
+
 class PluginError(UserError):
     """A plugin that cannot be loaded, or two that claim the same name."""
 

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinov3_framework.errors import UserError
+
 TargetKind = Literal["class", "mask", "map", "boxes", "instances", "number", "text"]
 
 
@@ -23,12 +25,15 @@ class Target:
 
     - ``class``: an int from 0;
     - ``mask``: class ids by pixel, ``tv_tensors.Mask`` [H, W], integers;
-    - ``map``: numbers by pixel, ``tv_tensors.Mask`` [H, W], float32, in ``unit`` (depth in "m");
+    - ``map``: numbers by pixel, ``tv_tensors.Mask`` [H, W], float32, in ``unit`` (depth in "m"),
+      NaN where nothing is known;
     - ``boxes``: ``tv_tensors.BoundingBoxes`` [n, 4], float32, XYXY in pixels of the image;
     - ``instances``: masks of objects, ``tv_tensors.Mask`` [n, H, W], bool;
     - ``number``, ``text``: a float, a string.
 
-    Targets of one sample that describe the same objects share their first axis.
+    With ``per_object`` there is one of them for each object of a sample: ``class`` is int64 [n],
+    ``number`` float32 [n], ``text`` a list. Boxes and instances are always per object, and all such
+    targets of a sample share their first axis.
     """
 
     kind: TargetKind
@@ -37,6 +42,11 @@ class Target:
     ignore_index: int | None = None  # the id of what counts for nothing
     unit: str = ""
     palette: tuple[tuple[int, int, int], ...] | None = None  # RGB by id, for pictures
+    per_object: bool = attrs.field()
+
+    @per_object.default
+    def _by_kind(self) -> bool:
+        return self.kind in ("boxes", "instances")
 
     def __attrs_post_init__(self) -> None:
         if self.classes is not None and self.n_classes not in (None, len(self.classes)):
@@ -46,6 +56,34 @@ class Target:
     def count(self) -> int | None:
         """How many classes there are."""
         return self.n_classes if self.classes is None else len(self.classes)
+
+    def __str__(self) -> str:
+        words = f"{self.kind} of each object" if self.per_object else self.kind
+        return words if self.count is None else f"{words}, {self.count} classes"
+
+
+def choose_target(targets: Mapping[str, Target], name: str, kind: TargetKind) -> Target:
+    """The target that a head or an evaluation asks for; ``UserError`` if there is no such one."""
+    for complaint in target_complaints({name: Target(kind)}, targets):
+        raise UserError(complaint)
+    return targets[name]
+
+
+def target_complaints(wanted: Mapping[str, Target], given: Mapping[str, Target]) -> Iterator[str]:
+    """What keeps data with the targets ``given`` from serving where ``wanted`` are needed."""
+    for name, target in wanted.items():
+        other = given.get(name)
+        if other is None:
+            known = ", ".join(f"{key} ({each})" for key, each in given.items()) or "none"
+            yield f"the data have no target {name!r} ({target}); they have {known}"
+        elif (other.kind, other.per_object) != (target.kind, target.per_object):
+            yield f"the target {name!r} of the data is of kind {other}; needed is {target}"
+        elif target.count is not None and other.count != target.count:
+            yield f"the target {name!r} of the data has {other.count} classes, not {target.count}"
+        elif None not in (target.classes, other.classes) and target.classes != other.classes:
+            odd = sorted(set(target.classes or ()) ^ set(other.classes or ()))
+            what = f"others: {', '.join(odd[:5])}" if odd else "the same in another order"
+            yield f"the classes of the target {name!r} of the data are {what}"
 
 
 @attrs.frozen
@@ -141,22 +179,31 @@ class Transform(abc.ABC):
     stream alone: transforms of torchvision v2 do as they are.
     """
 
+    targets: Mapping[str, Target] = {}
+    size: tuple[int, int] | None = None  # height and width of images, where all have the same
+
     @abc.abstractmethod
     def __call__(self, sample: Sample) -> Sample:
         """A sample as the network is to see it: float32, normalized."""
 
     def collate(self, samples: Sequence[Sample]) -> SampleBatch:
-        """A batch; by default tensors of one shape are stacked, numbers become tensors."""
+        """A batch; by default tensors of one shape are stacked, numbers become tensors.
+
+        Targets per object are lists, whether or not samples have equally many.
+        """
+        listed = {name for name, target in self.targets.items() if target.per_object}
         return SampleBatch(
             images=_stacked([sample.image for sample in samples]),
             targets={
-                name: _stacked([sample.targets[name] for sample in samples])
+                name: _stacked([sample.targets[name] for sample in samples], name in listed)
                 for name in samples[0].targets
             },
         )
 
 
-def _stacked(values: list[Any]) -> Any:
+def _stacked(values: list[Any], listed: bool = False) -> Any:
+    if listed:
+        return values
     first = values[0]
     if isinstance(first, bool | int | float):
         return torch.tensor(values)

@@ -11,8 +11,10 @@ from typing import Any
 
 import attrs
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 
 from dinov3_framework.configs import ImagesConfig
+from dinov3_framework.contracts.data import Target
 from dinov3_framework.errors import UserError
 
 
@@ -165,18 +167,36 @@ class HeadFeatures:
     image_size: tuple[int, int]  # pixels, height and width
 
 
+def _again(parts: Iterable[Any], image_size: Any) -> HeadFeatures:
+    maps, cls = parts
+    return HeadFeatures(maps, cls, image_size)
+
+
+# Sharding casts the tensors in what a network is called with, and follows their gradients.
+register_pytree_node(
+    HeadFeatures,
+    lambda features: ([list(features.maps), list(features.cls)], features.image_size),
+    _again,
+)
+
+
 class Head(Shardable):
     """A network on a backbone's features, with the loss that trains it and what it predicts.
 
-    Built as ``factory(config, features=backbone.feature_info, targets=schema)`` on the meta device.
-    Its state-dict names are those of its official files, where there are any.
+    Built as ``factory(config, features=backbone.feature_info, targets=schema)`` on the meta device;
+    ``schema`` has the targets of the data, of which it keeps in ``targets`` those that it predicts
+    (see ``choose_target``). Raises ``UserError`` where they or the features do not fit it. Its
+    state-dict names are those of its official files, where there are any.
     """
 
     needs: FeatureNeeds
+    targets: Mapping[str, Target]
 
     @abc.abstractmethod
     def forward(self, features: HeadFeatures) -> Any:
-        """Outputs in the form that ``loss`` and ``predict`` take."""
+        """Outputs in the form that ``loss`` and ``predict`` take: tensors, or dicts, lists and
+        tuples of them. They may be in bfloat16, where features or parameters are.
+        """
 
     @abc.abstractmethod
     def loss(self, outputs: Any, targets: Mapping[str, Any]) -> LossResult:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts.networks import Backbone, Head
+from dinov3_framework.errors import Problem
 
 Build = Callable[..., Any]  # Registry.build: any component from its config
 Rows = Sequence[tuple[str, str]]  # (label, value)
@@ -56,6 +57,9 @@ class JobHandle(abc.ABC):
 
 class Launcher(abc.ABC):
     """Gets processes for a job."""
+
+    # Whether they run on other machines, which may have what this one, a login node, lacks.
+    elsewhere: bool = False
 
     @abc.abstractmethod
     def submit(
@@ -132,6 +136,13 @@ class Evaluation(abc.ABC):
 
         Raises ``DataError`` for data that this machine lacks and ``RecipeError`` for a mistake.
         """
+
+    def problems(self, model: Model) -> Sequence[Problem]:
+        """Why such a model cannot be measured; it may be on the meta device.
+
+        Called after ``prepare``.
+        """
+        return ()
 
     @abc.abstractmethod
     def run(self, model: Model) -> Mapping[str, float]:
@@ -215,6 +226,9 @@ class Observer:
 
         ``build`` is ``Registry.build``; data that this machine lacks are a ``DataError``.
         """
+
+    def check_model(self, model: Model) -> None:
+        """After ``check``, with what is to be trained, on the meta device: raise ``UserError``."""
 
     def on_start(self, run: Run, iteration: int) -> Mapping[str, float] | None:
         """Before the first step of this process; ``iteration`` steps are already done."""

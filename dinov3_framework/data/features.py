@@ -143,7 +143,7 @@ def _extract(
         cls[start:stop] = embedded[: stop - start]
         labels[start:stop] = collectives.all_gather(_batch_labels(batch))[: stop - start]
         start = stop
-    _agree(corrupt, misfits, total)
+    agree_on_skipped(corrupt, misfits, total)
     read = labels != _UNREAD
     if not read.all():
         cls, labels = cls[read], labels[read]
@@ -194,7 +194,7 @@ def _batch_labels(batch: InferenceBatch[FittedImages]) -> Tensor:
     return labels
 
 
-def _agree(corrupt: list[str], misfits: list[str], total: int) -> None:
+def agree_on_skipped(corrupt: list[str], misfits: list[str], total: int) -> None:
     """Tell every process what each found; raise on all of them or on none."""
     mine = (corrupt[:_SHOWN], len(corrupt), misfits[:1])
     found = cast("list[tuple[list[str], int, list[str]]]", collectives.all_gather_object(mine))

@@ -144,12 +144,13 @@ class LabelledBatch:
     corrupt: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> LabelledBatch:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.changed(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> LabelledBatch:
-        return self._each(Tensor.pin_memory)
+        return self.changed(Tensor.pin_memory)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> LabelledBatch:
+    def changed(self, change: Callable[[Tensor], Tensor]) -> LabelledBatch:
+        """The same with every tensor changed."""
         samples = SampleBatch(
             _changed(self.samples.images, change), _changed(self.samples.targets, change)
         )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from dinov3_framework.contracts.networks import Backbone
+from dinov3_framework.contracts.networks import Backbone, FeatureNeeds, HeadFeatures
 from dinov3_framework.errors import DataError
 
 OUTPUTS = ("class", "mean_patch", "patches", "storage")
@@ -89,3 +89,21 @@ def layers_complaint(layers: Sequence[int], count: int) -> str | None:
     if len({layer % count for layer in layers}) < len(layers):
         return f"layers {list(layers)} name one of this backbone's {count} layers twice"
     return None
+
+
+def head_features(backbone: Backbone, pixels: Tensor, needs: FeatureNeeds) -> HeadFeatures:
+    """The features of normalized pixels [B, C, H, W] that a head needs, layers in its order."""
+    layers = [layer % backbone.n_layers for layer in needs.layers]
+    order = sorted(set(layers))
+    found = backbone.get_intermediate_layers(
+        pixels,
+        n=order,
+        reshape=True,
+        return_class_token=needs.class_token,
+        norm=needs.norm,
+    )
+    parts = [found[order.index(layer)] for layer in layers]
+    size = (pixels.shape[-2], pixels.shape[-1])
+    if not needs.class_token:
+        return HeadFeatures(parts, (), size)
+    return HeadFeatures([grid for grid, _ in parts], [cls for _, cls in parts], size)

@@ -4,7 +4,7 @@ asks, and their first values."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -127,6 +127,15 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by name, the buffers that state dicts leave out too."""
     yield from module.named_parameters()
     yield from module.named_buffers()
+
+
+def state_of(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The tensors of several networks as ``<network>.<name>``, for a train unit's ``state``."""
+    return {
+        f"{network}.{name}": tensor.detach()
+        for network, module in networks.items()
+        for name, tensor in tensors_of(module)
+    }
 
 
 def initialise(module: nn.Module, blueprint: nn.Module, seed: int) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dinov3_framework.errors import CheckpointError
 from dinov3_framework.runtime import collectives
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -47,11 +49,49 @@ def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def put(target: Tensor, full: Tensor) -> None:
     """Copy a whole tensor into one that may be sharded; no process talks to another."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
     full = full.to(target.device, target.dtype)
     if isinstance(target, DTensor):
         shard = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
         target.to_local().copy_(shard.to_local())
     else:
         target.copy_(full)
+
+
+@torch.no_grad()
+def fingerprint(network: nn.Module) -> float:
+    """A number by which to know a network again, the same on every process to rounding.
+
+    To be called by every process that holds a part of it.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for parameter in network.parameters():
+        size = parameter.detach().abs().sum(dtype=torch.float64)
+        total += (size.full_tensor() if isinstance(size, DTensor) else size).cpu()
+    return float(total)
+
+
+_CLOSE = 1e-5  # relative difference of fingerprints that rounding explains
+
+
+def require_same(before: float, now: float, weights: str, what: str) -> None:
+    """Raise ``CheckpointError`` where the fingerprint of a teacher, say, is not what it was."""
+    if abs(before - now) > _CLOSE * abs(before):
+        raise CheckpointError(
+            f"{weights} is not the {what} that this run has learned from: bring that one back, or "
+            "start in another output folder"
+        )
+
+
+@torch.no_grad()
+def weights_hash(*modules: nn.Module) -> str:
+    """The first digits of a SHA-256 of all values, in float32, the same on every process.
+
+    To be called by every process; it does not depend on how modules are sharded.
+    """
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in full_tensors(module):
+            if collectives.is_main():
+                values = tensor.float() if tensor.is_floating_point() else tensor
+                digest.update(name.encode() + values.cpu().contiguous().numpy().tobytes())
+    return str(collectives.all_gather_object(digest.hexdigest()[:16])[0])

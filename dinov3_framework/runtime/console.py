@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 log = logging.getLogger(__name__)
@@ -31,16 +28,6 @@ def console_handler() -> logging.Handler:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     return handler
-
-
-def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows with the same keys as a table on standard output."""
-    table = Table(title=title, title_justify="left")
-    for index, key in enumerate(rows[0]):
-        table.add_column(str(key), justify="left" if index == 0 else "right")
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    Console(highlight=False).print(table)
 
 
 class _Rate(ProgressColumn):

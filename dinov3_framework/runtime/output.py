@@ -23,7 +23,7 @@ from dinov3_framework.kinds import TaskConfig
 from dinov3_framework.recipes.plain import unstructure
 from dinov3_framework.recipes.toml_text import KeyPath, to_toml
 from dinov3_framework.registry import Registry
-from dinov3_framework.runtime.durable import no_room
+from dinov3_framework.runtime.durable import no_room, written_aside
 from dinov3_framework.runtime.inner_runs import naming_stage
 
 RECIPE, RESULTS, LOCK = "recipe.toml", "results.json", ".lock"
@@ -53,18 +53,23 @@ class RunComplete(OutputError):
     exit_code = ExitCode.OK
 
 
-def write_aside(path: Path, text: str) -> None:
-    """Write a whole file or none: under another name, then renamed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+@contextmanager
+def output_file(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes ``path`` when all of it is there: a whole file or none.
+
+    Makes the folder. Raises ``OutputError`` where the file cannot be written.
+    """
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        with written_aside(path) as aside:
+            yield aside
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise unwritable(error, path) from error
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a whole file or none; errors as of :func:`output_file`."""
+    with output_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def unwritable(error: OSError, path: Path) -> OutputError:
@@ -216,8 +221,3 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def write_results(output_dir: Path, results: Mapping[str, Any]) -> None:
-    """Write ``results.json``, which completes the run."""
-    write_aside(output_dir / RESULTS, json.dumps(results, indent=2) + "\n")

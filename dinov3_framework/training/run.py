@@ -29,10 +29,7 @@ class TrainingRun:
     registry: Registry
     unit: TrainUnit
     maker: BatchMaker[Any, Any]
-
-    @property
-    def images(self) -> ImagesConfig:
-        return self.config.images
+    images: ImagesConfig
 
     @property
     def total_iterations(self) -> int:

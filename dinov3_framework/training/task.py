@@ -9,6 +9,7 @@ import abc
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,12 +19,13 @@ from attrs import frozen
 from dinov3_framework.checkpoints.expected import kept_steps, write_index
 from dinov3_framework.checkpoints.folder import name_of
 from dinov3_framework.checkpoints.store import CheckpointStore
+from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts.data import Dataset, StreamDataset
 from dinov3_framework.contracts.networks import Shardable
-from dinov3_framework.contracts.running import Plan, Rows, Task
+from dinov3_framework.contracts.running import Model, Plan, Rows, Task
 from dinov3_framework.contracts.training import TrainUnit
 from dinov3_framework.data.loader import BatchMaker, Layout
-from dinov3_framework.errors import DataError, Problem, RecipeError, UserError
+from dinov3_framework.errors import DataError, Problem, RecipeError, UserError, problems_at
 from dinov3_framework.kinds import ObserverConfig
 from dinov3_framework.parallel.check import (
     machine_problems,
@@ -37,9 +39,9 @@ from dinov3_framework.recipes.toml_text import to_toml
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.agreement import RankFailure, together
-from dinov3_framework.runtime.console import print_table
-from dinov3_framework.runtime.output import RECIPE, write_results
+from dinov3_framework.runtime.output import RECIPE
 from dinov3_framework.runtime.processes import pick_device
+from dinov3_framework.runtime.results import Record, print_results, write_results
 from dinov3_framework.training import TrainingConfig
 from dinov3_framework.training.check import batch_problems, data_rows, schedule_problems
 from dinov3_framework.training.clock import StepClock
@@ -89,6 +91,11 @@ class TrainingMethod(abc.ABC):
         """A task of this method: the factory of its component."""
         return TrainingTask(config, registry=registry, method=cls(config, registry))
 
+    def images(self) -> ImagesConfig:
+        """What images are; by default as the recipe says."""
+        images: ImagesConfig = self.config.images
+        return images
+
     # ------------------------------------------------------------------ checking
     def config_problems(self, world_size: int) -> list[Problem]:
         """What is wrong with the recipe, as far as it can be told without building anything."""
@@ -99,8 +106,11 @@ class TrainingMethod(abc.ABC):
         return []
 
     @abc.abstractmethod
-    def prepare(self) -> Any:
-        """Build what takes no memory; raises ``RecipeError``."""
+    def prepare(self, dataset: Dataset | StreamDataset | None = None) -> Any:
+        """Build what takes no memory; raises ``RecipeError``.
+
+        ``dataset`` is the recipe's; None where this machine does not have it, or nobody built it.
+        """
 
     @abc.abstractmethod
     def shardable(self, prepared: Any) -> Shardable:
@@ -109,6 +119,10 @@ class TrainingMethod(abc.ABC):
     def problems(self, prepared: Any, done: int) -> list[Problem]:
         """What does not fit together."""
         return []
+
+    def model(self, prepared: Any) -> Model | None:
+        """What will be evaluated, on the meta device, where that is known."""
+        return None
 
     def sections(self, prepared: Any, world_size: int, done: int) -> Mapping[str, Rows]:
         """What a check shows before the sections that all trainings have."""
@@ -149,6 +163,15 @@ class TrainingMethod(abc.ABC):
     def export(self, trainer: Trainer, prepared: Any) -> Path | None:
         """Write what the run leaves for others; called by every process at the end."""
         return None
+
+    def usage(self, export: Path) -> str:
+        """What to do with the export, for the end of the console's output."""
+        return (
+            "Use the backbone from Python:\n\n"
+            "  from dinov3_framework import load_backbone\n"
+            f'  backbone = load_backbone("{export}")\n'
+            '  features = backbone.features("an image.png")  # [1, D] class token\n'
+        )
 
     def expected_exports(self, prepared: Any) -> Mapping[str, tuple[Mapping[str, Any], Any]]:
         """(tensors on the meta device, state) by path below the run's folder, as ``export``."""
@@ -212,8 +235,8 @@ class TrainingTask(Task):
         except DataError as error:
             missing.append(str(error))
         missing += method.missing(done)
-        prepared = method.prepare()
-        missing += self._absent_data()
+        prepared = method.prepare(dataset)
+        missing += self._absent_data(method.model(prepared))
         network = method.shardable(prepared)
         _refuse(
             [
@@ -229,6 +252,13 @@ class TrainingTask(Task):
         }
         return Plan(sections, missing, Checked(dataset, prepared))
 
+    def prepare(self) -> Any:
+        """What the method prepares, with the data if this machine has them."""
+        dataset = None
+        with suppress(DataError):
+            dataset = self._dataset()
+        return self.method.prepare(dataset)
+
     def done(self) -> int:
         """After which iteration this run would go on; 0 if it would begin."""
         if self.config.output_dir is None:
@@ -240,10 +270,11 @@ class TrainingTask(Task):
         config = self.config
         if self._given is not None:
             return self._given
-        dataset = self.registry.build(config.dataset, channels=config.images.channels)
+        dataset = self.registry.build(config.dataset, channels=self.method.images().channels)
         if isinstance(dataset, Dataset) and len(dataset) == 0:
             raise DataError(f"{dataset.describe()}: holds no image")
-        return dataset  # type: ignore[no-any-return]
+        self._given = dataset
+        return self._given
 
     def _absent_abilities(self) -> list[str]:
         """What the recipe asks of a machine and this one, perhaps a login node, cannot do."""
@@ -252,22 +283,24 @@ class TrainingTask(Task):
         device = pick_device(self.config.parallel.device)
         return [str(problem) for problem in machine_problems(self.config.parallel, device)]
 
-    def _absent_data(self) -> Iterator[str]:
+    def _absent_data(self, model: Model | None) -> Iterator[str]:
         """What the observers want and this machine does not have."""
-        for name, observer in self.config.observers.items():
+        for name, config in self.config.observers.items():
+            observer = self._observer(config)
             try:
-                self._observer(observer).check(self.registry.build, self.config.images)
+                observer.check(self.registry.build, self.method.images())
+                if model is not None:
+                    observer.check_model(model)
             except DataError as error:
                 yield f"observers.{name}: {error}"
             except UserError as error:
-                raise RecipeError([Problem(f"observers.{name}", str(error))]) from error
+                raise RecipeError(problems_at(f"observers.{name}", error)) from error
 
     def _observer(self, config: ObserverConfig) -> Any:
         return self.registry.build(config)
 
     def write_expected_artifacts(self, folder: Path) -> bool:
-        config, method = self.config, self.method
-        prepared = method.prepare()
+        config, method, prepared = self.config, self.method, self.prepare()
         unit = method.unit(prepared, MetaSharder(config.parallel), InitialState.ABSENT, None)
         tensors = unit.state() | {
             f"optimizer.{name}": value for name, value in self.optimizer(unit).state().items()
@@ -285,7 +318,7 @@ class TrainingTask(Task):
         started = time.time()
         checked = plan.prepared if plan is not None else None
         dataset = self._load_dataset() if checked is None else checked.dataset
-        prepared = self.method.prepare() if checked is None else checked.prepared
+        prepared = self.method.prepare(dataset) if checked is None else checked.prepared
         trainer = self.trainer(prepared, dataset, output_dir)
         try:
             if not self.coordinator.resume(trainer):
@@ -333,7 +366,9 @@ class TrainingTask(Task):
             maker=maker,
             store=store,
             observers={name: self._observer(o) for name, o in config.observers.items()},
-            run=TrainingRun(config, output_dir, device, self.registry, unit, maker),
+            run=TrainingRun(
+                config, output_dir, device, self.registry, unit, maker, self.method.images()
+            ),
             clock=StepClock(device),
             coordinator=self.coordinator,
             origin=self.method.origin(unit),
@@ -358,7 +393,8 @@ class TrainingTask(Task):
         if run.is_main:
             write_results(run.output_dir, results)
             if self.coordinator.is_alone:
-                print_summary(results, run.output_dir, export)
+                usage = "" if export is None else self.method.usage(export)
+                print_summary(results, run.output_dir, usage)
 
 
 def _refuse(problems: list[Problem]) -> None:
@@ -367,20 +403,18 @@ def _refuse(problems: list[Problem]) -> None:
         raise RecipeError(list(dict.fromkeys(problems)))
 
 
-def print_summary(results: Mapping[str, Any], output_dir: Path, export: Path | None) -> None:
+def print_summary(results: Mapping[str, Any], output_dir: Path, usage: str) -> None:
     """Show tables of results, and what to do with them."""
     for name, value in results.items():
-        if isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
-            print_table(name, value)
+        if (
+            isinstance(value, list)
+            and value
+            and all(isinstance(row, Mapping | Record) for row in value)
+        ):
+            print_results(name, value)
     print(f"\nDone. Everything is in {output_dir}:")
     for entry in sorted(output_dir.iterdir()):
         if not entry.name.startswith("."):
             print(f"  {entry.name}{'/' if entry.is_dir() else ''}")
-    if export is None:
-        return
-    print(
-        "\nUse the backbone from Python:\n\n"
-        "  from dinov3_framework import load_backbone\n"
-        f'  backbone = load_backbone("{export}")\n'
-        '  features = backbone.features("an image.png")  # [1, D] class token\n'
-    )
+    if usage:
+        print(f"\n{usage}")

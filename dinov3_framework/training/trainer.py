@@ -286,7 +286,10 @@ class Trainer:
         results: dict[str, Any] = {}
         for name, observer in self.observers.items():
             with _observing(name):
-                results |= observer.on_end(self.run) or {}
+                for key, value in (observer.on_end(self.run) or {}).items():
+                    known = results.get(key)
+                    both = isinstance(known, dict) and isinstance(value, Mapping)
+                    results[key] = {**(known or {}), **value} if both else value
         return results
 
     def close(self, error: BaseException | None) -> None:

@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from attrs import frozen
 
-from dinov3_classify.configs import KnnSettings
+from dinov3_classify import KnnConfig
 from dinov3_classify.knn import knn_classify
 from dinov3_framework import (
-    Backbone,
     CorruptSampleError,
     Dataset,
+    Evaluation,
     Features,
     ImagesConfig,
+    Model,
     Problem,
     RecipeError,
     extract_features,
@@ -23,119 +23,114 @@ from dinov3_framework import (
 )
 
 
-@frozen
-class KnnEvaluation:
-    """The datasets of an evaluation, and how images are shown to a backbone."""
+class KnnEvaluation(Evaluation):
+    """How well the nearest training images tell the classes of the test images."""
 
-    settings: KnnSettings
     train: Dataset
     test: Dataset
-    n_classes: int
-    images: ImagesConfig
-    size: int | None
 
-    @classmethod
-    def build(
-        cls,
-        settings: KnnSettings,
-        build: Callable[..., Any],
-        images: ImagesConfig,
-        size: int | None,
-    ) -> KnnEvaluation:
-        """Build the datasets with ``build(config, **runtime)``.
+    def __init__(self, config: KnnConfig) -> None:
+        self.config = config
+        self.skipped = {"train": 0, "test": 0}
 
-        ``images`` and ``size`` are those of ``extract_features``. Raises ``DataError`` for a
-        dataset that is not there and ``RecipeError`` for two that do not fit.
-        """
-        train = build(settings.train, channels=images.channels)
-        test = build(settings.test, channels=images.channels)
-        problems = list(_misfits(settings, train, test))
-        if problems:
+    def prepare(self, build: Callable[..., Any], images: ImagesConfig) -> None:
+        self.train = build(self.config.train, channels=images.channels)
+        self.test = build(self.config.test, channels=images.channels)
+        if problems := list(self._misfits()):
             raise RecipeError(problems)
-        n_classes = max(train.n_classes, test.n_classes)
-        return cls(settings, train, test, n_classes, images, size)
 
-    def backbone(self, backbone: Backbone, device: torch.device | str | None = None) -> KnnResult:
-        """How well class tokens do. Call it on every process; see ``extract_features``."""
-        shared: dict[str, Any] = {
-            "images": self.images,
-            "size": self.size,
-            "batch_size": self.settings.batch_size,
-            "workers": self.settings.workers,
-            "device": device,
-        }
-        return self._classify(
-            extract_features(backbone, self.train, **shared),
-            extract_features(backbone, self.test, **shared),
-            next((parameter.device for parameter in backbone.parameters()), None),
-        )
+    def problems(self, model: Model) -> list[Problem]:
+        size, patch = self.config.size, model.backbone.patch_size
+        if size is None or size % patch == 0:
+            return []
+        lower = max(size // patch, 1) * patch
+        message = f"{size} px are no multiple of the backbone's patch size {patch}"
+        return [Problem("size", message, f"take {lower} or {lower + patch}")]
 
-    def raw_pixels(self) -> KnnResult | None:
-        """How well the pixels themselves do, or None if they are over the limit."""
-        per_image = 4 * self.images.channels * self._pixels()
-        if per_image * (len(self.train) + len(self.test)) > self.settings.raw_pixels_limit * 2**20:
-            return None
-        batch_size, workers = self.settings.batch_size, self.settings.workers
+    def run(self, model: Model) -> Mapping[str, float]:
         train, test = (
-            raw_pixels(dataset, self.images, self.size, batch_size=batch_size, workers=workers)
+            extract_features(model.backbone, dataset, **self._shown(model))
             for dataset in (self.train, self.test)
         )
-        return self._classify(train, test, None)
+        self.skipped = {"train": train.skipped, "test": test.skipped}
+        device = next((parameter.device for parameter in model.backbone.parameters()), None)
+        return self._classify(train, test, device)
 
-    def _classify(self, train: Features, test: Features, device: torch.device | None) -> KnnResult:
+    def baselines(self, model: Model) -> Mapping[str, Mapping[str, float]]:
+        """Raw pixels, if they are within the limit."""
+        per_image = 4 * model.images.channels * self._pixels(self._size(model))
+        if per_image * (len(self.train) + len(self.test)) > self.config.raw_pixels_limit * 2**20:
+            return {}
+        train, test = (
+            raw_pixels(dataset, **self._shown(model)) for dataset in (self.train, self.test)
+        )
+        return {"raw pixels": self._classify(train, test, None)}
+
+    def protocol(self, model: Model) -> Mapping[str, Any]:
+        size = self._size(model)
+        return {
+            "features": "class token, L2-normalized",
+            "size": "as they are" if size is None else size,
+            "temperature": self.config.temperature,
+            **{f"unreadable in {name}": count for name, count in self.skipped.items() if count},
+        }
+
+    def data(self) -> str:
+        return f"{self.train.describe()}; classified: {self.test.describe()}"
+
+    # ------------------------------------------------------------------ parts
+    def _size(self, model: Model) -> int | None:
+        return self.config.size or model.size
+
+    def _shown(self, model: Model) -> dict[str, Any]:
+        """How images are shown to a backbone."""
+        return {
+            "images": model.images,
+            "size": self._size(model),
+            "batch_size": self.config.batch_size,
+            "workers": self.config.workers,
+        }
+
+    def _classify(
+        self, train: Features, test: Features, device: torch.device | None
+    ) -> dict[str, float]:
         accuracy = knn_classify(
             train,
             test,
-            k=self.settings.k,
-            temperature=self.settings.temperature,
-            n_classes=self.n_classes,
+            k=self.config.k,
+            temperature=self.config.temperature,
+            n_classes=max(self.train.n_classes or 0, self.test.n_classes or 0),
             device=device,
         )
-        metrics = {f"knn@{k}": round(100 * value, 4) for k, value in accuracy.items()}
-        return KnnResult(metrics, train.skipped, test.skipped)
+        return {f"knn@{k}": round(100 * value, 4) for k, value in accuracy.items()}
 
-    def _pixels(self) -> int:
+    def _pixels(self, size: int | None) -> int:
         """Pixels of one evaluation image."""
-        if self.size is not None:
-            return self.size**2
+        if size is not None:
+            return size**2
         for index in range(len(self.train)):
             try:
                 return int(self.train[index].image[0].numel())
             except CorruptSampleError:
                 continue
-        return 0  # nothing is readable, which the evaluation itself will say
+        return 0  # nothing is readable, which the evaluation itself will report
 
-
-@frozen
-class KnnResult:
-    """Accuracies in percent by ``knn@<k>``, and how many images could not be read."""
-
-    metrics: Mapping[str, float]
-    train_skipped: int
-    test_skipped: int
-
-    def row(self, features: str) -> dict[str, Any]:
-        """A row of the table of results: what the features are, and rounded accuracies."""
-        return {"features": features, **{k: round(v, 1) for k, v in self.metrics.items()}}
-
-
-def _misfits(settings: KnnSettings, train: Dataset, test: Dataset) -> Iterator[Problem]:
-    """What makes an evaluation of these datasets impossible or meaningless."""
-    for where, dataset in (("train", train), ("test", test)):
-        if dataset.n_classes is None:
-            yield Problem(where, f"k-NN needs labels; {dataset.describe()}")
-    if max(settings.k) > len(train):
-        yield Problem(
-            "k",
-            f"{max(settings.k)} neighbours are asked for, the training set has {len(train):,} "
-            f"images: {train.describe()}",
-        )
-    ours, theirs = (getattr(dataset, "classes", None) for dataset in (train, test))
-    if ours is not None and theirs is not None and tuple(ours) != tuple(theirs):
-        odd = sorted(set(ours) ^ set(theirs))
-        what = f"{', '.join(odd[:5])} in one of them only" if odd else "in another order"
-        yield Problem(
-            "test",
-            f"its classes are not those of train: {what}",
-            "list the same classes in both, so that a label means the same (image_folder: classes)",
-        )
+    def _misfits(self) -> Iterator[Problem]:
+        """What makes an evaluation of these datasets impossible or meaningless."""
+        train, test, k = self.train, self.test, max(self.config.k)
+        for where, dataset in (("train", train), ("test", test)):
+            if dataset.n_classes is None:
+                yield Problem(where, f"k-NN needs labels; {dataset.describe()}")
+        if k > len(train):
+            message = f"{k} neighbors are asked for, the training set has {len(train):,} images"
+            yield Problem("k", f"{message}: {train.describe()}")
+        ours, theirs = train.classes, test.classes
+        if ours is not None and theirs is not None and tuple(ours) != tuple(theirs):
+            odd = sorted(set(ours) ^ set(theirs))
+            what = f"{', '.join(odd[:5])} in one of them only" if odd else "in another order"
+            yield Problem(
+                "test",
+                f"its classes are not those of train: {what}",
+                "list the same classes in both, so that a label means the same (image_folder: "
+                "classes)",
+            )

@@ -1,13 +1,13 @@
 """Weighted k-NN classification on frozen features (Wu et al. 2018, arXiv:1805.01978).
 
 Class tokens of a barely trained backbone nearly coincide: with LayerScale at 1e-5 their cosines
-differ by about 1e-10, which float32 cannot tell from 1, and neighbours would come out at random.
+differ by about 1e-10, which float32 cannot tell from 1, and neighbors would come out at random.
 So similarities are taken about the mean m of the unit vectors b of the training set: for unit
 vectors a and b, with a' = a - m and b' = b - m,
 
     cos(a, b) = a' b' - |b'|^2 / 2 + (terms of a alone),
 
-and what depends on a alone changes neither which neighbours are nearest nor their softmax.
+and what depends on a alone changes neither which neighbors are nearest nor their softmax.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def knn_classify(
     n_classes: int,
     device: torch.device | None = None,
 ) -> dict[int, float]:
-    """Accuracy in 0..1 for each number of neighbours in ``k``.
+    """Accuracy in 0..1 for each number of neighbors in ``k``.
 
     Neighbours are the training features of highest cosine similarity s. Of the max(k) nearest,
     each votes for its class with softmax(s / temperature), taken over these max(k); accuracy@k
@@ -48,14 +48,14 @@ def knn_classify(
     _check(train, test, k, n_classes)
     labels = _labels(train).to(device)
     queries = F.normalize(test.cls.to(device), dim=1)
-    similarity, index = _neighbours(queries, train.cls, max(k))
+    similarity, index = _neighbors(queries, train.cls, max(k))
     weights = (similarity / temperature).softmax(dim=1)
     predicted = _vote(weights, labels[index], k, n_classes)
     truth = _labels(test).to(device)
     return {count: float((predicted[count] == truth).double().mean()) for count in k}
 
 
-def _neighbours(queries: Tensor, train: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _neighbors(queries: Tensor, train: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k nearest of each unit query [n, D]: similarities (up to a constant of the query) and
     indices in ``train``, [n, k], nearest first."""
     chunks = range(0, len(train), _CHUNK)
@@ -82,7 +82,7 @@ def _neighbours(queries: Tensor, train: Tensor, k: int) -> tuple[Tensor, Tensor]
 
 
 def _vote(weights: Tensor, labels: Tensor, k: Sequence[int], n_classes: int) -> dict[int, Tensor]:
-    """The winning class [n] after the first k of the neighbours, nearest first, for each k."""
+    """The winning class [n] after the first k of the neighbors, nearest first, for each k."""
     winners: dict[int, list[Tensor]] = {count: [] for count in k}
     rows = max(1, _CHUNK * _CHUNK // n_classes)
     for start in range(0, len(weights), rows):
@@ -114,4 +114,4 @@ def _check(train: Features, test: Features, k: Sequence[int], n_classes: int) ->
         if not features.cls.isfinite().all():
             raise DataError(f"features of the {what} set are not finite (NaN or infinity)")
     if max(k) > len(train.cls):
-        raise DataError(f"k = {max(k)} neighbours of only {len(train.cls)} training images")
+        raise DataError(f"k = {max(k)} neighbors of only {len(train.cls)} training images")

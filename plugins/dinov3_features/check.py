@@ -17,7 +17,7 @@ from dinov3_framework.data.inference import FitSamples, FittedImages, InferenceL
 from dinov3_framework.data.tokens import TokenReader, layers_complaint
 from dinov3_framework.errors import DataError, OutputError, Problem, RecipeError, UserError
 from dinov3_framework.parallel.check import parallel_problems
-from dinov3_framework.weights.subject import Subject
+from dinov3_framework.weights.loaded import LoadedBackbone
 
 _LOOKED_AT = 16  # images that a check reads
 
@@ -26,7 +26,7 @@ Shapes = Mapping[str, tuple[int, ...]]  # of the outputs of one image
 
 
 def problems(
-    config: FeaturesTaskConfig, subject: Subject, fit: ImageFit, processes: int
+    config: FeaturesTaskConfig, subject: LoadedBackbone, fit: ImageFit, processes: int
 ) -> Iterator[Problem]:
     """What is wrong whatever the images are."""
     parallel = config.parallel

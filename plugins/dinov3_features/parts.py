@@ -12,7 +12,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +22,7 @@ from torch import Tensor
 
 from dinov3_framework.contracts.data import Dataset
 from dinov3_framework.errors import DataError, OutputError
-from dinov3_framework.runtime.durable import written_aside
-from dinov3_framework.runtime.output import unwritable, write_aside
+from dinov3_framework.runtime.output import output_file, unwritable, write_aside
 from dinov3_framework.weights.tensor_file import CODES, write_array_file, write_tensor_file
 
 FOLDER, PLAN = "features", "plan.json"
@@ -135,7 +133,7 @@ class PartStore:
         """Raises ``OutputError`` if it cannot be written; then nothing is left behind."""
         metadata = {"format": "pt", "rows": json.dumps(rows), "skipped": json.dumps(skipped)}
         specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        with _writable(self.path(part)) as aside:
+        with output_file(self.path(part)) as aside:
             write_tensor_file(aside, specs, tensors.items(), metadata)
 
     def parts(self) -> Iterator[Part]:
@@ -245,13 +243,13 @@ def merge(
     if format == "safetensors":
         path = output_dir / "features.safetensors"
         named = ((name, piece) for name in summary.specs for piece in pieces(name))
-        with _writable(path) as aside:
+        with output_file(path) as aside:
             write_tensor_file(aside, summary.specs, named, metadata)
         return [path]
     paths = []
     for name, (dtype, shape) in summary.specs.items():
         paths.append(output_dir / f"features.{name}.npy")
-        with _writable(paths[-1]) as aside:
+        with output_file(paths[-1]) as aside:
             write_array_file(aside, dtype, shape, pieces(name))
     return paths
 
@@ -279,7 +277,7 @@ def write_tables(store: PartStore, output_dir: Path, merged: bool) -> None:
     ):
         # Names of files may hold bytes that are no UTF-8; they come out as they are.
         with (
-            _writable(output_dir / name) as aside,
+            output_file(output_dir / name) as aside,
             aside.open("x", encoding="utf-8", errors="surrogateescape", newline="") as stream,
         ):
             writer = csv.writer(stream, lineterminator="\n")
@@ -295,12 +293,3 @@ def patch_offsets(grids: Tensor) -> Tensor:
     offsets = torch.zeros(len(grids) + 1, dtype=torch.int64)
     offsets[1:] = grids.prod(1).cumsum(0)
     return offsets
-
-
-@contextmanager
-def _writable(path: Path) -> Iterator[Path]:
-    try:
-        with written_aside(path) as aside:
-            yield aside
-    except OSError as error:
-        raise unwritable(error, path) from error

@@ -1,4 +1,4 @@
-"""Figures: a training run's crops, masks and curves, and what a backbone's patch features see."""
+"""Plots of a training run: crops, masks and metrics; and what a backbone's patch features see."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ __all__ = ["FiguresConfig", "VisualizeConfig"]
 
 @hookimpl
 def dinov3_observers() -> list[Component]:
-    return [Component("figures", FiguresConfig, "dinov3_figures.observer:Figures")]
+    return [Component("figures", FiguresConfig, "dinov3_figures.observer:Plots")]
 
 
 @hookimpl
 def dinov3_tasks() -> list[Component]:
-    return [Component("visualize", VisualizeConfig, "dinov3_figures.visualize_task:Visualize")]
+    return [Component("visualize", VisualizeConfig, "dinov3_figures.task:Visualize")]

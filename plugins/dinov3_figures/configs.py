@@ -1,13 +1,13 @@
-"""What the figures can be told: while training, and of one backbone on its own."""
+"""The options of the plots of a training, and of the pictures of one backbone."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from dinov3_framework import (
+    BackboneTaskConfig,
     DatasetConfig,
     ObserverConfig,
-    SubjectConfig,
     config,
     option,
     positive,
@@ -36,13 +36,10 @@ class FiguresConfig(ObserverConfig):
     )
 
 
-_MAPS = ("pca", "foreground", "similarity")
-
-
-def _maps(value: tuple[str, ...]) -> str | None:
-    if value and len(set(value)) == len(value):
+def _distinct(value: tuple[object, ...]) -> str | None:
+    if value and all(value) and len(set(value)) == len(value):
         return None
-    return f"must name some of {', '.join(_MAPS)}, each once, is {list(value)}"
+    return f"must hold one or more, none empty and each once, is {list(value)}"
 
 
 def _points(value: tuple[tuple[float, float], ...]) -> str | None:
@@ -52,18 +49,12 @@ def _points(value: tuple[tuple[float, float], ...]) -> str | None:
     return None if len(set(value)) == len(value) else "names a place more than once"
 
 
-def _patterns(value: tuple[str, ...]) -> str | None:
-    if value and all(value):
-        return None
-    return f"must hold at least one name and no empty one, is {list(value)}"
-
-
 def _typical(value: int) -> str | None:
     return None if 0 <= value <= 2 else f"must be 0, 1 or 2, is {value}"
 
 
 @config
-class VisualizeConfig(SubjectConfig):
+class VisualizeConfig(BackboneTaskConfig):
     """Pictures of what a backbone's patch features see, and a page to explore them.
 
     Writes figures/<name>.png for each image, figures/overview.png and index.html. Either
@@ -75,7 +66,7 @@ class VisualizeConfig(SubjectConfig):
         "names of samples to show, such as their paths below the dataset's folder; * and ? stand "
         "for any letters; left out, any sample",
         default=None,
-        check=_patterns,
+        check=_distinct,
     )
     count: int | None = option(
         "images to show, spread evenly over the samples; left out, 8, or with names all of them",
@@ -96,13 +87,13 @@ class VisualizeConfig(SubjectConfig):
     )
     maps: tuple[Literal["pca", "foreground", "similarity"], ...] = option(
         "what to draw beside an image: principal components of all patches (pca) or of those in "
-        "the foreground (foreground) as colours, cosine similarity to marked patches (similarity)",
-        default=_MAPS,
-        check=_maps,
+        "the foreground (foreground) as colors, cosine similarity to marked patches (similarity)",
+        default=("pca", "foreground", "similarity"),
+        check=_distinct,
     )
     pca: Literal["joint", "image"] = option(
-        "principal components, and with them foreground and colours, of all images together "
-        "(joint), so that a colour means the same in each, or of each by itself (image)",
+        "principal components, and with them foreground and colors, of all images together "
+        "(joint), so that a color means the same in each, or of each by itself (image)",
         default="joint",
     )
     points: tuple[tuple[float, float], ...] = option(

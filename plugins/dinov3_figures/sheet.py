@@ -1,125 +1,221 @@
-"""Contact sheets: rows of images under titles, first as one array, then as a figure."""
+"""Sheets of pictures: rows of tiles with titles and marks, drawn pixel by pixel and saved whole."""
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from itertools import accumulate, zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import numpy as np
+import torch
+from torch import Tensor
 
-from dinov3_figures.canvas import INK, MUTED, new_figure
-from dinov3_figures.pixels import Pixels
+from dinov3_framework import DataError, ImagesConfig
+from dinov3_framework.runtime.output import output_file
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-GAP = 6  # pixels between images of a block
-ROW_GAP = 16
-_BLOCK_GAP = 20
-_DPI = 100
-_NOTE_GLYPH = 6.6  # pixels that a letter of the note takes, on average
-_LARGEST = 1800  # pixels along a side of the finished sheet
+Pixels = np.ndarray  # uint8 [H, W, 3]
+
+INK, MUTED, FAINT = "#1f2328", "#656d76", "#d8dee4"
+DPI = 100
+_MARGIN = 24
+_GAP = 16  # between tiles
+_SMALLEST_BOX = 9  # pixels along the side of a mark
 
 
-@attrs.frozen
-class Block:
-    """A column of the sheet: ``n`` square images for each row, small ones in a grid."""
+@attrs.frozen(eq=False)
+class Mark:
+    """A marked patch, and how similar all patches of its image are to it."""
 
-    title: str
-    images: Pixels  # uint8 [rows, n, side, side, 3]
+    number: int  # from 1
+    row: int
+    column: int
+    what: str  # which it is: "[0.5, 0.5]", "foreground" or "background"
+    similarity: np.ndarray  # cosines, float32 [rows, columns]
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """(left, top, width, height) as shares of the image."""
+        rows, columns = self.similarity.shape
+        return self.column / columns, self.row / rows, 1 / columns, 1 / rows
 
 
-@attrs.frozen
-class Sheet:
-    """A composed sheet and where its blocks stand."""
+@attrs.frozen(eq=False)
+class Tile:
+    """A picture of a sheet, ``size`` (height, width) pixels large; left out, its own."""
 
-    pixels: Pixels  # uint8 [H, W, 3], white between the images
-    titles: Sequence[tuple[str, int, int]]  # (title, first pixel column, the one after the last)
+    pixels: Pixels
+    size: tuple[int, int] = attrs.field()
+    crisp: bool = False  # whether a pixel is enlarged to a square, as those of maps
+    title: str = ""
+    note: str = ""
+    head: str = ""  # of its column, where the sheet has columns
+    marks: Sequence[Mark] = ()
+
+    @size.default
+    def _own_size(self) -> tuple[int, int]:
+        return self.pixels.shape[0], self.pixels.shape[1]
 
 
-def compose(blocks: Sequence[Block]) -> Sheet:
-    """Lay blocks out side by side; all have the same number of rows.
+def to_rgb(images: Tensor, spec: ImagesConfig) -> Tensor:
+    """Images [..., C, H, W], uint8 or normalized float, as uint8 RGB [..., 3, H, W] on the CPU.
 
-    Images half as large as the largest stand two to a column within their block, and so on; a
-    block lower than its row is centred in it.
+    One channel becomes gray, three are red, green and blue. Of any other number the first three
+    (of two, the first) are shown, each stretched to its own range within an image: such channels
+    often fill a small part of theirs. Raises ``DataError`` where C is not ``spec.channels``.
     """
-    largest = max(block.images.shape[2] for block in blocks)
-    strips = [_strip(block.images, largest) for block in blocks]
-    height = max(strip.shape[1] for strip in strips)
-    columns: list[Pixels] = []
-    titles: list[tuple[str, int, int]] = []
-    left = 0
-    for block, strip in zip(blocks, strips, strict=True):
-        if columns:
-            columns.append(_white(len(strip), height, _BLOCK_GAP))
-            left += _BLOCK_GAP
-        columns.append(_centred(strip, height))
-        titles.append((block.title, left, left + strip.shape[2]))
-        left += strip.shape[2]
-    rows = np.concatenate(columns, axis=2)
-    spaced = np.concatenate([rows, _white(len(rows), ROW_GAP, rows.shape[2])], axis=1)
-    pixels = spaced.reshape(-1, *spaced.shape[2:])[:-ROW_GAP]
-    return Sheet(pixels, titles)
-
-
-def _strip(images: Pixels, largest: int) -> Pixels:
-    """Each row's images [rows, n, side, side, 3] in a grid as high as ``largest`` allows."""
-    rows, count, side = images.shape[:3]
-    high = min(max(round(largest / side), 1), count)
-    wide = math.ceil(count / high)
-    pitch = side + GAP
-    strip = _white(rows, high * pitch - GAP, wide * pitch - GAP)
-    for index in range(count):
-        top, left = index // wide * pitch, index % wide * pitch
-        strip[:, top : top + side, left : left + side] = images[:, index]
-    return strip
-
-
-def _centred(strip: Pixels, height: int) -> Pixels:
-    top = (height - strip.shape[1]) // 2
-    rows, _, width = strip.shape[:3]
-    below = height - strip.shape[1] - top
-    return np.concatenate([_white(rows, top, width), strip, _white(rows, below, width)], axis=1)
-
-
-def _white(rows: int, height: int, width: int) -> Pixels:
-    return np.full((rows, height, width, 3), 255, dtype=np.uint8)
-
-
-def draw_sheet(sheet: Sheet, title: str, note: str) -> Figure:
-    """The sheet at one image pixel per figure pixel (or less, if large), with its titles."""
-    rows, columns = sheet.pixels.shape[:2]
-    scale = min(1.0, _LARGEST / max(rows, columns))
-    width, height = columns * scale, rows * scale
-    margin = 24
-    across = max(width + 2 * margin, 560)
-    note = "\n".join(
-        textwrap.fill(line, int((across - 2 * margin) / _NOTE_GLYPH)) for line in note.splitlines()
-    )
-    head = 92 + 14 * len(note.splitlines())
-    full = across, height + head + margin
-    figure = new_figure(full[0] / _DPI, full[1] / _DPI, _DPI)
-    axes = figure.add_axes(
-        (margin / full[0], margin / full[1], width / full[0], height / full[1]), frameon=False
-    )
-    axes.imshow(sheet.pixels, interpolation="auto", aspect="auto")
-    axes.set_axis_off()
-    for text, left, right in sheet.titles:
-        axes.annotate(
-            text,
-            ((left + right) / 2, 0),
-            xytext=(0, 6),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            fontsize=9,
-            color=INK,
-            annotation_clip=False,
+    if images.ndim < 3 or images.shape[-3] != spec.channels:
+        raise DataError(
+            f"crops of shape {list(images.shape)} where [..., {spec.channels}, H, W] is expected: "
+            "images.channels must be what the augmentation gives"
         )
-    at = margin / full[0]
-    figure.text(at, 1 - 16 / full[1], title, va="top", fontsize=13, weight="bold", color=INK)
-    figure.text(at, 1 - 40 / full[1], note, va="top", fontsize=9, color=MUTED)
+    values = images.detach().cpu().float()
+    if images.dtype == torch.uint8:
+        values = values / 255
+    else:
+        mean, std = (torch.tensor(each)[:, None, None] for each in (spec.mean, spec.std))
+        values = values * std + mean
+    if spec.channels not in (1, 3):
+        values = values[..., : 3 if spec.channels > 3 else 1, :, :]
+        low, high = values.amin((-2, -1), keepdim=True), values.amax((-2, -1), keepdim=True)
+        values = (values - low) / (high - low).clamp_min(1e-6)
+    shown = (values.clamp(0, 1) * 255).round().to(torch.uint8)
+    return shown.expand(*shown.shape[:-3], 3, *shown.shape[-2:])
+
+
+def fit(images: Tensor, side: int) -> Tensor:
+    """Square images [..., s, s] at ``side`` pixels: whole pixels repeated where that fits."""
+    from torchvision.transforms.v2 import InterpolationMode as Mode
+    from torchvision.transforms.v2.functional import resize
+
+    mode = Mode.BILINEAR if side % images.shape[-1] else Mode.NEAREST_EXACT
+    resized: Tensor = resize(images.contiguous(), [side, side], mode, antialias=True)
+    return resized
+
+
+def pixels_of(image: Tensor) -> Pixels:
+    """A uint8 image [3, H, W] as an array [H, W, 3]."""
+    pixels: Pixels = image.permute(1, 2, 0).contiguous().numpy()
+    return pixels
+
+
+# --------------------------------------------------------------------------- drawing
+def draw_sheet(
+    title: str,
+    note: str,
+    rows: Sequence[Sequence[Tile | None]],
+    *,
+    heads: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    narrowest: int = 0,
+    lowest: float | None = None,
+) -> Figure:
+    """Rows of tiles under the sheet's title; a pixel of a tile's size is a pixel of the figure.
+
+    ``heads`` stand above the columns, ``labels`` above the rows; without heads each tile has its
+    title and note above it. Columns are at least ``narrowest`` pixels wide. ``lowest`` adds a bar
+    of colors from there to 1.
+    """
+    from matplotlib.figure import Figure
+
+    columns = list(zip_longest(*rows))
+    widths = [max(narrowest, *(tile.size[1] for tile in column if tile)) for column in columns]
+    lefts = [_MARGIN + sum(widths[:c]) + _GAP * c for c in range(len(widths))]
+    inner = max(lefts[-1] + widths[-1] - _MARGIN + (76 if lowest is not None else 0), 512)
+    lines = [part for line in note.splitlines() for part in textwrap.wrap(line, _letters(inner, 9))]
+    above = 20 * bool(labels) + (0 if heads else 40)
+    tops = [64 + 15 * len(lines) + 15 * max((head.count("\n") + 1 for head in heads), default=0)]
+    tops += [above + _GAP + max(tile.size[0] for tile in row if tile) for row in rows]
+    tops = list(accumulate(tops))
+    width, height = inner + 2 * _MARGIN, tops[-1] - _GAP + _MARGIN
+    figure = Figure((width / DPI, height / DPI), DPI, facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1))  # its units are pixels from the top left
+
+    def write(x: float, y: float, text: str, size: float, space: float = 0, **style: Any) -> None:
+        letters = _letters(space or inner, size, "weight" in style)
+        text = "\n".join(cut(line, letters) for line in text.splitlines())
+        # Names of files may hold dollar signs, which are no formulas.
+        style = {"color": INK, "va": "top", "parse_math": False, **style}
+        axes.text(x, y, text, fontsize=size, **style)
+
+    write(_MARGIN, 16, title, 13, weight="bold")
+    write(_MARGIN, 42, "\n".join(lines), 9, color=MUTED)
+    for left, across, head in zip(lefts, widths, heads, strict=False):
+        write(left, tops[0] - 6, head, 8.5, across + 10, weight="bold", va="bottom")
+    for top, label in zip(tops, labels, strict=False):
+        write(_MARGIN, top, label, 8, color=MUTED)
+    for top, row in zip(tops, rows, strict=False):
+        for left, tile in zip(lefts, row, strict=False):
+            if tile:
+                _draw_tile(axes, tile, left, top + above, numbered=not heads)
+                if not heads:
+                    write(left, top + 2, tile.title, 9.5, weight="bold")
+                    write(left, top + 20, tile.note, 8, color=MUTED)
+    if lowest is not None:
+        x, y = lefts[len(rows[-1]) - 1] + widths[len(rows[-1]) - 1] + 12, tops[-2] + above
+        high = tops[-1] - _GAP - y
+        write(x, y - 20, "cosine", 8, color=MUTED)
+        axes.imshow(color_table()[::-1, None], aspect="auto", extent=(x, x + 12, y + high, y))
+        for share in (0, 0.5, 1):
+            value = f"{lowest + (1 - lowest) * share:.2f}"
+            write(x + 18, y + high * (1 - share), value, 8, color=MUTED, va="center")
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.set_axis_off()
     return figure
+
+
+def _draw_tile(axes: Axes, tile: Tile, left: int, top: int, *, numbered: bool) -> None:
+    """A picture, boxes around its marks, and, if it is no map, their numbers beside these."""
+    from matplotlib.patches import Rectangle
+
+    height, width = tile.size
+    place = (left, left + width, top + height, top)
+    blend = "nearest" if tile.crisp else "antialiased"
+    axes.imshow(tile.pixels, interpolation=blend, aspect="auto", extent=place)
+    for mark in tile.marks:
+        at_left, at_top, wide, high = mark.box
+        x, y = left + (at_left + wide / 2) * width, top + (at_top + high / 2) * height
+        wide, high = max(wide * width, _SMALLEST_BOX), max(high * height, _SMALLEST_BOX)
+        # A dark line under a white one shows on any color.
+        for line, color in ((3.0, INK), (1.3, "white")):
+            corner = x - wide / 2, y - high / 2
+            axes.add_patch(Rectangle(corner, wide, high, fill=False, lw=line, ec=color, zorder=2))
+        if numbered and not tile.crisp:
+            beside = (wide / 2 + 10) * (1 if at_left < 0.5 else -1)  # towards the middle
+            frame = {"boxstyle": "round,pad=0.2", "fc": INK, "ec": "white", "lw": 0.8}
+            style = {"color": "white", "fontsize": 8, "weight": "bold", "bbox": frame}
+            axes.text(x + beside, y, str(mark.number), ha="center", va="center", **style)
+
+
+def color_table() -> Pixels:
+    """The colors of similarities from the lowest to 1, uint8 [256, 3]."""
+    from matplotlib import colormaps
+
+    # Even steps, also to color-blind eyes and in gray.
+    table: Pixels = (colormaps["viridis"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+    return table
+
+
+def _letters(width: float, size: float, bold: bool = False) -> int:
+    """How many letters of a size in points ``width`` pixels hold, about."""
+    return int(width / (size * DPI / 72 * (0.64 if bold else 0.56)))
+
+
+def cut(text: str, letters: int) -> str:
+    """Text cut in its middle: both ends of a path say something."""
+    if len(text) <= letters:
+        return text
+    head = (letters - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (letters - 1 - head) :]}"
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write ``path``, whole, with equal bytes for equal figures; raises ``OutputError``."""
+    with output_file(path) as aside:
+        figure.savefig(aside, format="png", dpi=figure.dpi, metadata={"Software": None})

@@ -17,8 +17,9 @@ from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.agreement import RankFailure, from_main
 from dinov3_framework.runtime.inner_runs import naming_stage
-from dinov3_framework.runtime.output import RESULTS, RunComplete, write_results
+from dinov3_framework.runtime.output import RESULTS, RunComplete
 from dinov3_framework.runtime.processes import wait_for_all
+from dinov3_framework.runtime.results import write_results
 from dinov3_framework.runtime.session import run_here
 from dinov3_framework.runtime.stopping import LateSignal
 from dinov3_pipeline.check import check_pipeline

@@ -15,13 +15,14 @@ from dinov3_framework.contracts.running import Rows
 from dinov3_framework.errors import Problem, UserError
 from dinov3_framework.parallel import sharder as parallel
 from dinov3_framework.parallel.sharder import Sharder
+from dinov3_framework.parallel.state_dicts import fingerprint, require_same
 from dinov3_framework.randomness import keyed_seed
 from dinov3_framework.runtime import collectives
 from dinov3_framework.training.task import InitialState
 from dinov3_framework.training.trainer import Trainer
 from dinov3_ssl.configs import DistillConfig
 from dinov3_ssl.fitting import fit_projectors
-from dinov3_ssl.frozen import FrozenWeights, described, fill_frozen, fingerprint, require_same
+from dinov3_ssl.frozen import FrozenWeights, described, fill_frozen
 from dinov3_ssl.method import StudentMethod
 from dinov3_ssl.networks import Networks, projector_key
 from dinov3_ssl.preflight import Parts
@@ -42,7 +43,7 @@ class DistilledUnit(StudentUnit):
     def accept(self, notes: Mapping[str, Any]) -> None:
         before = notes.get("teacher", {}).get("sum")
         if before is not None and self.fingerprint is not None:
-            require_same(before, self.fingerprint, self.teacher)
+            require_same(before, self.fingerprint, self.teacher, "teacher")
 
     def notes(self) -> Mapping[str, Any]:
         return {**super().notes(), "teacher": {"weights": self.teacher, "sum": self.fingerprint}}

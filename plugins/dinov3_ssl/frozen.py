@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from attrs import field, frozen
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts.layouts import Shape
@@ -21,11 +20,9 @@ from dinov3_framework.errors import CheckpointError, Problem, RecipeError
 from dinov3_framework.parallel.state_dicts import put
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime.agreement import RankFailure, together
-from dinov3_framework.weights.filling import check_fit, fill_placed
-from dinov3_framework.weights.hub import published_file
 from dinov3_framework.weights.info import BackboneInfo
-from dinov3_framework.weights.opening import open_backbone
-from dinov3_framework.weights.recognition import built
+from dinov3_framework.weights.locations import published_file
+from dinov3_framework.weights.source import WeightSource
 
 
 @frozen
@@ -70,14 +67,12 @@ def described(
     if remembered is not None:
         return _remembered(weights, network, remembered, registry)
     try:
-        with open_backbone(
+        with WeightSource.open(
             weights, registry, network=network, projectors=projectors, thorough=False
-        ) as found:
-            backbone = built(found, registry)
-            check_fit(found, backbone)
-            component, values = registry.values_of(found.config)
-            info = BackboneInfo(component, values, found.images, found.size, found.provenance)
-            shapes = found.projectors() if projectors else {}
+        ) as source:
+            backbone = source.build()
+            source.check_fit(backbone)
+            info, shapes = source.info(registry), source.projectors if projectors else {}
     except CheckpointError as error:
         raise RecipeError([Problem(where, str(error))]) from error
     return FrozenWeights(weights, network, backbone, info, shapes, registry)
@@ -88,7 +83,7 @@ def published_as(weights: str, registry: Registry) -> Mapping[str, str] | None:
 
     As of :func:`memory_of`; None for others.
     """
-    file = published_file(registry, weights)
+    file = published_file(weights, registry)
     if file is None:
         return None
     component, values = registry.values_of(file.config)
@@ -126,44 +121,20 @@ def fill_frozen(
     """
 
     def fill() -> None:
-        with open_backbone(
+        with WeightSource.open(
             weights.weights,
             weights.registry,
             network=weights.network,
             projectors=bool(weights.projectors),
-        ) as found:
+        ) as source:
             if backbone is not None:
-                fill_placed(backbone, weights.backbone, found)
+                source.load_shards(backbone, weights.backbone)
             for name, module in (projectors or {}).items():
-                for inside, tensor in module.state_dict().items():
-                    put(tensor, found.read_projector(f"{name}.{inside}"))
+                state = {f"{name}.{inside}": t for inside, t in module.state_dict().items()}
+                for inside, tensor in source.projector_tensors(state):
+                    put(state[inside], tensor)
 
     try:
         together(fill)
     except RankFailure as failure:
         raise failure.for_process() from failure.own
-
-
-@torch.no_grad()
-def fingerprint(network: nn.Module) -> float:
-    """A number by which to know a network again, the same on every process to rounding.
-
-    To be called by every process that holds a part of it.
-    """
-    total = torch.zeros((), dtype=torch.float64)
-    for parameter in network.parameters():
-        size = parameter.detach().abs().sum(dtype=torch.float64)
-        total += (size.full_tensor() if isinstance(size, DTensor) else size).cpu()
-    return float(total)
-
-
-_CLOSE = 1e-5  # relative difference of fingerprints that rounding explains
-
-
-def require_same(before: float, now: float, weights: str) -> None:
-    """Raise ``CheckpointError`` where a fingerprint is not what it was."""
-    if abs(before - now) > _CLOSE * abs(before):
-        raise CheckpointError(
-            f"{weights} is not the teacher that this run has learnt from: bring that one back, or "
-            "start in another output folder"
-        )

@@ -12,7 +12,7 @@ from typing import Any
 from dinov3_framework.checkpoints.store import CheckpointStore
 from dinov3_framework.contracts.data import Dataset, StreamDataset
 from dinov3_framework.contracts.networks import Backbone
-from dinov3_framework.contracts.running import Rows
+from dinov3_framework.contracts.running import Model, Rows
 from dinov3_framework.data.loader import Layout
 from dinov3_framework.errors import Problem, RecipeError
 from dinov3_framework.parallel.sharder import Sharder
@@ -24,9 +24,9 @@ from dinov3_framework.training.task import (
     TrainingMethod,
 )
 from dinov3_framework.training.trainer import Trainer
-from dinov3_framework.weights.gathered_export import export_gathered
+from dinov3_framework.weights.export import export_gathered
 from dinov3_framework.weights.info import BackboneInfo
-from dinov3_framework.weights.opening import EXPORT, exists
+from dinov3_framework.weights.locations import EXPORT, exists
 from dinov3_ssl.batches import CropBatches
 from dinov3_ssl.configs import StudentTrainingConfig, momentum, resolved_backbone
 from dinov3_ssl.frozen import memory_of, published_as
@@ -69,7 +69,7 @@ class StudentMethod(TrainingMethod):
         hint = f"\n    published names: {published}" if published else ""
         return f"{key}: there is no {path}{hint}"
 
-    def prepare(self) -> Parts:
+    def prepare(self, dataset: Dataset | StreamDataset | None = None) -> Parts:
         return self._parts(self._unseen(self.done()))
 
     def shardable(self, prepared: Parts) -> Backbone:
@@ -82,6 +82,10 @@ class StudentMethod(TrainingMethod):
         except RecipeError as error:
             found += error.problems
         return found
+
+    def model(self, prepared: Parts) -> Model:
+        size = prepared.augmentation.views["global"].size
+        return Model(prepared.blueprint.backbone, self.config.images, size=size)
 
     def sections(self, prepared: Parts, world_size: int, done: int) -> Mapping[str, Rows]:
         return sections(self.config, prepared, world_size)

@@ -24,8 +24,9 @@ from dinov3_framework.recipes.toml_text import to_toml
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.agreement import RankFailure, together
-from dinov3_framework.runtime.output import RECIPE, RESULTS, unwritable, write_aside, write_results
+from dinov3_framework.runtime.output import RECIPE, RESULTS, unwritable, write_aside
 from dinov3_framework.runtime.processes import subgroups
+from dinov3_framework.runtime.results import write_results
 from dinov3_framework.runtime.session import log_file
 from dinov3_framework.training.simulation import SimulatedBatch
 from dinov3_framework.training.task import SideBySide, TrainingTask

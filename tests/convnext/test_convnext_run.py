@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
-import pytest
 import torch
 from dinov3_convnext.network import ConvNeXt
+from run_support import run_here
 
 from dinov3_framework import load_backbone
 
@@ -21,7 +19,7 @@ images = { channels = 1, mean = [0.286], std = [0.353] }
 dataset = { use = "fashion_mnist", split = "train" }
 augmentation = { use = "multi_crop", global_size = 64, local_size = 32, local_crops = 2 }
 teacher = { momentum = 0.9 }
-optimizer = { lr = 1e-3, weight_decay = 0.04 }
+optimizer = { use = "adamw", lr = 1e-3, weight_decay = 0.04 }
 loader = { workers = 0 }
 
 [backbone]
@@ -39,19 +37,9 @@ head = { n_prototypes = 32, bottleneck_dim = 8, hidden_dim = 16 }
 def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     recipe = folder / "recipe.toml"
     recipe.write_text(RECIPE)
-    command = [sys.executable, "-m", "dinov3_framework", str(recipe), *overrides]
-    return subprocess.run(
-        [*command, "--output-dir", str(folder / "run")],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return run_here(folder / "run", *overrides, recipe=recipe)
 
 
-@pytest.mark.slow
 def test_a_run_and_what_it_exports(tmp_path: Path) -> None:
     done = run(tmp_path)
     assert done.returncode == 0, done.stderr
@@ -72,15 +60,10 @@ def test_crops_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_masks_are_refused_before_anything_is_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from dinov3_framework.cli import main
-
+def test_masks_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     sizes = ("augmentation.global_size=64", "augmentation.local_size=32")
-    output = tmp_path / "run"
-    words = ["quickstart", "backbone.use=convnext_tiny", *sizes, "--output-dir", str(output)]
-    assert main(words) == 2
-    message = capsys.readouterr().err
-    assert "losses.ibot: needs masked patches, which a ConvNeXt cannot replace" in message
-    assert not output.exists()
+    quickstart = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
+    done = run_here(tmp_path / "run", "backbone.use=convnext_tiny", *sizes, recipe=quickstart)
+    assert done.returncode == 2
+    assert "losses.ibot: needs masked patches, which a ConvNeXt cannot replace" in done.stderr
+    assert not (tmp_path / "run").exists()

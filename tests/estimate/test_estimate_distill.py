@@ -17,7 +17,7 @@ from dinov3_framework import UserError, cli
 from dinov3_framework.recipes.compose import compose
 from dinov3_framework.recipes.structure import structure_recipe
 from dinov3_framework.weights import downloads
-from dinov3_framework.weights.hub import published_file
+from dinov3_framework.weights.locations import published_file
 
 PUBLISHED = "dinov3_vits16_pretrain_lvd1689m-08c60483.pth"
 RGB = "images={channels=3, mean=[0, 0, 0], std=[1, 1, 1]}"
@@ -169,7 +169,7 @@ def test_a_published_teacher_is_known_by_the_name_of_its_file() -> None:
     ],
 )
 def test_what_a_source_stands_for(source: str, file: str | None) -> None:
-    found = published_file(registry(), source)
+    found = published_file(source, registry())
     assert (found and found.file) == file
 
 

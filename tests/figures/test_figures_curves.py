@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dinov3_figures.canvas import save_png
-from dinov3_figures.curves import curves_figure, smooth
-from dinov3_figures.series import Series, panels, read_series
+from dinov3_figures.curves import Series, curves_figure, panels, read_series, smooth
+from dinov3_figures.sheet import save_png
 from figures_support import read_png
 
 from dinov3_framework import DataError
@@ -70,7 +69,7 @@ def test_lines_may_miss_keys_and_null_is_not_finite(tmp_path: Path) -> None:
     assert series["knn@10"].iterations.tolist() == [10]
 
 
-def test_what_is_no_figure_is_left_out(tmp_path: Path) -> None:
+def test_what_is_no_metric_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(
         '{"iteration": 1, "loss": 1.5, "note": "hello", "on": true}\n\n[1, 2]\n{"loss": 3}\n'
@@ -90,7 +89,7 @@ def test_no_file_and_an_empty_file_hold_no_series(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------- grouping
-def test_every_figure_but_constant_weights_is_in_one_panel(tmp_path: Path) -> None:
+def test_every_metric_but_constant_weights_is_in_one_panel(tmp_path: Path) -> None:
     series = read_series(write_lines(tmp_path / "metrics.jsonl", training(200)))
     shown = panels(series)
     names = [name for panel in shown for name in panel.names]

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from dinov3_figures import FiguresConfig
-from dinov3_figures.observer import Figures, spread_images
+from dinov3_figures.observer import Plots, spread_images
 from figures_support import FakeRun, Gradients, read_png
 
 from dinov3_framework import DataError, DatasetConfig, ImagesConfig, Registry, StepRecord
 
 
-def observer(**options: object) -> Figures:
-    return Figures(FiguresConfig(**options))
+def observer(**options: object) -> Plots:
+    return Plots(FiguresConfig(**options))
 
 
 def log_metrics(run: FakeRun, iterations: int) -> None:
@@ -38,14 +38,14 @@ def test_the_plugin_is_found_and_light() -> None:
 
 
 def test_a_run_from_start_to_end(run: FakeRun) -> None:
-    figures = observer(every=10)
-    assert not figures.on_start(run, 0)
+    plots = observer(every=10)
+    assert not plots.on_start(run, 0)
     assert drawn(run) == {"crops.png"}
     log_metrics(run, 10)
-    assert not figures.on_step(run, StepRecord(10, {}))
+    assert not plots.on_step(run, StepRecord(10, {}))
     assert drawn(run) == {"crops.png", "curves.png"}
     log_metrics(run, 100)
-    assert not figures.on_end(run)
+    assert not plots.on_end(run)
     assert drawn(run) == {"crops.png", "curves.png", "patch_pca.png"}
     for name in drawn(run):
         assert read_png(run.output_dir / "figures" / name).std() > 10
@@ -72,10 +72,10 @@ def test_curves_wait_for_figures_and_the_last_step_for_the_end(run: FakeRun) -> 
 def test_other_processes_draw_nothing_but_call_the_teacher(run: FakeRun) -> None:
     run.is_main = False
     log_metrics(run, 100)
-    figures = observer(images=2, upscale=1)
-    figures.on_start(run, 0)
-    figures.on_step(run, StepRecord(10, {}))
-    figures.on_end(run)
+    plots = observer(images=2, upscale=1)
+    plots.on_start(run, 0)
+    plots.on_step(run, StepRecord(10, {}))
+    plots.on_end(run)
     assert drawn(run) == set()
     assert run.teacher.sizes == [28, 28]
 
@@ -84,9 +84,9 @@ def test_other_processes_draw_nothing_but_call_the_teacher(run: FakeRun) -> None
 def test_any_number_of_channels(tmp_path: Path, channels: int) -> None:
     spec = ImagesConfig(channels=channels, mean=(0.5,) * channels, std=(0.25,) * channels)
     run = FakeRun(tmp_path, spec)
-    figures = observer(images=2)
-    figures.on_start(run, 0)
-    figures.on_end(run)
+    plots = observer(images=2)
+    plots.on_start(run, 0)
+    plots.on_end(run)
     assert drawn(run) == {"crops.png", "patch_pca.png"}
 
 
@@ -99,14 +99,14 @@ def test_images_of_a_dataset_are_spread_and_skip_the_undecodable() -> None:
 
 
 def test_a_dataset_is_opened_at_the_start(run: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = observer(dataset=DatasetConfig(), images=3, upscale=1)
-    figures.on_start(run, 0)
+    plots = observer(dataset=DatasetConfig(), images=3, upscale=1)
+    plots.on_start(run, 0)
     seen = []
     forward = run.teacher.forward_features
     monkeypatch.setattr(
         run.teacher, "forward_features", lambda images: seen.append(images) or forward(images)
     )
-    figures.on_end(run)
+    plots.on_end(run)
     # Images 1, 3 and 6 of the dataset, normalised, one by one.
     levels = [
         float((each[0, 0].mean() * run.images.std[0] + run.images.mean[0]) * 255) for each in seen
@@ -134,10 +134,10 @@ def test_a_failure_is_logged_and_goes_no_further(
         raise RuntimeError("no more crops")
 
     monkeypatch.setattr(FakeRun, "sample_batch", broken)
-    figures = observer()
+    plots = observer()
     with caplog.at_level(logging.WARNING, "dinov3_framework"):
-        figures.on_start(run, 0)
-        figures.on_end(run)
+        plots.on_start(run, 0)
+        plots.on_end(run)
     assert drawn(run) == set()
     assert run.teacher.sizes == []
     messages = [record.getMessage() for record in caplog.records]

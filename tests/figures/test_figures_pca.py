@@ -1,14 +1,16 @@
-"""Patch features as colours: segments that were put in must come out."""
+"""Patch features as colors: segments that were put in must come out."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from dinov3_figures.canvas import save_png
-from dinov3_figures.components import principal_components
-from dinov3_figures.pca import patch_features, patch_map, pca_figure, pca_sheet
-from figures_support import BlockMeans, read_png
+from dinov3_figures.maps import principal_components, to_colors
+from dinov3_figures.observer import patch_features, pca_figure
+from dinov3_figures.sheet import save_png
+from figures_support import BlockMeans, drawn_on, read_png, texts_on
 from torch import Tensor
 
 from dinov3_framework import ImagesConfig
@@ -21,6 +23,17 @@ def segmented(segments: Tensor, dim: int, noise: float = 0.02) -> Tensor:
     return directions[segments] + noise * torch.randn(*segments.shape, dim, generator=generator)
 
 
+def colored(features: Tensor) -> np.ndarray:
+    """The colors [n, h, w, 3] of features [n, h, w, D]."""
+    scores, _ = principal_components(features.flatten(0, 2))
+    return to_colors(scores).unflatten(0, features.shape[:3]).numpy()
+
+
+def explained(features: Tensor) -> float:
+    """The share of the variance of features [n, h, w, D] that their colors show."""
+    return sum(principal_components(features.flatten(0, 2))[1])
+
+
 def four_segments() -> Tensor:
     """Two images [2, 8, 8]: one split left and right, one in four quarters."""
     halves = torch.zeros(8, 8, dtype=torch.long)
@@ -31,15 +44,16 @@ def four_segments() -> Tensor:
 
 
 @pytest.mark.parametrize("dim", [16, 500])  # fewer and more dimensions than patches
-def test_segments_get_a_colour_each_alike_in_all_images(dim: int) -> None:
+def test_segments_get_a_color_each_alike_in_all_images(dim: int) -> None:
     segments = four_segments()
-    found = patch_map(segmented(segments, dim), size=8)
-    assert found.colours.shape == (2, 8, 8, 3)
-    assert found.colours.dtype == np.uint8
-    assert found.explained > 0.95
-    colours = torch.from_numpy(found.colours).float()
-    means = torch.stack([colours[segments == segment].mean(0) for segment in range(4)])
-    nearest = torch.cdist(colours.flatten(0, 2), means).argmin(1)
+    features = segmented(segments, dim)
+    found = colored(features)
+    assert found.shape == (2, 8, 8, 3)
+    assert found.dtype == np.uint8
+    assert explained(features) > 0.95
+    colors = torch.from_numpy(found).float()
+    means = torch.stack([colors[segments == segment].mean(0) for segment in range(4)])
+    nearest = torch.cdist(colors.flatten(0, 2), means).argmin(1)
     assert torch.equal(nearest, segments.flatten())
     assert torch.pdist(means).min() > 60
 
@@ -47,38 +61,37 @@ def test_segments_get_a_colour_each_alike_in_all_images(dim: int) -> None:
 def test_components_agree_with_a_singular_value_decomposition() -> None:
     for rows, columns in ((50, 12), (12, 50)):
         tokens = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).double()
-        found = principal_components(tokens)
+        scores, found = principal_components(tokens)
         left, values, _ = torch.linalg.svd(tokens - tokens.mean(0), full_matrices=False)
-        torch.testing.assert_close(found.scores.abs(), (left * values)[:, :3].abs())
+        torch.testing.assert_close(scores.abs(), (left * values)[:, :3].abs())
         shares = values.square() / values.square().sum()
-        assert found.shares == pytest.approx(shares[:3].tolist())
-        assert found.explained == pytest.approx(float(shares[:3].sum()))
-        assert (found.scores.pow(3).sum(0) > 0).all()
+        assert found == pytest.approx(shares[:3].tolist())
+        assert (scores.pow(3).sum(0) > 0).all()
 
 
 def test_signs_do_not_depend_on_the_basis() -> None:
     tokens = segmented(four_segments(), 16).flatten(0, 2).double()
     random = torch.randn(16, 16, generator=torch.Generator().manual_seed(2)).double()
-    turned = principal_components(tokens @ torch.linalg.qr(random).Q)
-    torch.testing.assert_close(turned.scores, principal_components(tokens).scores)
+    turned, _ = principal_components(tokens @ torch.linalg.qr(random).Q)
+    torch.testing.assert_close(turned, principal_components(tokens)[0])
 
 
-def test_missing_components_are_mid_grey() -> None:
+def test_missing_components_are_mid_gray() -> None:
     line = torch.arange(16.0).reshape(1, 4, 4, 1) * torch.tensor([1.0, 2.0])
-    found = patch_map(line, size=4)
-    assert len(np.unique(found.colours[..., 0])) > 8
-    assert (found.colours[..., 1:] == 128).all()
-    assert found.explained == pytest.approx(1.0)
-    constant = patch_map(torch.ones(1, 4, 4, 7), size=4)
-    assert (constant.colours == 128).all()
-    assert constant.explained == 0.0
+    found = colored(line)
+    assert len(np.unique(found[..., 0])) > 8
+    assert (found[..., 1:] == 128).all()
+    assert explained(line) == pytest.approx(1.0)
+    constant = torch.ones(1, 4, 4, 7)
+    assert (colored(constant) == 128).all()
+    assert explained(constant) == 0.0
 
 
-def test_one_extreme_patch_leaves_the_others_their_colours() -> None:
+def test_one_extreme_patch_leaves_the_others_their_colors() -> None:
     ramp = torch.linspace(0, 1, 100).square().reshape(1, 10, 10, 1)
     extreme = ramp.clone()
     extreme[0, 9, 9] = 20.0
-    plain, red = (patch_map(features, size=10).colours[0, ..., 0] for features in (ramp, extreme))
+    plain, red = (colored(features)[0, ..., 0] for features in (ramp, extreme))
     assert int(plain.max()) - int(plain.min()) == 255
     assert np.abs(red.astype(int) - plain).max() <= 5
 
@@ -109,26 +122,26 @@ def test_features_follow_the_type_of_the_parameters() -> None:
 
 # ---------------------------------------------------------------------- the sheet
 def test_maps_stand_beside_their_images_as_squares() -> None:
-    segments = four_segments()
-    found = patch_map(segmented(segments, 16), size=28)
-    images = np.stack([np.full((28, 28, 3), level, np.uint8) for level in (10, 20)])
-    sheet = pca_sheet(images, [found])
-    (_, left, right), (title, start, end) = sheet.titles
-    assert title.startswith("8 x 8 patches of 28 px")
-    assert right - left == end - start == 196
-    assert (sheet.pixels[:196, left:right] == 10).all()
-    assert (sheet.pixels[-196:, left:right] == 20).all()
-    # The middle of each patch has the patch's very colour.
-    middles = ((np.arange(8) + 0.5) * 196 / 8).astype(int)
-    shown = sheet.pixels[-196:, start:end][middles][:, middles]
-    assert np.array_equal(shown, found.colours[1])
+    features = segmented(four_segments(), 16)
+    levels = torch.tensor([10, 20], dtype=torch.uint8)
+    images = levels[:, None, None, None].expand(2, 3, 28, 28)
+    figure = pca_figure(images, {28: features}, ImagesConfig())
+    assert any(text.startswith("8 x 8 patches of 28 px") for text in texts_on(figure))
+    for (image, shown), level, colors in zip(
+        drawn_on(figure), (10, 20), colored(features), strict=True
+    ):
+        assert image.pixels.shape == shown.pixels.shape == (196, 196, 3)
+        assert (image.pixels == level).all()
+        # The middle of each patch has the patch's very color.
+        middles = ((np.arange(8) + 0.5) * 196 / 8).astype(int)
+        assert np.array_equal(shown.pixels[middles][:, middles], colors)
 
 
-def test_figure_is_a_png_of_sensible_size(tmp_path) -> None:
+def test_figure_is_a_png_of_sensible_size(tmp_path: Path) -> None:
     images = torch.randint(0, 256, (6, 1, 28, 28), dtype=torch.uint8)
     spec = ImagesConfig(channels=1, mean=(0.3,), std=(0.2,))
-    found = patch_map(torch.randn(6, 4, 4, 8), size=28)
-    save_png(pca_figure(images, [found, found], spec), tmp_path / "patch_pca.png")
+    features = torch.randn(6, 4, 4, 8)
+    save_png(pca_figure(images, {28: features, 56: features}, spec), tmp_path / "patch_pca.png")
     picture = read_png(tmp_path / "patch_pca.png")
     assert 500 <= picture.shape[1] <= 2000
     assert 500 <= picture.shape[0] <= 2000

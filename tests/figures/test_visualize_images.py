@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from dinov3_figures import visualize_images
-from dinov3_figures.visualize_images import choose, look, patch_grid, resized, seen_shape
+from dinov3_figures import images
+from dinov3_figures.images import choose, look, patch_grid, resized, seen_shape
 from torch import multiprocessing
 from visualize_support import (
     SIZES,
@@ -22,15 +22,15 @@ from visualize_support import (
     settings,
 )
 
-from dinov3_framework import DataError, RecipeError, Subject, normalize
+from dinov3_framework import DataError, LoadedBackbone, RecipeError, load_recipe_backbone, normalize
 
 
 def scenes(count: int = 4, corrupt: tuple[int, ...] = ()) -> Scenes:
     return Scenes(ScenesConfig(count=count, corrupt=corrupt), channels=3)
 
 
-def subject() -> Subject:
-    return Subject.opened(settings(), registry())
+def subject() -> LoadedBackbone:
+    return load_recipe_backbone(settings(), registry())
 
 
 # --------------------------------------------------------------------------- which
@@ -148,7 +148,7 @@ def test_what_cannot_be_decoded_gives_way_to_the_next(caplog: pytest.LogCaptureF
 def test_images_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"is uint8 \[1, 32, 48\] where uint8 \[3, H, W\]"):
         look(subject(), Scenes(ScenesConfig(), channels=1), [[0]], settings())
-    monkeypatch.setattr(visualize_images, "_MOST_PATCHES", 90)
+    monkeypatch.setattr(images, "_MOST_PATCHES", 90)
     with pytest.raises(DataError, match=r'32 x 48 px, 96 patches.*side = "longer"'):
         look(subject(), scenes(), [[0]], settings())
 

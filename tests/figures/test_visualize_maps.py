@@ -5,9 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from dinov3_figures.components import leading
-from dinov3_figures.visualize_foreground import foreground, otsu
-from dinov3_figures.visualize_maps import BACKDROP, encode, maps_of, most_typical, patch_at
+from dinov3_figures.maps import (
+    BACKDROP,
+    encode,
+    foreground,
+    leading,
+    maps_of,
+    most_typical,
+    otsu,
+    patch_at,
+)
 from torch import Tensor
 from torch.nn import functional as F
 from visualize_support import settings
@@ -81,20 +88,20 @@ def test_without_an_inside_the_smaller_side_is_the_foreground(shape: tuple[int, 
 
 
 # --------------------------------------------------------------------------- maps
-def test_the_subject_alone_keeps_its_colours() -> None:
+def test_the_subject_alone_keeps_its_colors() -> None:
     inside = disc(16, 4.0)
     (maps,) = maps_of([features_of(inside)], settings())
     assert np.array_equal(maps.foreground, inside.numpy())
-    assert maps.foreground_share == pytest.approx(float(inside.float().mean()))
-    grey = (maps.foreground_pca == BACKDROP).all(-1)
-    assert np.array_equal(grey, ~inside.numpy())
+    assert maps.foreground.mean() == pytest.approx(float(inside.float().mean()))
+    gray = (maps.foreground_pca == BACKDROP).all(-1)
+    assert np.array_equal(gray, ~inside.numpy())
     assert maps.pca_shares[0] > 0.8
     # The first component of the whole tells the two sides apart, that of the subject does not.
     assert np.ptp(maps.pca[inside.numpy()][:, 0].astype(int)) < 128
     assert np.ptp(maps.foreground_pca[inside.numpy()][:, 0].astype(int)) == 255
 
 
-def test_joint_components_give_equal_patches_equal_colours() -> None:
+def test_joint_components_give_equal_patches_equal_colors() -> None:
     first, second = features_of(disc(16, 4.0)), features_of(disc(16, 6.0))
     second[0, 0] = first[8, 8]
     joint = maps_of([first, second], settings(pca="joint"))
@@ -110,12 +117,12 @@ def test_similarities_are_cosines_to_the_marked_patches() -> None:
     features = features_of(disc(10, 3.0))[:, :8]  # 10 rows, 8 columns
     points = ((0.0, 0.0), (1.0, 1.0), (0.5, 0.25))
     (maps,) = maps_of([features], settings(points=points, typical=2))
-    places = [(marked.row, marked.column) for marked in maps.marked]
+    places = [(marked.row, marked.column) for marked in maps.marks]
     assert places[:3] == [(0, 0), (9, 7), (2, 4)]
-    for marked in maps.marked:
+    for marked in maps.marks:
         expected = F.cosine_similarity(features, features[marked.row, marked.column], dim=-1)
         np.testing.assert_allclose(marked.similarity, expected, atol=1e-5)
-    front, back = maps.marked[3:]
+    front, back = maps.marks[3:]
     assert (front.what, back.what) == ("foreground", "background")
     assert maps.foreground[front.row, front.column]
     assert not maps.foreground[back.row, back.column]
@@ -123,7 +130,7 @@ def test_similarities_are_cosines_to_the_marked_patches() -> None:
 
 def test_a_background_that_is_not_there_has_no_typical_patch() -> None:
     (maps,) = maps_of([torch.ones(4, 4, 6)], settings(points=(), typical=2))
-    assert [marked.what for marked in maps.marked] == ["foreground"]
+    assert [marked.what for marked in maps.marks] == ["foreground"]
     assert (maps.pca == 128).all()
     assert maps.pca_shares == (0.0, 0.0, 0.0)
 
@@ -142,7 +149,7 @@ def test_places_and_patches(place: float, patch: int) -> None:
 
 def test_similarities_can_be_left_out() -> None:
     (maps,) = maps_of([features_of(disc(8, 2.0))], settings(maps=("pca",)))
-    assert maps.marked == ()
+    assert maps.marks == ()
 
 
 # --------------------------------------------------------------------------- codes

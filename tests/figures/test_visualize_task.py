@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import json
 import re
@@ -12,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dinov3_figures.visualize_maps import BACKDROP
-from dinov3_figures.visualize_task import file_stems
+from dinov3_figures.maps import BACKDROP
+from dinov3_figures.task import file_stems
 from figures_support import read_png
 from PIL import Image
 from visualize_support import (
@@ -29,7 +30,7 @@ from visualize_support import (
 )
 
 from dinov3_framework import WEB_IMAGES, DataError, InvalidOption, OutputError, RecipeError
-from dinov3_framework.testing import check_task
+from dinov3_framework.testing import TaskSuite
 
 
 class Page(HTMLParser):
@@ -78,7 +79,7 @@ def test_a_picture_shows_image_and_maps_at_their_aspect(output: Path) -> None:
     height, width = picture.shape[:2]
     assert 640 <= width <= 1900
     assert 300 <= height <= 1500
-    # The grey backdrop of the foreground's map has the outline of the image, 48 x 32.
+    # The gray backdrop of the foreground's map has the outline of the image, 48 x 32.
     rows, columns = np.nonzero((picture == BACKDROP).all(-1))
     aspect = np.ptp(columns) / np.ptp(rows)
     assert aspect == pytest.approx(48 / 32, rel=0.05)
@@ -109,8 +110,8 @@ def test_the_results(output: Path) -> None:
             float(subject_mask(height, width).float().mean()), abs=1e-6
         )
         assert 0.5 < found["explained"][0] <= 1
-        centre, typical = found["marked"]
-        assert (centre["column"], centre["row"]) == (width // 8, height // 8)
+        center, typical = found["marked"]
+        assert (center["column"], center["row"]) == (width // 8, height // 8)
         assert subject_mask(height, width)[typical["row"], typical["column"]]
         assert typical["why"] == "foreground"
         assert 0 < found["page_similarity_error"] < 0.05
@@ -153,14 +154,14 @@ def test_the_page_s_maps_are_pixels_of_patches(output: Path) -> None:
     front = decoded(images[2]["src"])
     assert front.shape == (8, 12, 3)
     assert np.array_equal((front != BACKDROP).any(-1), subject_mask(32, 48).numpy())
-    # Where the marked patch is, its similarity has the last colour of the scale.
+    # Where the marked patch is, its similarity has the last color of the scale.
     similarity = decoded(images[3]["src"])
     assert tuple(similarity[4, 6]) == (253, 231, 37)
 
 
 def test_the_page_s_codes_give_the_similarities(output: Path) -> None:
     page = Page(output / "index.html")
-    section = page.all("section")[0]
+    section = page.all("section")[1]  # the first holds the facts
     rows, columns = map(int, str(section["data-grid"]).split(","))
     weights = np.array(str(section["data-weights"]).split(","), dtype=float)
     raw = base64.b64decode(str(section["data-values"]))
@@ -171,8 +172,7 @@ def test_the_page_s_codes_give_the_similarities(output: Path) -> None:
     found = json.loads((output / "results.json").read_text())["images"][0]["marked"][0]
     assert cosines[4, 6] == pytest.approx(1, abs=0.05)
     assert cosines.mean() == pytest.approx(found["mean_similarity"], abs=0.02)
-    (body,) = page.all("body")
-    assert len(base64.b64decode(str(body["data-colours"]))) == 3 * 256
+    assert len(base64.b64decode(str(section["data-colors"]))) == 3 * 256
 
 
 def test_a_page_without_similarities_needs_no_script(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_many_images_get_a_list(tmp_path: Path) -> None:
     task(maps=("pca",), count=13, dataset=ScenesConfig(count=13)).run(tmp_path)
     page = Page(tmp_path / "index.html")
     targets = [str(a["href"]) for a in page.all("a") if str(a["href"]).startswith("#")]
-    assert targets == [f"#{section['id']}" for section in page.all("section")]
+    assert targets == [f"#{section['id']}" for section in page.all("section")[1:]]
     assert len(targets) == 13
 
 
@@ -223,7 +223,7 @@ def test_a_backbone_without_layers(tmp_path: Path) -> None:
 
 # --------------------------------------------------------------------------- checks
 def test_the_contract_of_tasks() -> None:
-    check_task(settings(), registry=registry())
+    TaskSuite.check(settings(), registry=registry())
 
 
 def test_the_check_reports(tmp_path: Path) -> None:
@@ -299,6 +299,19 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="figures"):
         task(count=1).run(tmp_path)
     assert not (tmp_path / "results.json").exists()
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    def full(self: Figure, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    with pytest.raises(OutputError, match=r"scene_0\.png cannot be written: disk full") as caught:
+        task(count=1).run(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
 # --------------------------------------------------------------------------- names of files

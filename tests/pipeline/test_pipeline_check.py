@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from attrs import evolve
 from dinov3_pipeline.references import Reference, references, replaced
-from dinov3_ssl.expected_artifacts import kept_steps
 from init_from_support import RGB, own_export, vit
 from pipeline_support import CHAIN, KNN, chain_config, checked, write_chain
 from run_support import TINY
@@ -17,6 +16,7 @@ from trainer_support import registry
 
 from dinov3_framework import RecipeError
 from dinov3_framework.checkpoints import CheckpointConfig
+from dinov3_framework.checkpoints.expected import kept_steps
 from dinov3_framework.cli import main
 from dinov3_framework.recipes.compose import compose
 from dinov3_framework.recipes.plain import unstructure

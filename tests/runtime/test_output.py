@@ -21,8 +21,8 @@ from dinov3_framework.runtime.output import (
     prepare_output,
     prepared,
     write_aside,
-    write_results,
 )
+from dinov3_framework.runtime.results import write_results
 
 
 def prepare(output: Path, *overrides: str) -> None:

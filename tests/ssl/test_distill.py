@@ -206,7 +206,7 @@ def test_another_teacher_is_noticed(teacher: Path, tmp_path: Path) -> None:
     assert run_here(other, *TEACHER, "seed=5", "iterations=2").returncode == 0
     again = run_here(tmp_path / "run", f"teacher.weights={other}", HEAD, recipe=DISTILL)
     assert again.returncode == ExitCode.WRONG_INPUT
-    assert "is not the teacher that this run has learnt from" in again.stderr
+    assert "is not the teacher that this run has learned from" in again.stderr
 
 
 def test_a_teacher_that_is_not_there(tmp_path: Path) -> None:

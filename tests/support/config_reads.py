@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import sys
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
 from types import UnionType
@@ -33,6 +33,11 @@ _LIBRARIES = (
     "tomli_w", "torch", "torchvision",
 )  # fmt: skip
 
+_STRICT = (
+    "disallow_any_generics", "disallow_subclassing_any", "disallow_untyped_calls",
+    "disallow_untyped_decorators", "disallow_untyped_defs", "warn_return_any",
+)  # fmt: skip
+
 # What runs when a config is made: it checks fields, which nobody may act upon all the same.
 _CHECKS = "__attrs_post_init__"
 
@@ -49,10 +54,11 @@ class Read:
 
 @frozen
 class Sources:
-    """A folder and the packages in it that are looked at."""
+    """A folder and the packages in it that are looked at, strictly or not."""
 
     root: Path
     packages: list[str] = field(factory=list)
+    strict: bool = False
 
     def modules(self) -> Iterator[tuple[Path, str]]:
         for package in self.packages:
@@ -61,8 +67,31 @@ class Sources:
                     yield path, module_name(path, self.root)
 
 
-def reads_in(sources: Iterable[Sources], ignore: str = "") -> set[Read]:
-    """Every attribute access on an object whose class mypy can tell; ``ignore`` is a package."""
+@frozen
+class Inferred:
+    """What mypy found in the modules of some sources."""
+
+    modules: Mapping[str, str]  # by path
+    lines: list[str]  # of its output
+
+    def reads(self, ignore: str = "") -> set[Read]:
+        """Every attribute access on an object whose class it can tell; ``ignore`` is a package."""
+        return {
+            Read(receiver, name, module.partition(".")[0], _within(path, module, line))
+            for receiver, name, path, line in _accesses
+            if (module := self.modules.get(path))
+            and not f"{module}.".startswith(f"{ignore}.")
+            and name in _written(path).get(line, ())
+        }
+
+    def messages(self, module: str) -> list[str]:
+        """Its errors and notes of one module."""
+        path = next(path for path, name in self.modules.items() if name == module)
+        return [line for line in self.lines if line.startswith(f"{path}:")]
+
+
+def infer(*sources: Sources) -> Inferred:
+    """Let mypy look at all modules of some sources."""
     modules = {str(path): name for source in sources for path, name in source.modules()}
     options = Options()
     options.python_executable = sys.executable
@@ -72,16 +101,13 @@ def reads_in(sources: Iterable[Sources], ignore: str = "") -> set[Read]:
     for library in _LIBRARIES:
         for pattern in (library, f"{library}.*"):
             options.per_module_options[pattern] = {"follow_imports": "skip"}
+    for source in sources:
+        for package in source.packages if source.strict else ():
+            options.per_module_options[package] = dict.fromkeys(_STRICT, True)
     _accesses.clear()
     files = [BuildSource(path, name) for path, name in modules.items()]
-    build.build(files, options, extra_plugins=[AccessPlugin(options)])
-    return {
-        Read(receiver, name, module.partition(".")[0], _within(path, module, line))
-        for receiver, name, path, line in _accesses
-        if (module := modules.get(path))
-        and not f"{module}.".startswith(f"{ignore}.")
-        and name in _written(path).get(line, ())
-    }
+    result = build.build(files, options, extra_plugins=[AccessPlugin(options)])
+    return Inferred(modules, result.errors)
 
 
 # --------------------------------------------------------------------------- mypy's part

@@ -1,7 +1,8 @@
-"""A training run as the observer sees it, without any training; and figures read back."""
+"""A training run as the observer sees it, without any training; and pictures read back."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinov3_framework import Backbone, CorruptSampleError, Dataset, ImagesConfig, Sample
+from dinov3_framework.contracts.running import Model
 
 
 class BlockMeans(Backbone):
@@ -66,11 +68,15 @@ class FakeRun:
     def build(self, config: Any, **runtime: Any) -> Any:
         return Gradients(**runtime)
 
-    def teacher_backbone(self) -> Backbone:
-        return self.teacher
+    @property
+    def config(self) -> Any:
+        raise AssertionError("the plots need not know the recipe")
 
-    def initial_backbone(self) -> Backbone:
-        return self.teacher
+    def model(self) -> Model:
+        return Model(self.teacher, self.images)
+
+    def initial_model(self) -> Model:
+        return self.model()
 
     def sample_batch(self, count: int) -> Mapping[str, Tensor]:
         return make_batch(count, self.images.channels)
@@ -96,3 +102,31 @@ def read_png(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         assert image.format == "PNG"
         return np.asarray(image.convert("RGB"))
+
+
+@attrs.frozen(eq=False)
+class Drawn:
+    """A picture on a figure, as it was drawn."""
+
+    left: int
+    top: int
+    pixels: np.ndarray  # uint8 [H, W, 3]
+
+
+def drawn_on(figure: Any) -> list[list[Drawn]]:
+    """All pictures of a figure: rows from the top, each from the left."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=figure.dpi)
+    whole = np.asarray(Image.open(buffer).convert("RGB"))
+    rows: dict[int, list[Drawn]] = {}
+    for axes in figure.axes:
+        for image in axes.images:
+            box = image.get_window_extent()
+            left, top = round(box.x0), round(len(whole) - box.y1)
+            pixels = whole[top : top + round(box.height), left : left + round(box.width)]
+            rows.setdefault(top, []).append(Drawn(left, top, pixels))
+    return [sorted(rows[top], key=lambda tile: tile.left) for top in sorted(rows)]
+
+
+def texts_on(figure: Any) -> list[str]:
+    return [text.get_text() for axes in figure.axes for text in axes.texts]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from dinov3_figures.configs import VisualizeConfig
-from dinov3_figures.visualize_task import Visualize
+from dinov3_figures.task import Visualize
 from torch import Tensor, nn
 
 from dinov3_framework import (

@@ -41,38 +41,6 @@ def test_shapes() -> None:
     assert features["masks"] is None
 
 
-@torch.no_grad()
-def test_several_batches_equal_each_alone() -> None:
-    model = vit().eval()
-    batches = [images(3), images(4, 16, 16), images(1, 24, 40)]
-    masks = [torch.rand(3, 16) > 0.5, None, torch.rand(1, 15) > 0.5]
-    together = model.forward_features(batches, masks)
-    for batch, mask, features in zip(batches, masks, together, strict=True):
-        alone = model.forward_features(batch, mask)
-        for name in OUTPUTS:
-            torch.testing.assert_close(features[name], alone[name], rtol=1e-4, atol=1e-5)
-        assert features["masks"] is mask
-
-
-@torch.no_grad()
-def test_samples_do_not_see_each_other() -> None:
-    model = vit().eval()
-    batch = images(4)
-    torch.testing.assert_close(model(batch)[2:3], model(batch[2:3]), rtol=1e-4, atol=1e-5)
-
-
-@torch.no_grad()
-def test_masked_patches_are_not_seen() -> None:
-    model = vit().eval()
-    batch, mask = images(2), torch.zeros(2, 16, dtype=torch.bool)
-    mask[0, 5] = True  # row 1, column 1 of the 4 x 4 patches
-    other = batch.clone()
-    other[:, :, 8:16, 8:16] += 1
-    for masks, same in ((mask, [True, False]), (None, [False, False])):
-        a, b = (model.forward_features(x, masks)["x_norm_clstoken"] for x in (batch, other))
-        assert [torch.equal(x, y) for x, y in zip(a, b, strict=True)] == same
-
-
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_patches_are_embedded_as_by_a_convolution(channels_last: bool) -> None:
     proj = vit(in_chans=2).patch_embed.proj
@@ -102,14 +70,6 @@ def test_kept_samples() -> None:
     for samples, rate, kept in ((10, 0.4, 6), (8, 0.3, 5), (3, 0.9, 1), (1, 0.5, 1)):
         rows = random_subset(torch.empty(samples, 2), rate)
         assert len(rows) == kept == len(set(rows.tolist()))
-
-
-def test_drop_path_zero_is_the_same_in_training() -> None:
-    model = vit(drop_path_rate=0.0)
-    batches = [images(3), images(4, 16, 16)]
-    expected = model.eval().forward_features(batches)
-    for a, b in zip(model.train().forward_features(batches), expected, strict=True):
-        torch.testing.assert_close(a["x_prenorm"], b["x_prenorm"])
 
 
 @torch.no_grad()
@@ -213,40 +173,7 @@ def test_intermediate_layers() -> None:
     torch.testing.assert_close(maps[1].flatten(2).mT, last)
 
 
-@torch.no_grad()
-def test_blocks_after_the_last_one_wanted_do_not_run() -> None:
-    model = vit().eval()
-    ran: list[int] = []
-    for index, block in enumerate(model.blocks):
-        block.register_forward_hook(lambda *_, index=index: ran.append(index))
-    model.get_intermediate_layers(images(1), n=[1])
-    assert ran == [0, 1]
-
-
-@pytest.mark.parametrize("n", [0, 4, [3], [-1], []])
-def test_unknown_layers(n: Any) -> None:
-    with pytest.raises(UserError, match="this model has blocks 0 to 2"):
-        vit().get_intermediate_layers(images(1), n=n)
-
-
-# ------------------------------------------------------------------------- precision
-@torch.no_grad()
-def test_bf16_is_close_to_float32() -> None:
-    model = vit().eval()
-    expected = model(images(4))
-    actual = model.bfloat16()(images(4).bfloat16())
-    assert actual.dtype == torch.bfloat16
-    assert torch.nn.functional.cosine_similarity(actual.float(), expected).min() > 0.999
-
-
 # ------------------------------------------------------------------------- errors
-def test_other_channels() -> None:
-    model = vit(in_chans=5)
-    assert model(images(1, channels=5)).shape == (1, 32)
-    with pytest.raises(UserError, match=r"takes \[batch, 5, height, width\].*must agree"):
-        model(images(1))
-    with pytest.raises(UserError, match=r"images of shape \[3, 32, 32\]"):
-        vit()(images(1)[0])
 
 
 def test_images_that_are_no_multiple_of_the_patch() -> None:

@@ -1,0 +1,122 @@
+"""Results of a task: ``results.json``, flat rows as ``results.csv``, and tables to read."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import attrs
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dinov3_framework.runtime.output import RESULTS, output_file, write_aside
+
+TABLE = "results.csv"
+
+
+@attrs.frozen
+class Record:
+    """One number of an evaluation, with everything that changes what it means."""
+
+    evaluation: str  # such as "knn"
+    model: str  # such as "trained teacher", or what it has to beat
+    metric: str  # such as "accuracy@10"
+    value: float
+    protocol: Mapping[str, Any]  # every switch: crop, temperature, test-time augmentation, ...
+    data: str
+    weights: str  # the weights' hash
+    seed: int
+
+    def row(self) -> dict[str, Any]:
+        """The record as one flat row; ``protocol``'s keys become columns ``protocol.<key>``."""
+        fields = attrs.asdict(self)
+        switches = fields.pop("protocol")
+        return fields | {f"protocol.{key}": value for key, value in switches.items()}
+
+
+Row: TypeAlias = Mapping[str, Any] | Record
+
+
+def write_results(
+    output_dir: Path, results: Mapping[str, Any], rows: Sequence[Row] | None = None
+) -> None:
+    """Write ``rows`` to ``results.csv``, if any, then ``results.json``, which completes the run.
+
+    ``results`` may hold records at any depth, which are the rows if none are given; a number that
+    is not finite becomes null. Rows may differ in their keys. Raises ``OutputError`` where the
+    folder cannot be written.
+    """
+    if rows is None:
+        rows = list(_records(results))
+    if rows:
+        flat, columns = tabulated(rows)
+        # Paths may hold bytes that are no UTF-8; they come out as they are.
+        with (
+            output_file(output_dir / TABLE) as aside,
+            aside.open("x", encoding="utf-8", errors="surrogateescape", newline="") as stream,
+        ):
+            writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(flat)
+    content = json.dumps(_plain(results), indent=2, allow_nan=False)
+    write_aside(output_dir / RESULTS, content + "\n")
+
+
+def print_results(title: str, rows: Sequence[Row]) -> None:
+    """Print ``rows`` as a table on standard output, with nothing cut off.
+
+    Of records, what they have in common is left out: data, say, or the protocol.
+    """
+    flat, columns = tabulated(rows)
+    if all(isinstance(row, Record) for row in rows):
+        always = ("evaluation", "metric", "value")
+        columns = [
+            name
+            for name in columns
+            if name in always or any(row.get(name) != flat[0].get(name) for row in flat)
+        ]
+    table = Table(title=Text(title), title_justify="left")
+    for name in columns:
+        is_number = all(isinstance(row.get(name, 0), int | float) for row in flat)
+        table.add_column(Text(name), justify="right" if is_number else "left", overflow="fold")
+    for row in flat:
+        # As Text: what stands in brackets, in a path say, is no markup.
+        table.add_row(*(Text(format_value(row.get(name, ""))) for name in columns))
+    Console(highlight=False).print(table)
+
+
+def tabulated(rows: Sequence[Row]) -> tuple[list[Mapping[str, Any]], list[str]]:
+    """Flat rows, and all their columns in order of appearance."""
+    flat = [row.row() if isinstance(row, Record) else row for row in rows]
+    return flat, list(dict.fromkeys(name for row in flat for name in row))
+
+
+def format_value(value: Any) -> str:
+    text = str(float(f"{value:.6g}") if isinstance(value, float) else value)
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _records(value: Any) -> Iterator[Record]:
+    if isinstance(value, Record):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _records(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _records(each)
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON can hold it, with null for NaN and infinity."""
+    if isinstance(value, Record):
+        return _plain(attrs.asdict(value))
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,212 @@
+"""One transform of image and targets, made of torchvision's functions.
+
+What the values are is the schema's knowledge: a mask is resized by its nearest values and padded
+with what counts for nothing, boxes stay float32, and what is cut away is taken out of every target
+per object.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as tv
+
+from dinov3_framework import (
+    DataError,
+    ImagesConfig,
+    Problem,
+    RecipeError,
+    Sample,
+    Target,
+    Transform,
+    normalize,
+)
+from dinov3_transforms import JointConfig
+
+_IMAGE = "\0image"  # beside the targets' names
+_MAX = {torch.uint16: 2**16 - 1, torch.int16: 2**15 - 1}
+_MIN_SIDE = 1.0  # pixels of a box that is kept
+
+
+class Joint(Transform):
+    """What ``JointConfig`` says; all randomness comes from torch's global generator."""
+
+    def __init__(
+        self, config: JointConfig, *, images: ImagesConfig, targets: Mapping[str, Target]
+    ) -> None:
+        self.config, self.images, self.targets = config, images, dict(targets)
+        if problems := self._problems():
+            raise RecipeError(problems)
+        self.size = self._size()
+        self.interpolation = InterpolationMode(config.interpolation)
+        self.flip = v2.RandomHorizontalFlip(config.flip)
+        self.distort = v2.RandomPhotometricDistort(p=config.distort)
+        self.part = None
+        if config.area is not None:
+            self.part = v2.RandomResizedCrop(
+                config.crop, config.area, config.aspect, self.interpolation, antialias=True
+            )
+
+    def _problems(self) -> list[Problem]:
+        problems, config = [], self.config
+        if config.distort and self.images.channels not in (1, 3):
+            message = f"is for images of 1 or 3 channels, these have {self.images.channels}"
+            problems.append(Problem("distort", message, "leave it out"))
+        for name, target in self.targets.items():
+            if target.kind == "mask" and target.ignore_index is None and self._may_pad():
+                problems.append(
+                    Problem(
+                        "crop" if config.crop is not None else "multiple_of",
+                        f"smaller images are padded, and the mask {name!r} has no ignore_index to "
+                        "pad with",
+                        "resize images to at least the crop's size",
+                    )
+                )
+        return problems
+
+    def _may_pad(self) -> bool:
+        config = self.config
+        if config.crop is None or config.area is not None:
+            return config.multiple_of > 1
+        resized = 0.0 if config.resize is None or config.side == "longer" else config.resize
+        return round(resized * config.scale[0]) < config.crop or config.multiple_of > 1
+
+    def _size(self) -> tuple[int, int] | None:
+        config, side = self.config, self.config.crop
+        if side is None and config.side == "both" and config.scale == (1.0, 1.0):
+            side = config.resize
+        return None if side is None else (self._whole(side), self._whole(side))
+
+    def _whole(self, side: int) -> int:
+        return math.ceil(side / self.config.multiple_of) * self.config.multiple_of
+
+    # ------------------------------------------------------------------ one sample
+    def __call__(self, sample: Sample) -> Sample:
+        image = self._image(sample.image)
+        size = tuple(image.shape[-2:])
+        typed = {name: self._typed(name, value, size) for name, value in sample.targets.items()}
+        parts = self._cropped(self._resized({_IMAGE: image, **typed}))
+        parts = self.flip(parts)
+        parts[_IMAGE] = self._normalized(self.distort(parts[_IMAGE]))
+        parts = self._padded(parts)
+        image = parts.pop(_IMAGE).as_subclass(Tensor)
+        return Sample(image, parts)
+
+    def _image(self, image: Tensor) -> Any:
+        if image.ndim != 3 or image.shape[0] != self.images.channels:
+            raise DataError(
+                f"an image of shape {list(image.shape)} where images.channels = "
+                f"{self.images.channels} asks for [{self.images.channels}, H, W]"
+            )
+        if image.dtype in _MAX:
+            # Resized as they are, integers of 16 bits would wrap around at the ends of their range.
+            image = image.float() / _MAX[image.dtype]
+        return tv_tensors.Image(image if image.dtype == torch.uint8 else image.float())
+
+    def _typed(self, name: str, value: Any, size: tuple[int, ...]) -> Any:
+        """A target as what torchvision goes by."""
+        kind = self.targets[name].kind if name in self.targets else ""
+        if kind in ("mask", "map", "instances") and not isinstance(value, tv_tensors.Mask):
+            return tv_tensors.Mask(value)
+        if kind == "boxes":
+            if not isinstance(value, tv_tensors.BoundingBoxes):
+                value = tv_tensors.BoundingBoxes(value, format="XYXY", canvas_size=size)
+            value = tv.convert_bounding_box_format(
+                tv_tensors.wrap(value.float(), like=value), new_format="XYXY"
+            )
+        return value
+
+    def _resized(self, parts: dict[str, Any]) -> dict[str, Any]:
+        config, low, high = self.config, *self.config.scale
+        if self.part is not None:
+            return self.part(parts)  # type: ignore[no-any-return]
+        factor = low if low == high else low + (high - low) * float(torch.rand(()))
+        height, width = parts[_IMAGE].shape[-2:]
+        if config.resize is not None:
+            sides = {"shorter": min(height, width), "longer": max(height, width)}
+            if config.side == "both":
+                height = width = config.resize
+            else:
+                factor *= config.resize / sides[config.side]
+        size = [max(round(side * factor), 1) for side in (height, width)]
+        if tuple(size) == tuple(parts[_IMAGE].shape[-2:]):
+            return parts
+        return self._each(parts, tv.resize, size, interpolation=self.interpolation, antialias=True)
+
+    def _cropped(self, parts: dict[str, Any]) -> dict[str, Any]:
+        side = self.config.crop
+        if side is None:
+            return parts
+        space = [max(length - side, 0) for length in parts[_IMAGE].shape[-2:]]
+        if any(space):
+            center = self.config.crop_at == "center"
+            top, left = (
+                round(each / 2) if center else int(torch.randint(each + 1, ())) for each in space
+            )
+            size = [min(length, side) for length in parts[_IMAGE].shape[-2:]]
+            parts = self._each(parts, tv.crop, top, left, *size)
+        return self._without_objects_outside(parts)
+
+    @staticmethod
+    def _each(parts: dict[str, Any], change: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        """Change the image and the targets that lie on it."""
+        return {
+            name: change(part, *args, **options) if isinstance(part, tv_tensors.TVTensor) else part
+            for name, part in parts.items()
+        }
+
+    def _without_objects_outside(self, parts: dict[str, Any]) -> dict[str, Any]:
+        """Take what a crop has cut away out of every target per object."""
+        keep: Tensor | None = None
+        for name, target in self.targets.items():
+            if target.kind == "boxes":
+                parts[name] = boxes = tv.clamp_bounding_boxes(parts[name])
+                keep = ((boxes[:, 2:] - boxes[:, :2]) >= _MIN_SIDE).all(1).as_subclass(Tensor)
+            elif target.kind == "instances" and keep is None:
+                keep = parts[name].flatten(1).any(1).as_subclass(Tensor)
+        if keep is None or bool(keep.all()):
+            return parts
+        for name, target in self.targets.items():
+            if target.per_object:
+                parts[name] = _chosen(parts[name], keep)
+        return parts
+
+    def _normalized(self, image: Tensor) -> tv_tensors.Image:
+        pixels = image.as_subclass(Tensor)
+        if pixels.is_floating_point():
+            # Bicubic interpolation leaves the range of the values.
+            mean, std = list(self.images.mean), list(self.images.std)
+            pixels = tv.normalize(pixels.clamp(0, 1), mean, std)
+        return tv_tensors.Image(normalize(pixels, self.images))
+
+    def _padded(self, parts: dict[str, Any]) -> dict[str, Any]:
+        """Pad at the right and at the bottom, the image with its mean: 0, once normalized."""
+        sides = parts[_IMAGE].shape[-2:]
+        least = 0 if self.config.crop is None else self.config.crop
+        bottom, right = (self._whole(max(side, least)) - side for side in sides)
+        if not (bottom or right):
+            return parts
+        fills: dict[str, float] = {_IMAGE: 0.0}
+        for name, target in self.targets.items():
+            unknown = {"map": math.nan, "mask": target.ignore_index}.get(target.kind, 0)
+            fills[name] = 0 if unknown is None else unknown
+        return {
+            name: tv.pad(part, [0, 0, right, bottom], fill=fills[name])
+            if isinstance(part, tv_tensors.TVTensor)
+            else part
+            for name, part in parts.items()
+        }
+
+
+def _chosen(values: Any, keep: Tensor) -> Any:
+    if isinstance(values, tv_tensors.TVTensor):
+        return tv_tensors.wrap(values[keep], like=values)
+    if isinstance(values, Tensor):
+        return values[keep]
+    return [value for value, kept in zip(values, keep.tolist(), strict=True) if kept]
