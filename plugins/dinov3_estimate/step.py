@@ -93,7 +93,7 @@ def simulate(task: TrainingTask, rank: SimulatedRank, granularity: int = GRANULA
         accumulation_steps=config.accumulation_steps,
         batch_size=config.batch_size,
     )
-    prepared = method.prepare()
+    prepared = task.prepare()
     recorder = OpRecorder(granularity)
     with fake_process_group(rank) as tensors:
         sharder = SimulatedSharder(config.parallel, tensors, collectives.current_group())
