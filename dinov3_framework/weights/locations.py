@@ -112,10 +112,18 @@ def open_path(
     """
     if path.is_dir():
         checkpoints = sharded.checkpoint_in(path)
-        exports = [path / name for name in _EXPORTS[kind] if (path / name).is_file()]
+        exports = [path / name for name in _EXPORTS[kind] if (path / name).exists()]
         kept = projectors and checkpoints is not None
         if exports and network == "teacher" and not kept:
-            return stack.enter_context(open_weights(exports[0]))
+            # Of a run that is only expected the export is a folder, too.
+            return open_path(
+                exports[0],
+                stack,
+                kind=kind,
+                network=network,
+                projectors=projectors,
+                thorough=thorough,
+            )
         if sharded.is_checkpoint(path):
             return sharded.open_checkpoint(path, kind, thorough)
         if checkpoints is not None:

@@ -286,15 +286,15 @@ def test_stages_of_other_tasks_are_checked_too(tmp_path: Path) -> None:
     chain = write_chain(tmp_path, CHAIN + KNN)
     report = checked(chain)
     assert ("weights", f"{tmp_path}/out/last") in report.sections["knn: backbone"]
-    text = mistakes(chain, "stages.knn.recipe.size=30")
-    assert "stages.knn.recipe.size: 30 px are no multiple of the backbone's patch size 7" in text
+    text = mistakes(chain, "stages.knn.recipe.evaluations.knn.size=30")
+    assert "stages.knn.recipe.evaluations.knn.size: 30 px are no multiple of the backbone's" in text
 
 
 def test_what_a_task_cannot_promise_is_checked_in_its_turn(tmp_path: Path) -> None:
     after = '[stages.after.recipe]\nextends = "dinov3_recipes:knn"\nweights = "stage:knn/x"\n'
     chain = write_chain(tmp_path, CHAIN + KNN + after)
     rows = dict(checked(chain).sections["stages"])
-    assert rows["after"] == "knn, from stage:knn/x; to be checked when its turn has come"
+    assert rows["after"] == "evaluate, from stage:knn/x; to be checked when its turn has come"
     text = mistakes(chain, 'stages.after.recipe.backbone.use="vit_small"')
     assert "stages.after.recipe.backbone: weights bring their own backbone" in text
     assert "there is no file" not in text
