@@ -49,7 +49,7 @@ from dinov3_framework.parallel import ParallelConfig
 from dinov3_framework.parallel.sharder import Sharder, tensors_of
 from dinov3_framework.weights.convert import convert_backbone
 from dinov3_framework.weights.export import export_gathered, export_tensors
-from dinov3_framework.weights.info import BackboneInfo
+from dinov3_framework.weights.info import ComponentInfo
 from dinov3_framework.weights.loading import load_sharded
 from dinov3_framework.weights.tensors import initial_tensors
 
@@ -132,8 +132,8 @@ class Place:
         state = self.meta().state_dict().values()
         return [tensor.element_size() * math.prod(tensor.shape) for tensor in state]
 
-    def info(self) -> BackboneInfo:
-        return BackboneInfo(self.component, self.options, WEB_IMAGES, 224, {})
+    def info(self) -> ComponentInfo:
+        return ComponentInfo(self.component, self.options, WEB_IMAGES, 224, {})
 
     def write(self) -> None:
         """Draw the weights into a file, one tensor at a time."""

@@ -344,7 +344,7 @@ class WeightsWriter:
     """A format that weights are written in and not read from.
 
     ``write``, ``"module:function"``, is called as ``write(path, backbone, info)`` with a backbone
-    that has its values and the ``BackboneInfo`` that belongs to it. It compares what it wrote with
+    that has its values and the ``ComponentInfo`` that belongs to it. It compares what it wrote with
     the backbone, raises ``CheckpointError`` where they differ, and returns in a few words how they
     were compared.
     """

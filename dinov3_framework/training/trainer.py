@@ -174,7 +174,7 @@ class Trainer:
                 + "\n    ".join(left)
             )
         if stopping:
-            raise stop.stopped(self.done)
+            raise stop.stopped(f"iteration {self.done:,}")
 
     def _is_logged(self) -> bool:
         return self.done % self.config.log_every == 0 or self.done == self.config.iterations

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import tomli
 import torch
 
-from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.errors import CheckpointError, UserError
 from dinov3_framework.recipes.compose import compose
 from dinov3_framework.recipes.structure import structure_recipe
 from dinov3_framework.registry import Registry
-from dinov3_framework.weights.info import BackboneInfo
+from dinov3_framework.weights.info import ComponentInfo
 from dinov3_framework.weights.locations import RECIPE
 
 
-def recipe_info(checkpoint: Path, registry: Registry) -> BackboneInfo | None:
+def recipe_info(checkpoint: Path, registry: Registry) -> ComponentInfo | None:
     """The backbone of the run that ``checkpoint`` belongs to; None if there is no such recipe.
 
     The run's folder is the one above ``checkpoints/step_...``.
@@ -30,23 +30,15 @@ def recipe_info(checkpoint: Path, registry: Registry) -> BackboneInfo | None:
         raise CheckpointError(
             f"{checkpoint} belongs to a run whose recipe cannot be read any more: {error}"
         ) from error
-    backbone, images = getattr(config, "backbone", None), getattr(config, "images", None)
-    if backbone is None or not isinstance(images, ImagesConfig):
+    parts: list[Any] = [
+        getattr(config, name, None) for name in ("backbone", "images", "augmentation")
+    ]
+    if None in parts:
         return None
+    backbone, images, augmentation = parts
     component, values = registry.values_of(backbone)
-    return BackboneInfo(
-        component=component,
-        config=values,
-        images=images,
-        size=_trained_size(registry, config),
-        provenance={"checkpoint": checkpoint.name, "run": str(recipe.parent)},
-    )
-
-
-def _trained_size(registry: Registry, config: object) -> int:
-    """Pixels of the global crops of a training recipe."""
-    images, augmentation = config.images, config.augmentation  # type: ignore[attr-defined]
     with torch.device("meta"):
-        backbone = registry.build(config.backbone)  # type: ignore[attr-defined]
-    built = registry.build(augmentation, channels=images.channels, patch_size=backbone.patch_size)
-    return int(built.views["global"].size)
+        patch = registry.build(backbone).patch_size
+    views = registry.build(augmentation, channels=images.channels, patch_size=patch).views
+    provenance = {"checkpoint": checkpoint.name, "run": str(recipe.parent)}
+    return ComponentInfo(component, values, images, int(views["global"].size), provenance)

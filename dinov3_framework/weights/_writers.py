@@ -16,7 +16,7 @@ from dinov3_framework.contracts.layouts import Layout, Rule
 from dinov3_framework.errors import CheckpointError
 from dinov3_framework.runtime.durable import sync
 from dinov3_framework.weights.export import export_tensors
-from dinov3_framework.weights.info import BackboneInfo
+from dinov3_framework.weights.info import ComponentInfo
 from dinov3_framework.weights.source import WeightSource
 from dinov3_framework.weights.tensors import initial_tensors
 
@@ -26,7 +26,7 @@ class Conversion:
     """A backbone's weights on their way to a file; tensors are read anew by each call."""
 
     source: WeightSource
-    info: BackboneInfo
+    info: ComponentInfo
     backbone: nn.Module  # on the meta device
     layout: Layout | None  # None for the official names
     dtype: torch.dtype | None  # of the parameters; None: the source's

@@ -16,7 +16,7 @@ from dinov3_framework.parallel.state_dicts import full_tensors, official_name
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.agreement import RankFailure, together
 from dinov3_framework.runtime.durable import no_room, written_aside
-from dinov3_framework.weights.info import BackboneInfo
+from dinov3_framework.weights.info import ComponentInfo
 from dinov3_framework.weights.tensor_file import write_tensor_file
 from dinov3_framework.weights.tensors import not_finite
 
@@ -40,11 +40,11 @@ def export_backbone(
     is not finite, and where the file cannot be written; a file that was there then stays.
     """
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in backbone_state.items()}
-    info = BackboneInfo(component, config, images, size, provenance)
+    info = ComponentInfo(component, config, images, size, provenance)
     export_tensors(path, specs, backbone_state.items(), info.to_metadata())
 
 
-def export_gathered(path: Path, backbone: nn.Module, info: BackboneInfo) -> None:
+def export_gathered(path: Path, backbone: nn.Module, info: ComponentInfo) -> None:
     """Write ``backbone``, whole or sharded, as :func:`export_backbone` does.
 
     To be called by every process; the main one writes. Besides its shards no process holds more

@@ -16,7 +16,7 @@ from attrs import frozen
 from dinov3_framework.configs import replace
 from dinov3_framework.contracts.layouts import Layout, Published
 from dinov3_framework.errors import CheckpointError, UnknownNameError
-from dinov3_framework.kinds import Component
+from dinov3_framework.kinds import KINDS, Component
 from dinov3_framework.weights._files import open_weights
 from dinov3_framework.weights.locations import local_file
 from dinov3_framework.weights.source import WeightSource
@@ -49,13 +49,12 @@ class PlainCatalog:
         raise UnknownNameError(f"no component has the config class {type(config).__name__}")
 
     def config_of(self, kind: str, name: str, values: Mapping[str, Any], /) -> Any:
-        for component in self.components:
-            if component.name == name:
-                # JSON and TOML have lists where configs have tuples.
-                plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-                return component.config(**plain)
-        known = ", ".join(component.name for component in self.components)
-        raise UnknownNameError(f"no {kind} is named {name!r} here; known: {known}")
+        known = {c.name: c for c in self.components if issubclass(c.config, KINDS[kind].config)}
+        if name not in known:
+            raise UnknownNameError(f"no {kind} is named {name!r} here; known: {', '.join(known)}")
+        # JSON and TOML have lists where configs have tuples.
+        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return known[name].config(**plain)
 
 
 def load_published(
@@ -65,6 +64,7 @@ def load_published(
     pretrained: bool = True,
     weights: str | Path | None = None,
     check_hash: bool = False,
+    runtime: Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> Any:
     """A published backbone, in eval mode, on the CPU.
@@ -72,13 +72,14 @@ def load_published(
     ``weights`` is the name of a training set (``LVD1689M``, the default, or ``SAT493M``), a path,
     or a URL; ``pretrained=False`` gives random weights and reads nothing. ``check_hash`` compares
     the file's SHA-256 with the digits in its name. ``fields`` change the backbone's config, such
-    as ``drop_path_rate=0.1``. Raises ``CheckpointError`` where the file cannot be had, is damaged,
-    or is not of this backbone.
+    as ``drop_path_rate=0.1``. Components of other kinds are built with ``runtime``. Raises
+    ``CheckpointError`` where the file cannot be had, is damaged, or is not of this backbone.
     """
     published = catalog.published[name]
     if not pretrained:
         expected = published.file(None if weights is None else str(weights)) or published.default
-        module, images = catalog.build(replace(expected.config, **fields)), expected.images
+        config, images = replace(expected.config, **fields), expected.images
+        module = catalog.build(config, **(runtime or {}))
     else:
         with open_weights(local_file(published, weights, check_hash=check_hash)) as opened:
             found = WeightSource.recognize(opened, catalog, kind=published.kind)
@@ -89,7 +90,7 @@ def load_published(
                     f"{_described(found.config)}, not {_described(wanted)}"
                 )
             found = attrs.evolve(found, config=replace(found.config, **fields))
-            module, images = found.load_state(found.build()), found.images
+            module, images = found.load_state(found.build(**(runtime or {}))), found.images
     module.images = images
     return module.eval()
 

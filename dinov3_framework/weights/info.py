@@ -20,7 +20,7 @@ FORMAT = "1"
 
 
 @frozen
-class BackboneInfo:
+class ComponentInfo:
     """What is in an exported file besides the tensors."""
 
     component: str
@@ -44,7 +44,7 @@ class BackboneInfo:
     @classmethod
     def from_metadata(
         cls, path: object, metadata: Mapping[str, str], kind: str = "backbone"
-    ) -> BackboneInfo | None:
+    ) -> ComponentInfo | None:
         """None where ``metadata`` are not of this format.
 
         Raises ``CheckpointError`` for another version of it, and for what cannot be read.

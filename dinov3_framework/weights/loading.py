@@ -177,7 +177,7 @@ def load_recipe_backbone(
         return load_sharded(config.weights, sharder=sharder, trains=trains, registry=registry)
     if config.weights is not None:
         return load_backbone(config.weights, device=pick_device(device), registry=registry)
-    from dinov3_framework.parallel.sharder import initial_values, initialise  # takes long
+    from dinov3_framework.parallel.sharder import initial_values, initialize  # takes long
 
     described = describe_recipe_backbone(config, registry)
     blueprint, seed = described.backbone, keyed_seed(config.seed, "subject")
@@ -185,7 +185,7 @@ def load_recipe_backbone(
         backbone: Any = initial_values(blueprint, seed).to(pick_device(device))
     else:
         backbone = sharder.place(copy.deepcopy(blueprint), trains=trains)
-        initialise(backbone, blueprint, seed)
+        initialize(backbone, blueprint, seed)
     return attrs.evolve(described, backbone=backbone.eval())
 
 

@@ -14,6 +14,9 @@ from dinov3_framework.weights._recognition import Catalog
 from dinov3_framework.weights.downloads import check_digest, fetch_weights, is_url
 
 EXPORT = "exports/teacher_backbone.safetensors"  # below a run's folder
+TUNED = "exports/backbone.safetensors"  # of a run that trained it with a head
+HEAD = "exports/head.safetensors"
+_EXPORTS = {"backbone": (EXPORT, TUNED), "head": (HEAD,)}  # by kind
 RECIPE = "recipe.toml"
 
 
@@ -109,10 +112,10 @@ def open_path(
     """
     if path.is_dir():
         checkpoints = sharded.checkpoint_in(path)
-        export = path / EXPORT
-        exported = kind == "backbone" and network == "teacher" and export.is_file()
-        if exported and not (projectors and checkpoints is not None):
-            return stack.enter_context(open_weights(export))
+        exports = [path / name for name in _EXPORTS[kind] if (path / name).is_file()]
+        kept = projectors and checkpoints is not None
+        if exports and network == "teacher" and not kept:
+            return stack.enter_context(open_weights(exports[0]))
         if sharded.is_checkpoint(path):
             return sharded.open_checkpoint(path, kind, thorough)
         if checkpoints is not None:

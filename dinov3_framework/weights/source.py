@@ -26,7 +26,7 @@ from dinov3_framework.weights._recognition import (
     images_of,
     is_published,
 )
-from dinov3_framework.weights.info import BackboneInfo
+from dinov3_framework.weights.info import ComponentInfo
 from dinov3_framework.weights.locations import find_path, open_path
 from dinov3_framework.weights.sharded import is_checkpoint
 from dinov3_framework.weights.tensors import initial_tensors, not_finite, set_tensor, shapes_of
@@ -93,8 +93,8 @@ class WeightSource:
             opened = open_path(
                 path, stack, kind=kind, network=network, projectors=projectors, thorough=thorough
             )
-            info = None
-            if kind == "backbone" and is_checkpoint(opened.path):
+            info = ComponentInfo.from_metadata(opened.path, opened.metadata, kind)
+            if info is None and kind == "backbone" and is_checkpoint(opened.path):
                 # Here, since it needs the libraries of recipes, which torch.hub's users lack.
                 from dinov3_framework.weights._runs import recipe_info
 
@@ -112,18 +112,20 @@ class WeightSource:
         kind: str = "backbone",
         network: str = "teacher",
         images: ImagesConfig | None = None,
-        info: BackboneInfo | None = None,
+        info: ComponentInfo | None = None,
     ) -> WeightSource:
         """Find the component of a kind in open weights, as :meth:`open` does.
 
         ``info`` is what is known of it from elsewhere, such as a run's recipe.
         """
-        info = info or BackboneInfo.from_metadata(opened.path, opened.metadata, kind)
+        info = info or ComponentInfo.from_metadata(opened.path, opened.metadata, kind)
         if info is not None:
             config = _config_of(info, opened, catalog)
-            prefix = f"{network}.{kind}."
-            if not any(name.startswith(prefix) for name in opened.shapes):
-                prefix = ""
+            prefix = ""
+            if is_checkpoint(opened.path):
+                prefixes = (f"{network}.{kind}.", f"{kind}.")
+                names = opened.shapes
+                prefix = next((p for p in prefixes if any(n.startswith(p) for n in names)), "")
             known = images or info.images, info.size, dict(info.provenance)
             return cls(kind, config, None, *known, catalog, opened, prefix)
         found = find(opened, catalog, kind, network)
@@ -151,11 +153,11 @@ class WeightSource:
         """``meta``, ``huggingface``, ``timm``, or ``dinov3_framework`` for its own files."""
         return "dinov3_framework" if self.layout is None else self.layout.format
 
-    def info(self, registry: Registry) -> BackboneInfo:
+    def info(self, registry: Registry) -> ComponentInfo:
         """What a file of this framework's own says of these weights."""
         component, values = registry.values_of(self.config)
         provenance = dict(self.provenance)
-        return BackboneInfo(component, values, self.images, self.size, provenance, self.kind)
+        return ComponentInfo(component, values, self.images, self.size, provenance, self.kind)
 
     def build(self, **runtime: Any) -> Any:
         """The module on the meta device, where it takes no memory."""
@@ -341,7 +343,7 @@ class WeightSource:
             raise CheckpointError(f"{self.path}:{summarize_names('with NaN or inf', bad)}")
 
 
-def _config_of(info: BackboneInfo, opened: OpenWeights, catalog: Catalog) -> Any:
+def _config_of(info: ComponentInfo, opened: OpenWeights, catalog: Catalog) -> Any:
     values = dict(info.config)
     if info.kind == "backbone":
         values = {"in_chans": info.images.channels} | values

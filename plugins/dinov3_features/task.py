@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from dinov3_features.check import Sight, feature_rows, problems
+from dinov3_features.check import describe_sizes, feature_rows, problems, read_some
 from dinov3_features.configs import FeaturesTaskConfig
-from dinov3_features.extract import DTYPES, Extraction, extract_parts, log
+from dinov3_features.extract import DTYPES, Extraction, log
 from dinov3_features.parts import FOLDER, Partition, PartStore, merge, summarize, write_tables
 from dinov3_framework.contracts.data import Dataset
 from dinov3_framework.contracts.running import Plan, Task
@@ -54,9 +54,9 @@ class FeaturesTask(Task):
         except DataError as error:
             missing.append(str(error))
         else:
-            sight = Sight.of(dataset, fit)
-            images = [("dataset", dataset.describe()), ("sizes", sight.describe())]
-            features = feature_rows(config, reader, fit, sight, len(dataset))
+            some = read_some(dataset, fit)
+            images = [("dataset", dataset.describe()), ("sizes", describe_sizes(some))]
+            features = feature_rows(config, reader, fit, some, len(dataset))
         parameters = sum(parameter.numel() for parameter in subject.backbone.parameters())
         sharded = f"sharded over {world_size}" if config.sharded else "whole in each process"
         size = "each image's own size" if fit.size is None else f"{fit.size} px"
@@ -92,17 +92,17 @@ class FeaturesTask(Task):
             done = partition.parts - left
             log.info("Going on: %d of %d parts are there.", done, partition.parts)
         if left:
-            extraction = Extraction(
+            Extraction(
                 reader=self._reader(subject),
                 dataset=dataset,
                 fit=self._fit(subject),
+                store=store,
                 dtype=DTYPES[config.dtype],
                 batch_size=config.batch_size,
                 workers=config.workers,
                 device=device,
                 sharded=config.sharded,
-            )
-            extract_parts(extraction, store)
+            ).run()
         # The others are done: to merge may take longer than a collective may wait.
         if collectives.is_main():
             self._conclude(subject, dataset, store, output_dir)

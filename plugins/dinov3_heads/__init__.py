@@ -18,6 +18,8 @@ from dinov3_framework import (
 )
 from dinov3_framework.training import TrainingConfig
 
+FINGERPRINT = "fingerprint of the backbone"  # in the provenance of a head
+
 
 @config
 class TrainHeadConfig(TrainingConfig):

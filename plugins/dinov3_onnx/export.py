@@ -16,7 +16,7 @@ from dinov3_framework import __version__
 from dinov3_framework.contracts.networks import Backbone
 from dinov3_framework.errors import CheckpointError, summarize_names
 from dinov3_framework.runtime.durable import no_room, written_aside
-from dinov3_framework.weights.info import BackboneInfo
+from dinov3_framework.weights.info import ComponentInfo
 from dinov3_framework.weights.tensors import initial_tensors, not_finite
 from dinov3_onnx.compare import compare, data_of
 from dinov3_onnx.graph import backbone_graph
@@ -38,7 +38,7 @@ _PAGE = 4096  # bytes; tensors outside the model begin on pages, so that they ca
 
 
 def export_onnx(
-    path: Path, backbone: Backbone, info: BackboneInfo, *, opset: int | None = None
+    path: Path, backbone: Backbone, info: ComponentInfo, *, opset: int | None = None
 ) -> str:
     """Write ``backbone`` as one ``.onnx`` file; how it was compared with the backbone.
 
@@ -102,7 +102,7 @@ def _computed(backbone: Backbone, names: set[str]) -> dict[str, Tensor]:
     return found | initial_tensors(backbone, [name for name in found if found[name].is_meta])
 
 
-def _describe(model: Any, info: BackboneInfo) -> None:
+def _describe(model: Any, info: ComponentInfo) -> None:
     model.producer_name, model.producer_version = "dinov3_framework", __version__
     model.graph.name = info.component
     for key, value in info.to_metadata().items():

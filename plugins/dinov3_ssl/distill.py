@@ -53,7 +53,7 @@ class DistilledUnit(StudentUnit):
 
 
 class Distill(StudentMethod):
-    """Distils a frozen teacher into a student; the student's moving average is exported.
+    """Distills a frozen teacher into a student; the student's moving average is exported.
 
     Losses compare the student with the teacher exactly as in pretraining. The teacher's backbone is
     read anew at every start and no checkpoint holds it; its projectors are saved, since new ones
@@ -174,7 +174,7 @@ class Distill(StudentMethod):
             fill_frozen(self.frozen, None, read)
             for name in heads.new:
                 drawn = heads.projectors[name]
-                parallel.initialise(placed[projector_key(name)], drawn, self._seed(name))
+                parallel.initialize(placed[projector_key(name)], drawn, self._seed(name))
         return placed
 
     def _seed(self, loss: str) -> int:

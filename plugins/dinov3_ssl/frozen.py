@@ -20,7 +20,7 @@ from dinov3_framework.errors import CheckpointError, Problem, RecipeError
 from dinov3_framework.parallel.state_dicts import put
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime.agreement import RankFailure, together
-from dinov3_framework.weights.info import BackboneInfo
+from dinov3_framework.weights.info import ComponentInfo
 from dinov3_framework.weights.locations import published_file
 from dinov3_framework.weights.source import WeightSource
 
@@ -32,7 +32,7 @@ class FrozenWeights:
     weights: str
     network: str
     backbone: Backbone = field(repr=False)  # on the meta device
-    info: BackboneInfo
+    info: ComponentInfo
     projectors: Mapping[str, Shape] = field(repr=False)  # dino_head.mlp.0.weight -> shape
     registry: Registry = field(repr=False)
 
@@ -88,7 +88,7 @@ def published_as(weights: str, registry: Registry) -> Mapping[str, str] | None:
         return None
     component, values = registry.values_of(file.config)
     provenance = {"known as": f"the published {file.file}"}
-    return BackboneInfo(component, values, file.images, file.size, provenance).to_metadata()
+    return ComponentInfo(component, values, file.images, file.size, provenance).to_metadata()
 
 
 def memory_of(weights: FrozenWeights) -> dict[str, str]:
@@ -99,7 +99,7 @@ def memory_of(weights: FrozenWeights) -> dict[str, str]:
 def _remembered(
     weights: str, network: str, memory: Mapping[str, str], registry: Registry
 ) -> FrozenWeights:
-    info = BackboneInfo.from_metadata("the checkpoint", memory)
+    info = ComponentInfo.from_metadata("the checkpoint", memory)
     if info is None:
         raise CheckpointError("the checkpoint does not say what its anchors are")
     with torch.device("meta"):

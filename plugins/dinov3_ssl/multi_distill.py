@@ -45,7 +45,7 @@ _SHARED = ("data", "teacher", "parallel")  # sections of the report
 
 
 class MultiDistill(Task):
-    """Distils a frozen teacher into several students at once."""
+    """Distills a frozen teacher into several students at once."""
 
     simulated = False  # as of a ``TrainingMethod``
 

@@ -46,7 +46,7 @@ class MetaLayout(Layout):
 
     format: ClassVar[str] = "meta"
     config: ClassVar[type[BackboneConfig]] = VitConfig
-    unsaid: ClassVar[str] = "the epsilon of its norms and how RoPE's coordinates are normalised"
+    unsaid: ClassVar[str] = "the epsilon of its norms and how RoPE's coordinates are normalized"
 
     def recognize(self, content: Content) -> VitConfig | None:
         """All of the config that shapes and RoPE's periods tell.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from features_support import export, files, folder, noise
 from PIL import Image
-from run_support import command, environment, run
+from run_support import command, environment, processes_with, run
 
 from dinov3_framework.errors import ExitCode
 
@@ -59,7 +59,6 @@ def started(output: Path, *overrides: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        start_new_session=True,
     )
 
 
@@ -88,11 +87,12 @@ def test_stopped_and_killed_it_goes_on(
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == ExitCode.REQUEUE, said
-    assert "of 30 parts are written, the same command goes on" in said
+    assert "of 30 parts; the state is saved, the same command goes on" in said
 
     process = started(output, *given, *launcher)
     wait_for_parts(process, output, more=1)
-    os.killpg(process.pid, signal.SIGKILL)  # with all of its processes
+    for each in processes_with(str(output)):  # a launcher's children, too
+        os.kill(each, signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     assert not (output / "features.safetensors").exists()

@@ -22,7 +22,7 @@ from dinov3_framework.contracts.networks import Backbone
 from dinov3_framework.weights import formats
 from dinov3_framework.weights.convert import convert_backbone
 from dinov3_framework.weights.export import export_backbone
-from dinov3_framework.weights.info import BackboneInfo
+from dinov3_framework.weights.info import ComponentInfo
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -52,9 +52,9 @@ def backbone_of(registry: Registry, component: str, **options: Any) -> Backbone:
     return built.eval()  # type: ignore[no-any-return]
 
 
-def info_of(registry: Registry, backbone: Any) -> BackboneInfo:
+def info_of(registry: Registry, backbone: Any) -> ComponentInfo:
     component, values = registry.values_of(backbone.config)
-    return BackboneInfo(component, values, IMAGES, 24, {"run": "a test"})
+    return ComponentInfo(component, values, IMAGES, 24, {"run": "a test"})
 
 
 def exported(registry: Registry, path: Path, backbone: Backbone) -> Made:
@@ -110,7 +110,7 @@ def assert_same(path: Path, backbone: Backbone) -> None:
         tensor = official[name].float() if official[name].is_floating_point() else official[name]
         assert torch.equal(torch.from_numpy(held[name].copy()), tensor), name
     metadata = {each.key: each.value for each in model.metadata_props}
-    found = BackboneInfo.from_metadata(path, metadata)
+    found = ComponentInfo.from_metadata(path, metadata)
     assert found is not None
     assert (found.images, found.size, found.provenance) == (IMAGES, 24, {"run": "a test"})
 

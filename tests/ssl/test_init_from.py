@@ -23,7 +23,7 @@ from init_from_support import (
     whole,
 )
 from torch.distributed.tensor import DTensor
-from trainer_support import pretrain, steps, trainer
+from trainer_support import pretrain, steps, trainer, trainer_of
 
 from dinov3_framework import CheckpointError, load_backbone
 from dinov3_framework.errors import PeerError
@@ -185,8 +185,7 @@ def begin(output: Path, overrides: list[str], path: Path) -> tuple[Any, ...]:
     """A process's first student and teacher, gathered, and whether they were sharded; then the
     source's backbone, loaded into its place alone, and what comes of a file that is not there for
     one process."""
-    task = pretrain(*overrides)
-    ours = task._trainer(task._parts(), task._dataset(), output, torch.device("cpu"))
+    ours = trainer_of(pretrain(*overrides), output)
     sharded = isinstance(next(ours.unit.placed.student.parameters()), DTensor)
     alone = load_sharded(path, sharder=Sharder(ours.config.parallel, torch.device("cpu")))
     there = path if collectives.is_main() else path.with_name("nowhere")

@@ -151,7 +151,7 @@ class DrawsElsewhere(SoundLoss):
         return LossResult(super().forward(step).loss * (1 + noise))
 
 
-class Normalises(SoundLoss):
+class Normalizes(SoundLoss):
     """Divides by the spread of the batch, which is 0 where tokens coincide."""
 
     sees_batch = True
@@ -202,7 +202,7 @@ LOSSES: dict[str, tuple[Callable[..., Any], str]] = {
     "unused projector": (UnusedProjector, "student's projector.layer.bias, projector.layer.weight"),
     "writes to teacher": (WritesToTeacher, "writes into features.*teacher.global.class"),
     "draws elsewhere": (DrawsElsewhere, "for the same features and the same seed"),
-    "normalises": (Normalises, "test_equal_tokens: the loss is nan"),
+    "normalizes": (Normalizes, "test_equal_tokens: the loss is nan"),
     "steep root": (SteepRoot, "test_equal_tokens: a gradient is not finite"),
     "float only": (FloatOnly, "test_bfloat16: raised RuntimeError"),
     "secretly sees batch": (SecretlySeesBatch, "then sees_batch must be True"),

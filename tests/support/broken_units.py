@@ -26,7 +26,7 @@ from dinov3_framework import (
     config,
 )
 from dinov3_framework.data.loader import Layout, TransformedBatches
-from dinov3_framework.parallel.sharder import Sharder, initialise
+from dinov3_framework.parallel.sharder import Sharder, initialize
 from dinov3_framework.schedules import Constant
 from dinov3_framework.training import TrainingConfig
 from dinov3_framework.training.task import InitialState, TrainingMethod
@@ -130,7 +130,7 @@ class SoundMethod(TrainingMethod):
         for _ in range(2):
             network = sharder.place(self.prepare())
             if state is InitialState.INITIAL:
-                initialise(network, prepared, self.config.seed)
+                initialize(network, prepared, self.config.seed)
             placed.append(network)
         return self.unit_class(*placed, self.config.images)
 

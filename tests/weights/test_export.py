@@ -122,7 +122,7 @@ def test_loading_takes_no_second_copy(
     path = export(tmp_path / "x", build(registry))
 
     def refuse(_: Tiny) -> None:
-        raise RuntimeError("initialised for nothing")
+        raise RuntimeError("initialized for nothing")
 
     monkeypatch.setattr(Tiny, "init_weights", refuse)
     devices = []
