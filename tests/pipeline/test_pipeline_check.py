@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from attrs import evolve
 from dinov3_pipeline.references import Reference, references, replaced
+from dinov3_pipeline.task import Pipeline
 from init_from_support import RGB, own_export, vit
 from pipeline_support import CHAIN, KNN, chain_config, checked, write_chain
 from run_support import TINY
 from trainer_support import registry
 
-from dinov3_framework import RecipeError
+from dinov3_framework import DatasetConfig, RecipeError, Registry
 from dinov3_framework.checkpoints import CheckpointConfig
 from dinov3_framework.checkpoints.expected import kept_steps
 from dinov3_framework.cli import main
@@ -22,6 +25,7 @@ from dinov3_framework.recipes.compose import compose
 from dinov3_framework.recipes.plain import unstructure
 from dinov3_framework.recipes.structure import structure_recipe
 from dinov3_framework.recipes.toml_text import to_toml
+from dinov3_framework.runtime.processes import process_group
 
 
 @pytest.fixture
@@ -327,6 +331,30 @@ def test_a_complete_stage_is_what_the_others_are_checked_against(
     )
     assert report.sections["stages"][0] == ("pretrain", "pretrain: complete")
     assert "pretrain: schedule" not in report.sections
+
+
+# --------------------------------------------------------------------------- its plan
+def test_what_the_check_built_is_not_built_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stages that inherit are built in their turn: what they start from is another by then."""
+    chain = write_chain(tmp_path)
+    output = tmp_path / "out"
+    task = Pipeline(chain_config(chain, f"output_dir={output}"), registry=registry())
+    plan, built, build = task.check(1), [], Registry.build
+    assert list(plan.prepared) == ["pretrain"]
+
+    def counting(self: Registry, config: Any, **runtime: Any) -> Any:
+        if isinstance(config, DatasetConfig):
+            built.append(config)
+        return build(self, config, **runtime)
+
+    monkeypatch.setattr(Registry, "build", counting)
+    with process_group(torch.device("cpu"), timeout=60):
+        output.mkdir()
+        task.run(output, plan)
+    assert (output / "last" / "results.json").exists()
+    assert len(built) == 2  # of the second stage and the last
 
 
 # --------------------------------------------------------------------------- the processes

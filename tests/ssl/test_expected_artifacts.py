@@ -1,4 +1,4 @@
-"""The stand-in of a run has what the run has, but for the values."""
+"""What a run is expected to leave is what it leaves, but for the values."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def shapes(backbone: Backbone) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path) -> Path:
-    folder = tmp_path / "stand_in"
+def artifacts(tmp_path: Path) -> Path:
+    folder = tmp_path / "artifacts"
     folder.mkdir()
     assert pretrain(*GRAM).write_expected_artifacts(folder)
     return folder
 
 
-def test_checkpoints_have_every_tensor_of_a_run(stand_in: Path, tmp_path: Path) -> None:
-    source = open_newest(stand_in / "checkpoints")
+def test_checkpoints_have_every_tensor_of_a_run(artifacts: Path, tmp_path: Path) -> None:
+    source = open_newest(artifacts / "checkpoints")
     assert source.path.name == "step_00000006"
     with trainer(tmp_path / "run", *GRAM) as ours:
         tensors = ours.tensors()
@@ -46,16 +46,16 @@ def test_checkpoints_have_every_tensor_of_a_run(stand_in: Path, tmp_path: Path) 
         "losses",
         "optimizer",
     }
-    assert CheckpointFolder(stand_in / "checkpoints").complete_steps() == [4, 6]
+    assert CheckpointFolder(artifacts / "checkpoints").complete_steps() == [4, 6]
 
 
-def test_the_export_has_every_tensor_of_a_run(stand_in: Path, tmp_path: Path) -> None:
+def test_the_export_has_every_tensor_of_a_run(artifacts: Path, tmp_path: Path) -> None:
     method = pretrain(*GRAM).method
     with trainer(tmp_path / "run", *GRAM) as ours:
         real = method.export(ours, method.prepare())
     assert real is not None
     expected = describe_backbone(real, registry=registry())
-    for source in (stand_in, stand_in / "exports" / "teacher_backbone.safetensors"):
+    for source in (artifacts, artifacts / "exports" / "teacher_backbone.safetensors"):
         found = describe_backbone(source, registry=registry())
         assert shapes(found.backbone) == shapes(expected.backbone)
         assert (found.config, found.images) == (expected.config, expected.images)
