@@ -144,7 +144,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("an estimate fetches nothing")
 
     monkeypatch.setattr(downloads, "_download", refuse)
-    monkeypatch.setattr(downloads, "_local", refuse)
+    monkeypatch.setattr(downloads, "_place", refuse)
 
 
 @pytest.mark.usefixtures("offline")
