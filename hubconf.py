@@ -18,12 +18,12 @@ for _folder in (_Path(__file__).parent, _Path(__file__).parent / "plugins"):
     if str(_folder) not in _sys.path:
         _sys.path.append(str(_folder))
 
-from dinov3_framework.weights.catalog import PlainCatalog as _PlainCatalog
+from dinov3_framework.weights.hub import PlainCatalog as _PlainCatalog
 from dinov3_framework.weights.hub import load_published as _load_published
 
 dependencies = ["torch", "numpy", "attrs"]
 
-_BACKBONES = _PlainCatalog.of("dinov3_vit", "dinov3_convnext")
+_CATALOG = _PlainCatalog.of("dinov3_vit", "dinov3_convnext")
 
 
 def _entry_point(name: str) -> _Callable[..., _Any]:
@@ -35,7 +35,7 @@ def _entry_point(name: str) -> _Callable[..., _Any]:
         **fields: _Any,
     ) -> _Any:
         return _load_published(
-            _BACKBONES,
+            _CATALOG,
             name,
             pretrained=pretrained,
             weights=weights,
@@ -43,7 +43,7 @@ def _entry_point(name: str) -> _Callable[..., _Any]:
             **fields,
         )
 
-    published = _BACKBONES.published[name]
+    published = _CATALOG.published[name]
     load.__name__ = load.__qualname__ = name
     load.__doc__ = f"{_load_published.__doc__}\n    Files: " + ", ".join(
         f"{training_set} ({file.file})" for training_set, file in published.files.items()
@@ -51,5 +51,7 @@ def _entry_point(name: str) -> _Callable[..., _Any]:
     return load
 
 
-# One function for each published backbone; those with heads stand below them.
-globals().update({name: _entry_point(name) for name in _BACKBONES.published})
+# One function for each published backbone.
+globals().update(
+    {n: _entry_point(n) for n, each in _CATALOG.published.items() if each.kind == "backbone"}
+)

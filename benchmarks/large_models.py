@@ -48,11 +48,10 @@ from dinov3_framework.kinds import (
 from dinov3_framework.parallel import ParallelConfig
 from dinov3_framework.parallel.sharder import Sharder, tensors_of
 from dinov3_framework.weights.convert import convert_backbone
-from dinov3_framework.weights.export import export_tensors
-from dinov3_framework.weights.filling import initial_values
-from dinov3_framework.weights.gathered_export import export_gathered
-from dinov3_framework.weights.info import BackboneInfo
-from dinov3_framework.weights.loading import load_placed
+from dinov3_framework.weights.export import export_gathered, export_tensors
+from dinov3_framework.weights.info import ComponentInfo
+from dinov3_framework.weights.loading import load_sharded
+from dinov3_framework.weights.tensors import initial_tensors
 
 MIB = 2**20
 CPU = torch.device("cpu")
@@ -133,14 +132,14 @@ class Place:
         state = self.meta().state_dict().values()
         return [tensor.element_size() * math.prod(tensor.shape) for tensor in state]
 
-    def info(self) -> BackboneInfo:
-        return BackboneInfo(self.component, self.options, WEB_IMAGES, 224, {})
+    def info(self) -> ComponentInfo:
+        return ComponentInfo(self.component, self.options, WEB_IMAGES, 224, {})
 
     def write(self) -> None:
         """Draw the weights into a file, one tensor at a time."""
         meta = self.meta()
         state = meta.state_dict()
-        buffers = initial_values(meta, [name for name, _ in meta.named_buffers()])
+        buffers = initial_tensors(meta, [name for name, _ in meta.named_buffers()])
         generator = torch.Generator().manual_seed(0)
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -163,18 +162,18 @@ def sharder() -> Sharder:
 
 
 def load_file(place: Place) -> Measured:
-    """``load_placed`` of one file."""
+    """``load_sharded`` of one file."""
     return _load(place, place.weights)
 
 
 def load_checkpoint(place: Place) -> Measured:
-    """``load_placed`` of a sharded checkpoint."""
+    """``load_sharded`` of a sharded checkpoint."""
     return _load(place, place.checkpoints)
 
 
 def _load(place: Place, source: Path) -> Measured:
     with Peak() as peak:
-        loaded = load_placed(source, sharder=sharder(), registry=place.registry)
+        loaded = load_sharded(source, sharder=sharder(), registry=place.registry)
     return Measured(peak.bytes, held(loaded.backbone))
 
 

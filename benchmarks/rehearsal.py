@@ -1,8 +1,8 @@
-"""A rehearsed step against a real one: predicted peak of memory, and the measured one.
+"""An estimated step against a real one: predicted peak of memory, and the measured one.
 
 A small ViT is trained on N processes of this machine (gloo), and each takes one and the same step
 several times. *Counted* is what the tensors of the real step take at most, by the same ledger that
-the rehearsal keeps; *measured* is the most anonymous memory (RssAnon, sampled every 2 ms) above
+the estimate keeps; *measured* is the most anonymous memory (RssAnon, sampled every 2 ms) above
 what the process had before its networks. All are of the process that takes most. Linux only.
 
 The C library's allocator is told to give freed memory back at once, and a step is taken before by
@@ -19,25 +19,22 @@ import gc
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from dinov3_estimate.stage import Seat
-from dinov3_estimate.step import Cast, rehearse, tell
-from dinov3_estimate.watch import Watch
-from dinov3_ssl.configs import PretrainConfig
-from dinov3_ssl.pretrain import Pretrain
+from dinov3_estimate.recorder import OpRecorder
+from dinov3_estimate.simulated import SimulatedRank
+from dinov3_estimate.step import register_static, simulate
 from large_models import ALLOCATOR, MIB, Peak, anonymous
 
 from dinov3_framework import Registry
-from dinov3_framework.data.loader import Batch
 from dinov3_framework.recipes.compose import compose
 from dinov3_framework.recipes.structure import structure_recipe
+from dinov3_framework.training.task import TrainingTask
 from dinov3_framework.training.trainer import Trainer
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
@@ -61,7 +58,7 @@ MODEL = (
 CASES: Mapping[str, tuple[str, ...]] = {
     "fp32": ("parallel.param_dtype=fp32",),
     "bf16": ("parallel.param_dtype=bf16",),
-    "bf16, 2 passes": ("parallel.param_dtype=bf16", "accumulation_steps=2", "batch_size=16"),
+    "bf16, 2 micro-batches": ("parallel.param_dtype=bf16", "accumulation_steps=2", "batch_size=16"),
 }
 
 
@@ -73,20 +70,20 @@ class Compared(NamedTuple):
     measured: int
 
 
-def recipe(overrides: Sequence[str], registry: Registry) -> PretrainConfig:
+def task_of(overrides: Sequence[str], registry: Registry) -> TrainingTask:
     config = structure_recipe(registry, compose(QUICKSTART, [*MODEL, *overrides]))
-    assert isinstance(config, PretrainConfig)
-    return config
+    task = registry.build(config, registry=registry)
+    assert isinstance(task, TrainingTask)
+    return task
 
 
 def compare(cases: Sequence[Sequence[str]], processes: int) -> list[Compared]:
-    """Rehearse steps here and take them on real processes; a case is overrides of the recipe."""
-    registry = Registry.load()
-    predicted = []
-    for overrides in cases:
-        config = recipe(overrides, registry)
-        parts = Pretrain(config, registry=registry)._parts()
-        predicted.append(rehearse(config, parts, Seat(processes), granularity=1).peak.total)
+    """Estimate steps here and take them on real processes; a case is overrides of the recipe."""
+    registry, rank = Registry.load(), SimulatedRank(processes)
+    predicted = [
+        simulate(task_of(overrides, registry), rank, granularity=1).peak.total
+        for overrides in cases
+    ]
     with tempfile.TemporaryDirectory() as scratch:
         before = dict(os.environ)
         os.environ.update(ALLOCATOR)
@@ -118,53 +115,46 @@ def _work(rank: int, world: int, scratch: str, cases: Sequence[Sequence[str]]) -
 def _real(overrides: Sequence[str], registry: Registry, folder: Path) -> tuple[int, int]:
     """What this process's tensors take at most in a step, and what the process does."""
     # What a step loads, connects or keeps for its next time is there before it is measured.
-    with _trainer(overrides, registry, folder) as trainer:
-        _step(trainer)
+    trainer = _trainer(overrides, registry, folder)
+    trainer.step(_batches(trainer))
     del trainer
     gc.collect()
     before = anonymous()
-    with _trainer(overrides, registry, folder) as trainer:
-        with Peak() as peak:
-            _step(trainer)
-        return _counted(trainer), peak.most - before
+    trainer = _trainer(overrides, registry, folder)
+    with Peak() as peak:
+        trainer.step(_batches(trainer))
+    return _counted(trainer), peak.most - before
 
 
-@contextmanager
-def _trainer(overrides: Sequence[str], registry: Registry, folder: Path) -> Iterator[Trainer]:
-    task = Pretrain(recipe(overrides, registry), registry=registry)
-    yield task._trainer(task._parts(), task._dataset(), folder / "run", torch.device("cpu"))
+def _trainer(overrides: Sequence[str], registry: Registry, folder: Path) -> Trainer:
+    task = task_of(overrides, registry)
+    dataset = registry.build(task.config.dataset, channels=task.config.images.channels)
+    return task.trainer(task.method.prepare(), dataset, folder / "run")
 
 
-def _step(trainer: Trainer) -> None:
-    """The first step, whose batches are those that the rehearsal pretends."""
-    trainer._step(_batches(trainer), stop=False)
-
-
-def _batches(trainer: Trainer) -> Iterator[Batch]:
+def _batches(trainer: Trainer) -> Iterator[Any]:
+    """Those of the first step, which the estimate simulates."""
     return (trainer.maker[0, index] for index in range(trainer.config.accumulation_steps))
 
 
 def _counted(trainer: Trainer) -> int:
     """The greatest sum of tensors in one more step."""
-    watch = Watch()
-    tell(
-        watch.ledger,
-        Cast(trainer.config, trainer.networks, trainer.objective, trainer.optimizer),
-    )
+    recorder = OpRecorder()
+    register_static(recorder.ledger, trainer)
     batches = _batches(trainer)
-    with watch:
-        trainer._step(batches, stop=False)
-    return watch.ledger.peak().total
+    with recorder:
+        trainer.step(batches)
+    return recorder.ledger.peak().total
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare rehearsed steps with real ones.")
+    parser = argparse.ArgumentParser(description="Compare estimated steps with real ones.")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     print("| step | predicted | counted | measured | predicted / measured |\n" + "|---" * 5 + "|")
     for name, found in zip(CASES, compare([*CASES.values()], options.processes), strict=True):
-        figures = [f"{value / MIB:,.0f}" for value in found]
-        row = [name, *figures, f"{found.predicted / found.measured:.2f}"]
+        sizes = [f"{value / MIB:,.0f}" for value in found]
+        row = [name, *sizes, f"{found.predicted / found.measured:.2f}"]
         print("| " + " | ".join(row) + " |", flush=True)
 
 

@@ -74,6 +74,7 @@ from dinov3_framework.errors import RecipeError as RecipeError
 from dinov3_framework.errors import UserError as UserError
 from dinov3_framework.kinds import AugmentationConfig as AugmentationConfig
 from dinov3_framework.kinds import BackboneConfig as BackboneConfig
+from dinov3_framework.kinds import BackboneTaskConfig as BackboneTaskConfig
 from dinov3_framework.kinds import Component as Component
 from dinov3_framework.kinds import DatasetConfig as DatasetConfig
 from dinov3_framework.kinds import EvaluationConfig as EvaluationConfig
@@ -83,7 +84,6 @@ from dinov3_framework.kinds import LauncherConfig as LauncherConfig
 from dinov3_framework.kinds import LossConfig as LossConfig
 from dinov3_framework.kinds import ObserverConfig as ObserverConfig
 from dinov3_framework.kinds import OptimizerConfig as OptimizerConfig
-from dinov3_framework.kinds import SubjectConfig as SubjectConfig
 from dinov3_framework.kinds import TaskConfig as TaskConfig
 from dinov3_framework.kinds import TransformConfig as TransformConfig
 from dinov3_framework.kinds import WeightsWriter as WeightsWriter
@@ -99,8 +99,10 @@ from dinov3_framework.schedules import Constant as Constant
 from dinov3_framework.schedules import Cosine as Cosine
 from dinov3_framework.schedules import Schedule as Schedule
 from dinov3_framework.schedules import WarmupCosine as WarmupCosine
+from dinov3_framework.weights.loaded import LoadedBackbone as LoadedBackbone
 from dinov3_framework.weights.loading import describe_backbone as describe_backbone
+from dinov3_framework.weights.loading import describe_recipe_backbone as describe_recipe_backbone
 from dinov3_framework.weights.loading import load_backbone as load_backbone
-from dinov3_framework.weights.subject import Subject as Subject
+from dinov3_framework.weights.loading import load_recipe_backbone as load_recipe_backbone
 
 __version__: str

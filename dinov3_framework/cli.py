@@ -10,7 +10,6 @@ import argparse
 import os
 import signal
 import sys
-import textwrap
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -160,7 +159,7 @@ def _recipe(options: argparse.Namespace, registry: Registry) -> int:
         return int(session.run_task(task, config, registry, output_dir, plan, **chosen))
 
     job = _job(output_dir, options.block_plugin, run)
-    if not _is_launched(options.recipes, output_dir):
+    if not _is_launched(options.recipes, output_dir) or _is_elsewhere(config, registry):
         plan = _check(task, launcher, may_miss=options.check)
         if _rank() in (None, 0):
             code = _show(_plan_text(plan, launcher, job))
@@ -205,11 +204,16 @@ def _is_launched(recipes: Sequence[str], output_dir: Path) -> bool:
     return _rank() is not None and [Path(recipe).resolve() for recipe in recipes] == [written]
 
 
+def _is_elsewhere(config: TaskConfig, registry: Registry) -> bool:
+    """Whether the launcher's processes are on machines that may lack what the caller had."""
+    return config.launcher is not None and bool(registry.build(config.launcher).elsewhere)
+
+
 def _check(task: Task, launcher: Launcher | None, may_miss: bool) -> Plan:
-    """What the task would do; what this machine lacks is an error unless it ``may_miss``."""
+    """What the task would do; what the machine that runs it lacks is an error unless it may."""
     outside = int(os.environ["WORLD_SIZE"]) if _rank() is not None else 1
     plan = task.check(launcher.world_size() if launcher else outside)
-    if plan.missing and not may_miss:
+    if plan.missing and not (may_miss or (launcher and launcher.elsewhere)):
         raise DataError("\n".join(plan.missing))
     return plan
 
@@ -220,7 +224,9 @@ def _plan_text(plan: Plan, launcher: Launcher | None, job: Job) -> str:
     text = report_text(plan)
     if launcher is None:
         return text
-    return f"{text}\n\nlauncher\n{textwrap.indent(launcher.preview(job), '  ')}"
+    preview = launcher.preview(job)
+    is_script = "\n" in preview  # to be copied as it stands
+    return f"{text}\n\nlauncher\n{preview if is_script else f'  {preview}'}"
 
 
 def _flag(flag: Flag, task: Task, launcher: Launcher | None, options: argparse.Namespace) -> str:

@@ -201,15 +201,15 @@ class TaskConfig:
 
 
 @config
-class SubjectConfig(TaskConfig):
-    """Base of tasks that look at one backbone: ``weights``, or a ``backbone`` as initialised."""
+class BackboneTaskConfig(TaskConfig):
+    """Base of tasks on one backbone: of ``weights``, or a ``backbone`` as it is initialized."""
 
     weights: str | None = option(
         "weights of the backbone: a file or folder of any known format, or a published name",
         default=None,
     )
     backbone: BackboneConfig | None = option(
-        "a backbone to look at as it is initialised, with the recipe's seed", default=None
+        "a backbone to look at as it is initialized, with the recipe's seed", default=None
     )
     images: ImagesConfig | None = option(
         "what images are, for backbone (left out, RGB); weights know it by themselves",
@@ -341,10 +341,12 @@ class Flag:
 
 @frozen
 class WeightsWriter:
-    """A format of weights that a plugin writes.
+    """A format that weights are written in and not read from.
 
     ``write``, ``"module:function"``, is called as ``write(path, backbone, info)`` with a backbone
-    that has its values, and the ``BackboneInfo`` that belongs to it.
+    that has its values and the ``ComponentInfo`` that belongs to it. It compares what it wrote with
+    the backbone, raises ``CheckpointError`` where they differ, and returns in a few words how they
+    were compared.
     """
 
     format: str

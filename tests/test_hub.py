@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from dinov3_framework import SATELLITE_IMAGES, WEB_IMAGES, CheckpointError, Registry
-from dinov3_framework.weights.convert import formats
+from dinov3_framework.weights import formats
 
 ROOT = Path(__file__).parents[1]
 NAMES = {

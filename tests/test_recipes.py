@@ -281,7 +281,7 @@ def test_what_an_observer_misses_is_known_before_anything_is_written(
 ) -> None:
     output = tmp_path / "run"
     missing = ("train.use=image_folder", f"train.root={tmp_path / 'nowhere'}")
-    words = ["quickstart", *(f"observers.knn.{part}" for part in missing)]
+    words = ["quickstart", *(f"observers.knn.evaluations.knn.{part}" for part in missing)]
     words += ["--output-dir", str(output)]
     assert main([*words, "--check"]) == 0
     assert main(words) == ExitCode.WRONG_INPUT

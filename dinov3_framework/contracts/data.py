@@ -252,7 +252,7 @@ class Augmentation(abc.ABC):
     def __call__(self, image: Tensor, rng: np.random.Generator) -> Mapping[str, Tensor]:
         """Crops of one uint8 image [C, H, W], by view: [crops, C, size, size].
 
-        uint8 crops are scaled and normalised on the device; float crops are taken as they are. All
+        uint8 crops are scaled and normalized on the device; float crops are taken as they are. All
         randomness comes from ``rng``, which depends on the sample's place in the stream alone.
         """
 

@@ -1,10 +1,11 @@
-"""What a backbone plugin says about files: how they name its tensors, and which are published.
+"""Layouts: how files name a component's tensors; and published files of weights.
 
-A *layout* belongs to one family of backbones and one kind of file. It recognises the files that are
-its own and says, rule by rule, what they have in place of each tensor of the official state dict
-(``Backbone.state_dict()``). The rules serve both directions, so a conversion cannot forget on the
-way back what it did on the way there. Plugins offer layouts by the hook ``dinov3_layouts`` and
-published weights by ``dinov3_published``; nothing here imports torch before a tensor is touched.
+A *layout* belongs to one family of components (backbones, heads, ...) and one file format. It
+recognizes the files that are its own and gives, rule by rule, what they hold in place of each
+tensor of the official state dict (``module.state_dict()``). Each rule works in both directions, so
+a conversion cannot lose on the way back what it did on the way there. Plugins offer layouts by the
+hook ``dinov3_layouts`` and published weights by ``dinov3_published``; nothing here imports torch
+before a tensor is touched.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from attrs import frozen
 
 from dinov3_framework.configs import WEB_IMAGES, ImagesConfig
 from dinov3_framework.errors import CheckpointError
-from dinov3_framework.kinds import BackboneConfig
+from dinov3_framework.kinds import KINDS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Shape = tuple[int, ...]
+
+_PUBLISHED_AT = "https://dl.fbaipublicfiles.com/dinov3"
 
 
 class Content(Protocol):
@@ -55,7 +58,7 @@ class Rule(abc.ABC):
 
     @abc.abstractmethod
     def read(self, shape: Shape, take: Callable[[str], Tensor]) -> Tensor | None:
-        """The official tensor, or None where it keeps the value it is initialised with."""
+        """The official tensor, or None where it keeps the value it is initialized with."""
 
     @abc.abstractmethod
     def write(self, tensor: Tensor, initial: Callable[[], Tensor]) -> Mapping[str, Tensor]:
@@ -67,7 +70,7 @@ class Rule(abc.ABC):
 
     @property
     def lost(self) -> str | None:
-        """What a person should know is not in the file, if it matters."""
+        """What is not in the file and a user should know of, if anything."""
         return None
 
 
@@ -123,7 +126,7 @@ class Chunks(Rule):
 
 @frozen
 class Implied(Rule):
-    """Not in the file: the value that the backbone is initialised with is the only one possible.
+    """Not in the file: the value that the module is initialized with is the only one possible.
 
     Buffers that follow from the config, such as RoPE's periods.
     """
@@ -140,7 +143,7 @@ class Implied(Rule):
         expected = initial()
         if not tensor.isclose(expected.to(tensor.dtype), rtol=1e-2, atol=0).all():
             raise CheckpointError(
-                f"{self.official!r} is not what its backbone's config implies, and files of this "
+                f"{self.official!r} is not what its config implies, and files of this "
                 "format have no place for it"
             )
         return {}
@@ -148,7 +151,7 @@ class Implied(Rule):
 
 @frozen
 class Dropped(Rule):
-    """Not in the file, and lost by writing one; ``reason`` says to a person why that may be."""
+    """Not in the file, and lost by writing one; ``reason`` says why that is allowed."""
 
     official: str
     reason: str
@@ -169,38 +172,43 @@ class Dropped(Rule):
 
 # --------------------------------------------------------------------------- layouts
 class Layout(abc.ABC):
-    """How one kind of file names the tensors of one family of backbones."""
+    """How one file format names the tensors of one family of components."""
 
-    # What a person calls it: "meta" is the official names themselves.
+    # The name of the format; "meta" stands for the official names themselves.
     format: ClassVar[str]
-    # The base of the configs whose backbones it describes.
-    config: ClassVar[type[BackboneConfig]]
-    # What its files do not say of a backbone that is no published one, in words; the config's
+    # The base of the configs whose components it describes.
+    config: ClassVar[type]
+    # What its files do not say of a component that is not a published one, in words; the config's
     # defaults are taken for it.
     unsaid: ClassVar[str] = ""
 
+    @property
+    def kind(self) -> str:
+        """The kind of its components: ``backbone``, ``head``."""
+        return next(k.name for k in KINDS.values() if issubclass(self.config, k.config))
+
     @abc.abstractmethod
-    def recognise(self, content: Content) -> BackboneConfig | None:
-        """The backbone whose tensors these are; None if they are none of this layout's.
+    def recognize(self, content: Content) -> Any | None:
+        """The config of the component whose tensors these are; None if they are not this layout's.
 
         As exact as shapes, settings and (where nothing else tells) small tensors allow, and a
-        published preset where one fits. Raises ``CheckpointError`` for what is clearly of this
-        layout and cannot be used, saying why.
+        published preset where one fits. Raises ``CheckpointError`` for content that is clearly of
+        this layout and cannot be used, saying why.
         """
 
     @abc.abstractmethod
-    def rules(self, config: BackboneConfig, names: Sequence[str]) -> Sequence[Rule]:
+    def rules(self, config: Any, names: Sequence[str]) -> Sequence[Rule]:
         """One rule for each of ``names``, those of the official state dict of ``config``.
 
         Two rules may share a name in the file where the official state dict has one tensor twice.
         """
 
-    def refusal(self, config: BackboneConfig) -> str | None:
-        """Why files of this kind cannot hold such a backbone, if they cannot."""
+    def refusal(self, config: Any) -> str | None:
+        """Why files of this format cannot hold such a component, if they cannot."""
         return None
 
     def settings(
-        self, config: BackboneConfig, images: ImagesConfig, size: int
+        self, config: Any, images: ImagesConfig, size: int
     ) -> Mapping[str, Mapping[str, Any]]:
         """JSON files to stand beside ``model.safetensors`` in a folder; none: a single file."""
         return {}
@@ -211,9 +219,10 @@ class PublishedFile:
     """One published file of weights."""
 
     file: str  # as it is offered for download, ending in -<first 8 digits of its SHA-256>.pth
-    config: BackboneConfig
+    config: Any
     images: ImagesConfig = WEB_IMAGES
     size: int = 224  # pixels, of the published evaluation
+    url: str = ""  # where it can be downloaded, if not at the default place
 
     @property
     def digest(self) -> str:
@@ -223,7 +232,20 @@ class PublishedFile:
 
 @frozen
 class Published:
-    """A published backbone under its torch.hub name, with its weights by training set."""
+    """A published component under its torch.hub name, with its weights by training set."""
 
     name: str
     files: Mapping[str, PublishedFile]  # "LVD1689M", "SAT493M"; the first is the default
+    kind: str = "backbone"
+
+    @property
+    def default(self) -> PublishedFile:
+        return next(iter(self.files.values()))
+
+    def file(self, training_set: str | None) -> PublishedFile | None:
+        """The file of a training set, the default if None is named; None if there is no such."""
+        return self.files.get(training_set.upper()) if training_set else self.default
+
+    def url(self, file: PublishedFile) -> str:
+        """Where one of the files lies; without a signed link the server may answer 403."""
+        return file.url or f"{_PUBLISHED_AT}/{self.name}/{file.file}"

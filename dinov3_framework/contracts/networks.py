@@ -167,11 +167,16 @@ class HeadFeatures:
     image_size: tuple[int, int]  # pixels, height and width
 
 
+def _again(parts: Iterable[Any], image_size: Any) -> HeadFeatures:
+    maps, cls = parts
+    return HeadFeatures(maps, cls, image_size)
+
+
 # Sharding casts the tensors in what a network is called with, and follows their gradients.
 register_pytree_node(
     HeadFeatures,
     lambda features: ([list(features.maps), list(features.cls)], features.image_size),
-    lambda parts, image_size: HeadFeatures(*parts, image_size),
+    _again,
 )
 
 

@@ -58,6 +58,9 @@ class JobHandle(abc.ABC):
 class Launcher(abc.ABC):
     """Gets processes for a job."""
 
+    # Whether they run on other machines, which may have what this one, a login node, lacks.
+    elsewhere: bool = False
+
     @abc.abstractmethod
     def submit(
         self, job: Job, resources: Resources | None = None, *, after: Sequence[JobHandle] = ()

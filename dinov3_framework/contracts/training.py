@@ -100,18 +100,20 @@ class TrainUnit(abc.ABC):
         """Look at the notes of a checkpoint before it is loaded; may raise ``CheckpointError``."""
 
     def memory_roles(self) -> Mapping[str, Iterable[Tensor]]:
-        """The tensors that it holds, by what they are for; by default as names in ``state`` begin.
+        """The tensors that it holds, by what they are for, as an estimate of memory names them.
 
-        For estimates of memory; ``networks`` are ``student`` whatever their names.
+        A tensor in several counts to the first. Networks that are in none are found where they
+        were placed. By default the trained networks by their names, then the rest of ``state``.
         """
-        roles: dict[str, list[Tensor]] = {}
-        for name, tensor in self.state().items():
-            roles.setdefault(name.partition(".")[0], []).append(tensor)
-        return roles
+        trained = {
+            name: [*network.parameters(), *network.buffers()]
+            for name, network in self.networks.items()
+        }
+        return {**trained, "other state": list(self.state().values())}
 
-    def simulation_rows(self) -> Rows:
-        """What an estimate is to report of the unit after its steps."""
-        return ()
+    def simulation_sections(self) -> Mapping[str, Rows]:
+        """What an estimate is to report of the unit after its steps, by title."""
+        return {}
 
     def memory_hints(self) -> Sequence[str]:
         """Changes to the recipe that save memory, for the error when it runs out."""

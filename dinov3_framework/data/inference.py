@@ -60,7 +60,7 @@ class InferenceLoader(Generic[Item, Data]):
     ) -> None:
         self.dataset, self.prepare, self.collate = dataset, prepare, collate
         self.reading = ReadingLog(workers)
-        self._loader = WorkerLoader(
+        self._loader: WorkerLoader[InferenceBatch[Data]] = WorkerLoader(
             self.read,
             batches,
             workers=workers,

@@ -43,7 +43,7 @@ class TokenReader(nn.Module):
         return f"layer{layer}." if len(self.layers) > 1 else ""
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Outputs by name, of normalised pixels [B, C, H, W]; means in float32.
+        """Outputs by name, of normalized pixels [B, C, H, W]; means in float32.
 
         Raises ``UserError`` for layers that the backbone does not give, and ``DataError`` for
         storage tokens that it does not have.

@@ -138,7 +138,7 @@ def state_of(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     }
 
 
-def initialise(module: nn.Module, blueprint: nn.Module, seed: int) -> None:
+def initialize(module: nn.Module, blueprint: nn.Module, seed: int) -> None:
     """Give a placed network the values that ``blueprint.init_weights()`` draws from ``seed``.
 
     ``blueprint`` is the same network, whole, on the meta device. Of the processes that share the

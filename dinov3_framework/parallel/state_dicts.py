@@ -73,9 +73,14 @@ def fingerprint(network: nn.Module) -> float:
 _CLOSE = 1e-5  # relative difference of fingerprints that rounding explains
 
 
+def is_same(before: float, now: float) -> bool:
+    """Whether two fingerprints differ by rounding at most."""
+    return abs(before - now) <= _CLOSE * abs(before)
+
+
 def require_same(before: float, now: float, weights: str, what: str) -> None:
     """Raise ``CheckpointError`` where the fingerprint of a teacher, say, is not what it was."""
-    if abs(before - now) > _CLOSE * abs(before):
+    if not is_same(before, now):
         raise CheckpointError(
             f"{weights} is not the {what} that this run has learned from: bring that one back, or "
             "start in another output folder"

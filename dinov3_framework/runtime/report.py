@@ -17,7 +17,8 @@ from markupsafe import Markup
 from dinov3_framework.runtime.output import write_aside
 from dinov3_framework.runtime.results import Row, format_value, tabulated
 
-_INDEXED = 12  # sections from which on the page begins with a list of them
+_NOTHING = Markup()
+_LISTED = 12  # titled sections from which on a list of them stands before the first
 
 
 @attrs.frozen(eq=False)
@@ -30,7 +31,7 @@ class Image:
     alt: str = ""  # for who does not see it; left out, the title
     width: int | None = None  # pixels on the page; left out, its own
     crisp: bool = False  # whether pixels are enlarged to squares, instead of blended
-    over: Markup = Markup()  # markup that is drawn over it
+    over: Markup = _NOTHING  # markup that is drawn over it
 
     @property
     def uri(self) -> str:
@@ -73,11 +74,12 @@ def write_report(
     ``style`` (CSS) and ``script`` (JavaScript) come on top of the page's own and are trusted. A
     page without a script forbids any. Raises ``OutputError`` where it cannot be written.
     """
+    titled = [place for place, section in enumerate(sections) if section.title]
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_PAGE)
     page = template.render(
         title=title,
         sections=sections,
-        indexed=len(sections) >= _INDEXED,
+        listed=titled[0] if len(titled) >= _LISTED else None,
         style=Markup(_STYLE + style),
         script=Markup(script),
         kind=_kind,
@@ -107,8 +109,9 @@ _PAGE = """\
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data: file: 'self'; \
-style-src 'unsafe-inline'{{ "; script-src 'unsafe-inline'" if script }}">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; \
+img-src data: file: 'self'; style-src 'unsafe-inline'\
+{{ "; script-src 'unsafe-inline'" if script }}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
 <style>
@@ -116,7 +119,8 @@ style-src 'unsafe-inline'{{ "; script-src 'unsafe-inline'" if script }}">
 </head>
 <body>
 <h1>{{ title }}</h1>
-{% if indexed %}
+{% for section in sections %}
+{% if loop.index0 == listed %}
 <nav><ol>
 {% for section in sections %}
 {% if section.title %}
@@ -125,8 +129,8 @@ style-src 'unsafe-inline'{{ "; script-src 'unsafe-inline'" if script }}">
 {% endfor %}
 </ol></nav>
 {% endif %}
-{% for section in sections %}
-<section id="section-{{ loop.index }}"{% for key, value in section.data.items() %} data-{{ key }}="{{ value }}"{% endfor %}>
+<section id="section-{{ loop.index }}"\
+{% for key, value in section.data.items() %} data-{{ key }}="{{ value }}"{% endfor %}>
 {% if section.title %}
 <h2>{{ section.title }} <small>{{ section.note }}</small></h2>
 {% endif %}

@@ -41,9 +41,9 @@ class StopFlag:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
 
-    def stopped(self, iteration: int) -> StopRequested:
-        """The error that ends the process after its state was saved."""
-        return _stopped(self.received, f"iteration {iteration:,}")
+    def stopped(self, after: str) -> StopRequested:
+        """The error that ends the process ``after`` something whose state was saved."""
+        return _stopped(self.received, after)
 
 
 class LateSignal:

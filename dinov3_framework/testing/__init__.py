@@ -1,36 +1,46 @@
-"""Checks that a component keeps the promises of its contract, for any plugin's tests to call.
+"""Suites of promises that components keep, for any plugin's tests to subclass.
 
-Each takes a config, builds the component as the engine would and tries it out on small random
-input; what it does not promise (whether a loss teaches anything, say) is left to the plugin's own
-tests. The component comes from ``registry`` (left out, the installed plugins) or from ``factory``,
-called with the config and the runtime arguments of its hook.
+Each builds the component as the trainer would and tries it out on small random input, a test method
+for each promise of its contract; what it does not promise (whether a loss teaches anything, say) is
+left to the plugin's own tests.
 
->>> def test_contract() -> None:
-...     check_loss(SpreadConfig(target=2.0))
+>>> class TestSpread(LossSuite):
+...     config = SpreadConfig(target=2.0)
 
-A broken promise raises :class:`ContractError`, whose message says which.
+``LossSuite.check(config)`` tries all promises at once. A broken one raises :class:`ContractError`.
 """
 
 from __future__ import annotations
 
-from dinov3_framework.testing.augmentations import check_augmentation
-from dinov3_framework.testing.backbones import check_backbone
-from dinov3_framework.testing.datasets import check_dataset
-from dinov3_framework.testing.launchers import check_launcher
-from dinov3_framework.testing.losses import check_loss
-from dinov3_framework.testing.modules import check_head
-from dinov3_framework.testing.observers import check_observer
-from dinov3_framework.testing.subject import ContractError
-from dinov3_framework.testing.tasks import check_task
+from dinov3_framework.testing.augmentations import AugmentationSuite
+from dinov3_framework.testing.backbones import BackboneSuite
+from dinov3_framework.testing.datasets import DatasetSuite, StreamDatasetSuite
+from dinov3_framework.testing.evaluations import EvaluationSuite
+from dinov3_framework.testing.heads import HeadSuite
+from dinov3_framework.testing.launchers import LauncherSuite
+from dinov3_framework.testing.losses import LossSuite
+from dinov3_framework.testing.observers import ObserverSuite
+from dinov3_framework.testing.optimizers import OptimizerSuite
+from dinov3_framework.testing.suite import ContractError, NetworkSuite, Suite
+from dinov3_framework.testing.tasks import TaskSuite
+from dinov3_framework.testing.train_units import TrainUnitSuite
+from dinov3_framework.testing.transforms import TransformSuite
 
 __all__ = [
+    "AugmentationSuite",
+    "BackboneSuite",
     "ContractError",
-    "check_augmentation",
-    "check_backbone",
-    "check_dataset",
-    "check_head",
-    "check_launcher",
-    "check_loss",
-    "check_observer",
-    "check_task",
+    "DatasetSuite",
+    "EvaluationSuite",
+    "HeadSuite",
+    "LauncherSuite",
+    "LossSuite",
+    "NetworkSuite",
+    "ObserverSuite",
+    "OptimizerSuite",
+    "StreamDatasetSuite",
+    "Suite",
+    "TaskSuite",
+    "TrainUnitSuite",
+    "TransformSuite",
 ]

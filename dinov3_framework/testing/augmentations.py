@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pickle
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,7 @@ import torch
 from torch import Tensor
 
 from dinov3_framework.contracts.data import Augmentation, View
-from dinov3_framework.kinds import AugmentationConfig
-from dinov3_framework.registry import Registry
-from dinov3_framework.testing.subject import Subject
+from dinov3_framework.testing.suite import Suite
 
 _IMAGES = ((40, 40), (64, 23), (17, 90), (5, 3))  # heights and widths
 _BATCH = 6
@@ -22,211 +21,182 @@ _STEPS = 50  # that an augmentation is asked for its variant of
 _SUM_TOLERANCE = 1e-5  # of the variants' shares
 
 
-def check_augmentation(
-    config: AugmentationConfig,
-    *,
-    registry: Registry | None = None,
-    factory: Callable[..., Any] | None = None,
-    channels: int = 3,
-    patch_size: int = 4,
-) -> None:
-    """Check that an augmentation keeps its contract, for images of ``channels`` channels.
+class AugmentationSuite(Suite):
+    """Promises of an augmentation and each of its variants, for images of ``channels`` channels."""
 
-    Promises: ``views`` holds global crops and whole patches; every image, whatever its shape, gives
-    the declared crops, uint8 or finite floats; all randomness comes from ``rng``; the image is not
-    written to; the object can be pickled for loader workers; masks, if it makes any, are bool, one
-    value for each patch, and each row's depend on seed, step and row alone. All of that holds for
-    each of its variants, if it has any; these make the same views in other sizes, and ``at`` picks
-    one by seed and step alone.
-    """
-    subject = Subject.of(
-        "augmentation", config, registry, factory, channels=channels, patch_size=patch_size
-    )
-    augmentation: Augmentation = subject.built(Augmentation)
-    _check_views(subject, augmentation, patch_size)
-    variants = _variants(subject, augmentation, patch_size)
-    with subject.doing("pickling"):
-        copied = pickle.loads(pickle.dumps(augmentation))
-    _check_steps(subject, augmentation, copied, variants)
-    each = list(zip(variants, copied.variants(), strict=True))
-    if len(variants) > 1:
-        each.append((augmentation, copied))  # which is none of them, and makes crops as well
-    for one, copied in each:
+    kind = "augmentation"
+    contract = Augmentation
+    channels: int = 3
+    patch_size: int = 4
+
+    def arguments(self) -> dict[str, Any]:
+        return {"channels": self.channels, "patch_size": self.patch_size}
+
+    @cached_property
+    def augmentation(self) -> Augmentation:
+        augmentation: Augmentation = self.build()
+        return augmentation
+
+    @cached_property
+    def pickled(self) -> Augmentation:
+        """The same, as a loader worker gets it."""
+        pickled: Augmentation = pickle.loads(pickle.dumps(self.augmentation))
+        return pickled
+
+    def with_pickled(self) -> Iterator[tuple[Augmentation, Augmentation]]:
+        """Everything that makes crops, and the same once pickled."""
+        variants = self.augmentation.variants()
+        yield from zip(variants, self.pickled.variants(), strict=True)
+        if len(variants) > 1:
+            yield self.augmentation, self.pickled  # which is none of them, and makes crops as well
+
+    def images(self) -> Iterator[Tensor]:
         for height, width in _IMAGES:
-            shape = (channels, height, width)
-            values = np.random.default_rng(height).integers(0, 256, shape, np.uint8)
-            _check_crops(subject, one, copied, torch.from_numpy(values))
-        if one.makes_masks:
-            _check_masks(subject, one, patch_size)
+            shape = (self.channels, height, width)
+            pixels = np.random.default_rng(height).integers(0, 256, shape, np.uint8)
+            yield torch.from_numpy(pixels)
 
+    # ------------------------------------------------------------------ promises
+    def test_views(self) -> None:
+        """``views`` holds global crops, and whole patches."""
+        self._expect_views(self.augmentation)
 
-def _check_views(subject: Subject, augmentation: Augmentation, patch_size: int) -> None:
-    views = getattr(augmentation, "views", None)
-    subject.require(
-        isinstance(views, Mapping) and all(isinstance(view, View) for view in views.values()),
-        f"views must map names to View(crops, size), is {views!r}",
-    )
-    subject.require(
-        "global" in augmentation.views and augmentation.views["global"].crops > 0,
-        f"views has no global crops, which every training needs: {augmentation.views}",
-    )
-    for name, view in augmentation.views.items():
-        # The teacher's crops are cut into patches of the teacher's.
-        whole = view.size % patch_size == 0 or name == "teacher"
-        subject.require(
-            view.crops >= 0 and view.size > 0 and whole,
-            f"the view {name!r} is {view}; its size must be a multiple of the patch size "
-            f"{patch_size}",
+    def _expect_views(self, augmentation: Augmentation) -> None:
+        views = getattr(augmentation, "views", None)
+        known = isinstance(views, Mapping) and all(isinstance(v, View) for v in views.values())
+        assert known and views is not None, f"views must map names to View(...), is {views!r}"
+        assert "global" in views and views["global"].crops > 0, (
+            f"views has no global crops, which every training needs: {views}"
         )
-    of_teacher = augmentation.views.get("teacher", augmentation.views["global"])
-    subject.require(
-        of_teacher.crops == augmentation.views["global"].crops,
-        f"teacher crops are the teacher's version of the global ones, but not as many: "
-        f"{augmentation.views}",
-    )
-
-
-def _variants(
-    subject: Subject, augmentation: Augmentation, patch_size: int
-) -> Sequence[Augmentation]:
-    """The augmentation's variants, which agree with it and with each other."""
-    with subject.doing("variants()"):
-        variants = augmentation.variants()
-    subject.require(
-        isinstance(variants, Sequence)
-        and len(variants) > 0
-        and all(isinstance(variant, Augmentation) for variant in variants),
-        f"variants() must give one or more augmentations, gave {variants!r}",
-    )
-    crops = _crops_by_view(augmentation)
-    for variant in variants:
-        _check_views(subject, variant, patch_size)
-        subject.require(
-            _crops_by_view(variant) == crops and variant.makes_masks == augmentation.makes_masks,
-            "variants must make the same views, as many crops of each, and masks all or none: "
-            f"{variant.views} differs from {augmentation.views} in more than sizes",
-        )
-        subject.require(
-            len(variant.variants()) == 1 and _shown(variant.at(0, 0)) == _shown(variant),
-            "a variant has variants of its own",
-        )
-    shares = [variant.share for variant in variants]
-    subject.require(
-        min(shares) > 0 and abs(sum(shares) - 1) < _SUM_TOLERANCE,
-        f"the variants' shares must be above 0 and sum to 1, are {shares}",
-    )
-    largest = max(variants, key=_pixels)
-    subject.require(
-        dict(augmentation.views) == dict(largest.views),
-        f"views must be those of the largest variant, {largest.views}, are {augmentation.views}",
-    )
-    return variants
-
-
-def _crops_by_view(augmentation: Augmentation) -> dict[str, int]:
-    return {name: view.crops for name, view in augmentation.views.items()}
-
-
-def _pixels(augmentation: Augmentation) -> int:
-    return sum(view.crops * view.size**2 for view in augmentation.views.values())
-
-
-def _shown(augmentation: Augmentation) -> dict[str, View]:
-    """What tells variants apart."""
-    return dict(augmentation.views)
-
-
-def _check_steps(
-    subject: Subject,
-    augmentation: Augmentation,
-    copied: Augmentation,
-    variants: Sequence[Augmentation],
-) -> None:
-    """``at`` gives one of ``variants``, and the same again in another process."""
-
-    def found(asked: Augmentation, steps: Iterable[int]) -> dict[int, dict[str, View]]:
-        with subject.doing("at()"):
-            return {step: _shown(asked.at(5, step)) for step in steps}
-
-    first = found(augmentation, range(_STEPS))
-    known = [_shown(variant) for variant in variants]
-    for views in first.values():
-        subject.require(views in known, f"at() gave the views {views}, which no variant has")
-    for other in (augmentation, copied):
-        subject.require(
-            first == found(other, reversed(range(_STEPS))),
-            "at() gives a step another variant when asked again, or once pickled: it must depend "
-            "on seed and step alone",
+        for name, view in views.items():
+            # The teacher's crops are cut into patches of the teacher's.
+            whole = view.size % self.patch_size == 0 or name == "teacher"
+            assert view.crops >= 0 and view.size > 0 and whole, (
+                f"the view {name!r} is {view}; its size must be a multiple of the patch size "
+                f"{self.patch_size}"
+            )
+        assert views.get("teacher", views["global"]).crops == views["global"].crops, (
+            f"teacher crops are the teacher's version of the global ones, but not as many: {views}"
         )
 
-
-def _check_crops(
-    subject: Subject, augmentation: Augmentation, copied: Augmentation, image: Tensor
-) -> None:
-    require, shape = subject.require, list(image.shape)
-    before = image.clone()
-    crops = _crops(subject, augmentation, image, 1)
-    require(torch.equal(image, before), "writes into the image that it is given")
-    views = augmentation.views
-    require(
-        crops.keys() == views.keys(),
-        f"makes the views {sorted(crops)}, declares {sorted(views)}",
-    )
-    for name, view in views.items():
-        made, wanted = crops[name], [view.crops, shape[0], view.size, view.size]
-        require(
-            list(made.shape) == wanted,
-            f"{name} crops of an image {shape} are {list(made.shape)}, declared as {wanted}",
+    def test_variants(self) -> None:
+        """Variants make the same views in other sizes; their shares sum to 1."""
+        whole, variants = self.augmentation, self.augmentation.variants()
+        known = isinstance(variants, Sequence) and len(variants) > 0
+        assert known and all(isinstance(variant, Augmentation) for variant in variants), (
+            f"variants() must give one or more augmentations, gave {variants!r}"
         )
-        require(
-            made.dtype == torch.uint8 or (made.is_floating_point() and bool(made.isfinite().all())),
-            f"{name} crops must be uint8 or finite floats, are {made.dtype}",
+        for variant in variants:
+            self._expect_views(variant)
+            same = _counts(variant) == _counts(whole) and variant.makes_masks == whole.makes_masks
+            assert same, (
+                "variants must make the same views, as many crops of each, and masks all or none: "
+                f"{variant.views} differs from {whole.views} in more than sizes"
+            )
+            is_one = len(variant.variants()) == 1 and variant.at(0, 0).views == variant.views
+            assert is_one, "a variant has variants of its own"
+        shares = [variant.share for variant in variants]
+        assert min(shares) > 0 and abs(sum(shares) - 1) < _SUM_TOLERANCE, (
+            f"the variants' shares must be above 0 and sum to 1, are {shares}"
         )
-    for other, complaint in (
-        (augmentation, "gives other crops for the same rng: it draws from elsewhere, or remembers"),
-        (copied, "gives other crops once pickled"),
-    ):
-        again = _crops(subject, other, image, 2)
-        require(all(torch.equal(crops[name], again[name]) for name in views), complaint)
+        largest = max(variants, key=_pixels).views
+        assert dict(whole.views) == dict(largest), (
+            f"views must be those of the largest variant, {largest}, are {whole.views}"
+        )
+
+    def test_variant_of_a_step(self) -> None:
+        """``at`` picks a variant by seed and step alone."""
+
+        def views(asked: Augmentation, steps: Iterable[int]) -> dict[int, Mapping[str, View]]:
+            return {step: asked.at(5, step).views for step in steps}
+
+        first = views(self.augmentation, range(_STEPS))
+        known = [variant.views for variant in self.augmentation.variants()]
+        for found in first.values():
+            assert found in known, f"at() gave the views {found}, which no variant has"
+        for other in (self.augmentation, self.pickled):
+            assert first == views(other, reversed(range(_STEPS))), (
+                "at() gives a step another variant when asked again, or once pickled: it must "
+                "depend on seed and step alone"
+            )
+
+    def test_crops(self) -> None:
+        """Every image, whatever its shape, gives the declared crops, uint8 or finite floats."""
+        for augmentation, _ in self.with_pickled():
+            views = augmentation.views
+            for image in self.images():
+                before, shape = image.clone(), list(image.shape)
+                crops = _crops(augmentation, image, 1)
+                assert torch.equal(image, before), "writes into the image that it is given"
+                found = f"makes the views {sorted(crops)}, declares {sorted(views)}"
+                assert crops.keys() == views.keys(), found
+                for name, view in views.items():
+                    made, wanted = crops[name], [view.crops, shape[0], view.size, view.size]
+                    assert list(made.shape) == wanted, (
+                        f"{name} crops of an image {shape} are {list(made.shape)}, declared as "
+                        f"{wanted}"
+                    )
+                    finite = made.is_floating_point() and bool(made.isfinite().all())
+                    assert made.dtype == torch.uint8 or finite, (
+                        f"{name} crops must be uint8 or finite floats, are {made.dtype}"
+                    )
+
+    def test_randomness(self) -> None:
+        """All randomness comes from ``rng``, in loader workers too."""
+        for augmentation, pickled in self.with_pickled():
+            for image in self.images():
+                crops = _crops(augmentation, image, 1)
+                for other, when in (
+                    (augmentation, "for the same rng: it draws from elsewhere, or remembers"),
+                    (pickled, "once pickled"),
+                ):
+                    again = _crops(other, image, 2)
+                    same = all(torch.equal(crops[name], again[name]) for name in crops)
+                    assert same, f"gives other crops {when}"
+
+    def test_masks(self) -> None:
+        """Masks are bool, one value a patch, and depend on seed, step and row alone."""
+        for augmentation, _ in self.with_pickled():
+            if augmentation.makes_masks:
+                self._expect_masks(augmentation)
+
+    def _expect_masks(self, augmentation: Augmentation) -> None:
+        view = augmentation.views["global"]
+        total, patches = view.crops * _BATCH, (view.size // self.patch_size) ** 2
+
+        def masks(rows: Sequence[int], step: int = 3) -> Tensor:
+            return augmentation.masks(rows=rows, total=total, seed=1, step=step)
+
+        whole = masks(range(total))
+        assert whole.dtype == torch.bool and list(whole.shape) == [total, patches], (
+            f"masks are {whole.dtype} {list(whole.shape)}, not torch.bool {[total, patches]}"
+        )
+        assert whole.any(), f"makes_masks is true, but {total} crops have no patch masked"
+        assert not whole.all(1).any(), "a mask leaves no patch of its crop to be seen"
+        masks(range(total), step=4)  # whatever it may remember of another step
+        backwards = list(range(total))[::-2]
+        assert torch.equal(masks(backwards), whole[backwards]), (
+            "masks depend on which rows are asked for together, not on seed, step and row alone"
+        )
 
 
-def _crops(
-    subject: Subject, augmentation: Augmentation, image: Tensor, elsewhere: int
-) -> Mapping[str, Tensor]:
+def _crops(augmentation: Augmentation, image: Tensor, elsewhere: int) -> Mapping[str, Tensor]:
     """Crops for one rng, with the global generators in a state of their own."""
-    legacy = np.random.get_state()
-    state = random.getstate()
+    legacy, state = np.random.get_state(), random.getstate()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(elsewhere)
         random.seed(elsewhere)
         np.random.seed(elsewhere)
         try:
-            with subject.doing(f"an image of {list(image.shape)}"):
-                return augmentation(image, np.random.default_rng(11))
+            return augmentation(image, np.random.default_rng(11))
         finally:
             random.setstate(state)
             np.random.set_state(legacy)
 
 
-def _check_masks(subject: Subject, augmentation: Augmentation, patch_size: int) -> None:
-    require, view = subject.require, augmentation.views["global"]
-    total, patches = view.crops * _BATCH, (view.size // patch_size) ** 2
+def _counts(augmentation: Augmentation) -> dict[str, int]:
+    return {name: view.crops for name, view in augmentation.views.items()}
 
-    def masks(rows: list[int], step: int = 3) -> Tensor:
-        with subject.doing("masks()"):
-            return augmentation.masks(rows=rows, total=total, seed=1, step=step)
 
-    rows = list(range(total))
-    whole = masks(rows)
-    require(
-        whole.dtype == torch.bool and list(whole.shape) == [total, patches],
-        f"masks are {whole.dtype} {list(whole.shape)}, not torch.bool {[total, patches]}",
-    )
-    require(bool(whole.any()), f"makes_masks is true, but {total} crops have no patch masked")
-    require(not bool(whole.all(1).any()), "a mask leaves no patch of its crop to be seen")
-    masks(rows, step=4)  # whatever it may remember of another step
-    backwards = rows[::-2]
-    require(
-        torch.equal(masks(backwards), whole[backwards]),
-        "masks depend on which rows are asked for together, not on seed, step and row alone",
-    )
+def _pixels(augmentation: Augmentation) -> int:
+    return sum(view.crops * view.size**2 for view in augmentation.views.values())

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import sys
-from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from dinov3_framework.contracts.running import Job, Launcher
+from dinov3_framework.contracts.running import Job, JobHandle, Launcher, Resources
 from dinov3_framework.errors import ExitCode
-from dinov3_framework.kinds import LauncherConfig
-from dinov3_framework.registry import Registry
-from dinov3_framework.testing.subject import Subject
+from dinov3_framework.testing.suite import Suite
 
-# One process of a job: leaves a file named by its rank, and ends as it is told.
+# One process of a job: leaves a file named by its rank, and ends with the code that it is given.
 _PROCESS = """\
 import os, pathlib, sys
 rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
@@ -25,58 +20,80 @@ sys.exit(int(sys.argv[2]))
 """
 
 
-def check_launcher(
-    config: LauncherConfig,
-    output_dir: Path,
-    *,
-    registry: Registry | None = None,
-    factory: Callable[..., Any] | None = None,
-    launch: bool = True,
-) -> None:
-    """Check a launcher by jobs that take no time; ``output_dir`` is an empty folder for them.
+class LauncherSuite(Suite):
+    """Promises of a launcher, by jobs that take no time.
 
-    Promises: ``describe()`` is one line, ``world_size()`` at least 1; a job becomes processes of
-    the ranks 0 .. world_size - 1, each once, which know the world size from their environment;
-    the exit code says that all went well, or is the one by which processes explained themselves.
-    ``launch = False`` leaves the last two out, for launchers that hand the job to a cluster.
+    With ``launch = False`` none is submitted: for launchers that hand jobs over to a cluster.
     """
-    subject = Subject.of("launcher", config, registry, factory)
-    launcher: Launcher = subject.built(Launcher)
-    job = Job(command=("true",), output_dir=output_dir, run=lambda: 0)
-    with subject.doing("preview()"):
-        subject.require(bool(launcher.preview(job).strip()), "preview() gives no text")
-    with subject.doing("world_size()"):
-        world = launcher.world_size()
-    subject.require(
-        type(world) is int and world >= 1, f"world_size() must be at least 1, is {world!r}"
-    )
-    if launch:
-        for code in (ExitCode.OK, ExitCode.WRONG_INPUT):
-            _check_launch(subject, launcher, world, output_dir / f"code_{int(code)}", code)
 
+    kind = "launcher"
+    contract = Launcher
+    launch: bool = True
 
-def _check_launch(
-    subject: Subject, launcher: Launcher, world: int, folder: Path, code: ExitCode
-) -> None:
-    folder.mkdir(parents=True)
-    script = folder.with_suffix(".py")
-    script.write_text(_PROCESS, "utf-8")
+    @cached_property
+    def launcher(self) -> Launcher:
+        launcher: Launcher = self.build()
+        return launcher
 
-    def run() -> int:
-        (folder / os.environ.get("RANK", "0")).write_text(os.environ.get("WORLD_SIZE", "1"))
-        return int(code)
+    def job(self, folder: Path, code: ExitCode = ExitCode.OK) -> Job:
+        """A job whose processes leave their ranks in ``folder``."""
+        folder.mkdir(parents=True)
+        script = folder.with_suffix(".py")
+        script.write_text(_PROCESS, "utf-8")
 
-    command = (sys.executable, str(script), str(folder), str(int(code)))
-    with subject.doing("launch()"), contextlib.redirect_stderr(io.StringIO()):
-        given = launcher.submit(Job(command=command, output_dir=folder, run=run)).wait()
-    ranks = {path.name: path.read_text() for path in folder.iterdir()}
-    wanted = {str(rank): str(world) for rank in range(world)}
-    if code == ExitCode.OK:  # where processes fail, some may be stopped before they begin
-        subject.require(
-            ranks == wanted,
-            f"a job for world_size() = {world} ran as rank: world size {ranks}, not {wanted}",
-        )
-    subject.require(
-        int(given) == int(code),
-        f"launch() gave exit code {int(given)} where the processes ended with {int(code)}",
-    )
+        def run() -> int:
+            (folder / os.environ.get("RANK", "0")).write_text(os.environ.get("WORLD_SIZE", "1"))
+            return int(code)
+
+        command = (sys.executable, str(script), str(folder), str(int(code)))
+        return Job(command=command, output_dir=folder, run=run, name=folder.name)
+
+    def submit(self, job: Job, *after: JobHandle) -> JobHandle:
+        handle = self.launcher.submit(job, after=after)
+        assert isinstance(handle, JobHandle), f"submit() must give a JobHandle, gave {handle!r}"
+        texts = (handle.describe(), handle.id)
+        assert all(isinstance(text, str) for text in texts), "describe() and id must be text"
+        return handle
+
+    # ------------------------------------------------------------------ promises
+    def test_world_size(self) -> None:
+        """There is a process at least."""
+        world = self.launcher.world_size()
+        is_count = type(world) is int and world >= 1
+        assert is_count, f"world_size() must be at least 1, is {world!r}"
+
+    def test_preview(self, tmp_path: Path) -> None:
+        """``preview`` says what would be started, and starts nothing."""
+        job = self.job(tmp_path / "job")
+        text, again = self.launcher.preview(job), self.launcher.preview(job, Resources())
+        assert isinstance(text, str) and text.strip(), f"preview() gives no text, but {text!r}"
+        assert text == again, "preview() says something else where no resources are asked for"
+        assert not any(job.output_dir.iterdir()), "preview() starts the job"
+
+    def test_processes(self, tmp_path: Path) -> None:
+        """A job becomes processes of the ranks 0 .. world_size - 1, which know the world size."""
+        if self.launch:
+            code, world = self.submit(self.job(tmp_path / "job")).wait(), self.launcher.world_size()
+            ranks = {path.name: path.read_text() for path in (tmp_path / "job").iterdir()}
+            wanted = {str(rank): str(world) for rank in range(world)}
+            assert ranks == wanted, f"ran as rank: world size {ranks}, not {wanted}"
+            assert code == 0, f"wait() gave {code} where the processes ended with 0"
+
+    def test_exit_code(self, tmp_path: Path) -> None:
+        """The exit code is the one by which processes explained themselves."""
+        if self.launch:
+            wanted = ExitCode.WRONG_INPUT
+            code = self.submit(self.job(tmp_path / "job", wanted)).wait()
+            assert code == wanted, f"wait() gave {code} where the processes ended with {wanted}"
+
+    def test_after(self, tmp_path: Path) -> None:
+        """A job begins when those that it waits for ended well, and not where one did not."""
+        for code in (ExitCode.OK, ExitCode.WRONG_INPUT) if self.launch else ():
+            folder = tmp_path / code.name
+            first = self.submit(self.job(folder / "first", code))
+            ended = self.submit(self.job(folder / "second"), first).wait()
+            ran = [name for name in ("first", "second") if any((folder / name).iterdir())]
+            wanted = ["first", "second"] if code == 0 else ["first"]
+            assert ran == wanted and (ended == 0) is (code == 0), (
+                f"of a job that ended with {code} and one after it ran {ran}, with code {ended}"
+            )

@@ -1,16 +1,15 @@
-"""Made-up steps for losses: features at random, and a record of what is read of them."""
+"""Made-up steps for losses: tokens at random, and a record of what is read of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
 from dinov3_framework.contracts.losses import StepOutputs, ViewFeatures
 
-Reads = set[str]
 Project = Callable[..., Tensor]
 
 # Crops and grid of each view; all different, so that nothing fits by chance.
@@ -29,7 +28,7 @@ class _Watched(ViewFeatures):
         return object.__getattribute__(self, name)
 
 
-def _watched(features: ViewFeatures, place: str, reads: Reads) -> ViewFeatures:
+def _watched(features: ViewFeatures, place: str, reads: set[str]) -> ViewFeatures:
     watched = _Watched(features.cls, features.storage, features.patches, features.grid)
     object.__setattr__(watched, "place", place)
     object.__setattr__(watched, "reads", reads)
@@ -37,12 +36,12 @@ def _watched(features: ViewFeatures, place: str, reads: Reads) -> ViewFeatures:
 
 
 @frozen
-class Features:
+class DrawnTokens:
     """Tokens [crops, samples, ..., D] by ``network.view``, and masks of the global crops."""
 
-    tokens: Mapping[str, ViewFeatures]
+    views: Mapping[str, ViewFeatures]
     masks: Tensor | None
-    reads: Reads = field(factory=set)
+    reads: set[str] = field(factory=set)  # needs
 
     @classmethod
     def draw(
@@ -53,7 +52,7 @@ class Features:
         *,
         collapsed: bool = False,
         dtype: torch.dtype = torch.float32,
-    ) -> Features:
+    ) -> DrawnTokens:
         """What ``needs`` names; ``collapsed`` makes all tokens of all crops and samples equal."""
         generator = torch.Generator().manual_seed(3)
         one = torch.randn(dim, generator=generator)
@@ -62,53 +61,48 @@ class Features:
             drawn = torch.randn(*shape, dim, generator=generator)
             return (one.expand_as(drawn).clone() if collapsed else drawn).to(dtype)
 
-        networks = {}
+        views = {}
         for place in sorted({need.rpartition(".")[0] for need in needs if need != "masks"}):
             crops, grid = VIEWS[place.partition(".")[2]]
             sizes = (crops, samples)
-            networks[place] = ViewFeatures(
+            views[place] = ViewFeatures(
                 cls=tokens(*sizes),
                 storage=tokens(*sizes, _STORAGE),
                 patches=tokens(*sizes, grid[0] * grid[1]),
                 grid=grid,
             )
-        return cls(networks, _masks(samples) if "masks" in needs else None)
+        return cls(views, _masks(samples) if "masks" in needs else None)
 
-    def of_samples(self, start: int, stop: int) -> Features:
+    def of_samples(self, start: int, stop: int) -> DrawnTokens:
         """A part of the batch."""
-        part = {
-            place: ViewFeatures(
-                cls=f.cls[:, start:stop],
-                storage=f.storage[:, start:stop],
-                patches=f.patches[:, start:stop],
-                grid=f.grid,
-            )
-            for place, f in self.tokens.items()
+        parts = {
+            place: evolve(view, **{name: getattr(view, name)[:, start:stop] for name in _OUTPUTS})
+            for place, view in self.views.items()
         }
-        return Features(part, None if self.masks is None else self.masks[:, start:stop])
+        return DrawnTokens(parts, None if self.masks is None else self.masks[:, start:stop])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tokens by need."""
+        return {
+            f"{place}.{output}": getattr(view, name)
+            for place, view in self.views.items()
+            for name, output in _OUTPUTS.items()
+        }
 
     def requires_grad(self) -> dict[str, Tensor]:
         """Let gradient flow to the student's tokens, and give them by need."""
-        leaves = {}
-        for place, features in self.tokens.items():
-            if place.startswith("student."):
-                for name, output in _OUTPUTS.items():
-                    leaves[f"{place}.{output}"] = getattr(features, name).requires_grad_()
-        return leaves
+        tokens = self.tensors().items()
+        return {n: t.requires_grad_() for n, t in tokens if n.startswith("student.")}
 
     def copies(self) -> dict[str, Tensor]:
         """Every tensor by name, as it is now."""
-        values = {
-            f"{place}.{output}": getattr(features, name).detach().clone()
-            for place, features in self.tokens.items()
-            for name, output in _OUTPUTS.items()
-        }
+        values = {name: tokens.detach().clone() for name, tokens in self.tensors().items()}
         return values if self.masks is None else values | {"masks": self.masks.clone()}
 
     def step(self, project: Project, project_teacher: Project) -> StepOutputs:
-        """The middle of a short run, with these features."""
+        """The middle of a short run, with these tokens."""
         by_network: dict[str, dict[str, ViewFeatures]] = {}
-        for place, features in self.tokens.items():
+        for place, features in self.views.items():
             network, _, view = place.partition(".")
             by_network.setdefault(network, {})[view] = _watched(features, place, self.reads)
         return StepOutputs(

@@ -2,50 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dinov3_framework.contracts.running import Plan, Task
-from dinov3_framework.kinds import TaskConfig
-from dinov3_framework.registry import Registry
-from dinov3_framework.testing.subject import Subject
+from dinov3_framework.testing.suite import Suite
 
 
-def check_task(
-    config: TaskConfig,
-    *,
-    registry: Registry | None = None,
-    factory: Callable[..., Any] | None = None,
-    world_size: int = 1,
-) -> None:
-    """Check what a task says of a recipe that is right; it is not run.
+class TaskSuite(Suite):
+    """Promises of what a task says of a recipe that is right; it is not run."""
 
-    Promises: ``check(world_size)`` gives a ``Plan`` of sections of (label, value) rows, says the
-    same when asked again, and writes nothing into the working directory or ``output_dir``.
-    """
-    known = registry if registry is not None else Registry.load()
-    subject = Subject.of("task", config, known, factory, registry=known)
-    task: Task = subject.built(Task)
-    folders = [Path.cwd(), *([Path(config.output_dir)] if config.output_dir is not None else [])]
-    before = [_entries(folder) for folder in folders]
-    with subject.doing(f"check({world_size})"):
-        report, again = task.check(world_size), task.check(world_size)
-    subject.require(
-        before == [_entries(folder) for folder in folders],
-        f"check() wrote into {' or '.join(map(str, folders))}",
-    )
-    subject.require(isinstance(report, Plan), f"check() must give a Plan, gave {report!r}")
-    for section, rows in report.sections.items():
-        subject.require(
-            all(len(row) == 2 and all(isinstance(text, str) for text in row) for row in rows),
-            f"the section {section!r} of the report must hold (label, value) rows of text",
-        )
-    subject.require(
-        all(isinstance(text, str) for text in report.missing), "missing must be lines of text"
-    )
-    subject.require(report == again, "check() reports something else when asked again")
+    kind = "task"
+    contract = Task
+    world_size: int = 1
+
+    def arguments(self) -> dict[str, Any]:
+        return {"registry": self.known}
+
+    @cached_property
+    def task(self) -> Task:
+        task: Task = self.build()
+        return task
+
+    def test_check_writes_nothing(self) -> None:
+        """``check`` leaves the working directory and ``output_dir`` as they are."""
+        folders = [Path.cwd(), Path(self.config.output_dir or ".")]
+        before = [_entries(folder) for folder in folders]
+        self.task.check(self.world_size)
+        same = before == [_entries(folder) for folder in folders]
+        assert same, f"check() wrote into {' or '.join(map(str, folders))}"
+
+    def test_check(self) -> None:
+        """``check`` gives a plan of (label, value) rows, and the same when asked again."""
+        plan = self.task.check(self.world_size)
+        assert isinstance(plan, Plan), f"check() must give a Plan, gave {plan!r}"
+        for section, rows in plan.sections.items():
+            assert all(len(row) == 2 and _are_texts(row) for row in rows), (
+                f"the section {section!r} of the plan must hold (label, value) rows of text"
+            )
+        assert _are_texts(plan.missing), "missing must be lines of text"
+        same = plan == self.task.check(self.world_size)
+        assert same, "check() reports something else when asked again"
+
+    def test_expected_artifacts(self, tmp_path: Path) -> None:
+        """``write_expected_artifacts`` says whether it wrote anything."""
+        said, wrote = self.task.write_expected_artifacts(tmp_path), _entries(tmp_path)
+        assert said is bool(wrote), f"write_expected_artifacts() gave {said} and wrote {wrote}"
 
 
-def _entries(folder: Path) -> list[str] | None:
-    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else None
+def _are_texts(values: Any) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _entries(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []

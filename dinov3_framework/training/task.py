@@ -204,6 +204,15 @@ class TrainingTask(Task):
         self.coordinator = coordinator or NullCoordinator()
         self._given = dataset
 
+    @property
+    def simulated(self) -> bool:
+        """Whether this is an estimate, which fetches and reads nothing."""
+        return self.method.simulated
+
+    @simulated.setter
+    def simulated(self, value: bool) -> None:
+        self.method.simulated = value
+
     def side_by_side(self, world_size: int) -> Sequence[SideBySide]:
         """The trainings of one job and their ranks, for an estimate: this one alone."""
         return [SideBySide("", self, range(world_size))]
@@ -269,7 +278,7 @@ class TrainingTask(Task):
 
     def _absent_abilities(self) -> list[str]:
         """What the recipe asks of a machine and this one, perhaps a login node, cannot do."""
-        if self.method.simulated:
+        if self.simulated:
             return []
         device = pick_device(self.config.parallel.device)
         return [str(problem) for problem in machine_problems(self.config.parallel, device)]
@@ -294,7 +303,7 @@ class TrainingTask(Task):
         config, method, prepared = self.config, self.method, self.prepare()
         unit = method.unit(prepared, MetaSharder(config.parallel), InitialState.ABSENT, None)
         tensors = unit.state() | {
-            f"optimizer.{name}": value for name, value in self._optimizer(unit).state().items()
+            f"optimizer.{name}": value for name, value in self.optimizer(unit).state().items()
         }
         (folder / RECIPE).write_text(to_toml(unstructure(self.registry, config)), "utf-8")
         first, last = method.first_iteration(), config.iterations
@@ -353,7 +362,7 @@ class TrainingTask(Task):
         return Trainer(
             config=config,
             unit=unit,
-            optimizer=self._optimizer(unit),
+            optimizer=self.optimizer(unit),
             maker=maker,
             store=store,
             observers={name: self._observer(o) for name, o in config.observers.items()},
@@ -365,7 +374,8 @@ class TrainingTask(Task):
             origin=self.method.origin(unit),
         )
 
-    def _optimizer(self, unit: TrainUnit) -> Optimizer:
+    def optimizer(self, unit: TrainUnit) -> Optimizer:
+        """The recipe's, over a unit's networks."""
         factory = self.registry.build(self.config.optimizer)
         return Optimizer(unit.networks, self.config.optimizer, factory, self.config.batch_size)
 

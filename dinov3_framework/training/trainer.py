@@ -174,7 +174,7 @@ class Trainer:
                 + "\n    ".join(left)
             )
         if stopping:
-            raise stop.stopped(self.done)
+            raise stop.stopped(f"iteration {self.done:,}")
 
     def _is_logged(self) -> bool:
         return self.done % self.config.log_every == 0 or self.done == self.config.iterations
@@ -289,7 +289,7 @@ class Trainer:
                 for key, value in (observer.on_end(self.run) or {}).items():
                     known = results.get(key)
                     both = isinstance(known, dict) and isinstance(value, Mapping)
-                    results[key] = {**known, **value} if both else value
+                    results[key] = {**(known or {}), **value} if both else value
         return results
 
     def close(self, error: BaseException | None) -> None:

@@ -1,4 +1,4 @@
-"""``dinov3-weights``: what a file of weights holds, and the same weights in another format."""
+"""``dinov3-weights``: show what a file of weights holds, and write it in another format."""
 
 from __future__ import annotations
 
@@ -16,24 +16,21 @@ if TYPE_CHECKING:
     from dinov3_framework.weights.loaded import LoadedBackbone
 
 _EPILOG = """\
-SOURCE is a file or folder of any known format, a run's output folder, a URL, or a published name
-(dinov3-weights list). Formats to convert to: dinov3_framework (.safetensors), meta (.pth), onnx
-(.onnx), reference, checkpoint, huggingface, timm.
+SOURCE is a file or folder of any known format, a run's output folder, a URL, or a published name.
+The list has the published names, and the formats to convert to.
 
   dinov3-weights show dinov3_vits16_pretrain_lvd1689m-08c60483.pth
   dinov3-weights convert runs/quickstart teacher.pth
   dinov3-weights convert teacher.pth vits16-hf --to huggingface
 """
-_DTYPES = ("fp32", "fp16", "bf16")
-_IMAGES = ("web", "satellite")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    options = _parse(argv)
+    options = _parser().parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        return {"show": _show, "convert": _convert, "list": _list}[options.verb](options)
+        {"show": _show, "convert": _convert, "list": _list}[options.verb](options)
     except UserError as error:
         if options.traceback:
             traceback.print_exc()
@@ -42,9 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return int(ExitCode.INTERRUPTED)
+    return int(ExitCode.OK)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dinov3-weights",
         description="Show and convert weights of backbones.",
@@ -55,10 +53,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"dinov3-framework {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="show | convert | list")
-
     show = verbs.add_parser("show", help="say what weights are, and whether they are whole")
     convert = verbs.add_parser("convert", help="write weights in another format")
-    verbs.add_parser("list", help="list the published weights")
+    verbs.add_parser("list", help="list the published weights, and the formats to write")
     for verb in (show, convert):
         verb.add_argument("source", help="file, folder, URL or published name")
         verb.add_argument(
@@ -69,14 +66,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         )
         verb.add_argument(
             "--images",
-            choices=_IMAGES,
+            choices=("web", "satellite"),
             help="what the weights were trained on, where they do not say so",
         )
     convert.add_argument("target", help="file or folder to write")
     convert.add_argument("--to", metavar="FORMAT", help="format; left out, as the suffix says")
-    convert.add_argument("--dtype", choices=_DTYPES, help="type of the parameters")
+    convert.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="of the parameters")
     convert.add_argument("--overwrite", action="store_true", help="replace what is there")
-    return parser.parse_args(argv)
+    return parser
 
 
 def _images(options: argparse.Namespace) -> Any:
@@ -85,14 +82,13 @@ def _images(options: argparse.Namespace) -> Any:
     return {None: None, "web": WEB_IMAGES, "satellite": SATELLITE_IMAGES}[options.images]
 
 
-def _show(options: argparse.Namespace) -> int:
+def _show(options: argparse.Namespace) -> None:
     from dinov3_framework.weights.loading import load_backbone
 
     # Loaded in full: only then is it known that nothing is missing, cut off or not finite.
     loaded = load_backbone(options.source, network=options.network, images=_images(options))
     for label, value in _rows(loaded):
         print(f"{label:<12} {value}")
-    return ExitCode.OK
 
 
 def _rows(loaded: LoadedBackbone) -> list[tuple[str, str]]:
@@ -110,7 +106,7 @@ def _rows(loaded: LoadedBackbone) -> list[tuple[str, str]]:
     ]
 
 
-def _convert(options: argparse.Namespace) -> int:
+def _convert(options: argparse.Namespace) -> None:
     import torch
 
     from dinov3_framework.weights.convert import convert_backbone
@@ -127,17 +123,18 @@ def _convert(options: argparse.Namespace) -> int:
     )
     print(
         f"{done.path}: {done.component}, {done.parameters:,} parameters, from {done.source_format} "
-        f"to {done.format}; read back and equal"
+        f"to {done.format}; {done.compared}"
     )
     for tensor in done.lost:
         print(f"  without {tensor}")
-    return ExitCode.OK
 
 
-def _list(options: argparse.Namespace) -> int:
+def _list(options: argparse.Namespace) -> None:
     from dinov3_framework.registry import Registry
+    from dinov3_framework.weights import formats
 
-    for name, published in sorted(Registry.load().published.items()):
+    registry = Registry.load()
+    for name, published in sorted(registry.published.items()):
         for training_set, file in published.files.items():
             print(f"{name:<24} {training_set:<10} {file.file}")
-    return ExitCode.OK
+    print(f"formats: {', '.join(formats(registry))}")

@@ -1,13 +1,10 @@
-"""Files of weights from the web, into torch.hub's cache: whole and checked, or not at all."""
+"""Download weights into torch.hub's cache: whole and checked, or not at all."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import http.client
-import os
 import re
-import secrets
 import shutil
 import socket
 import ssl
@@ -17,56 +14,23 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import torch.hub
 
 from dinov3_framework.errors import CheckpointError
-from dinov3_framework.weights import looks
+from dinov3_framework.runtime.durable import NO_ROOM, written_aside
+from dinov3_framework.weights import _file_diagnosis as diagnosis
 
-_BASE = "https://dl.fbaipublicfiles.com/dinov3"
-_LICENCE = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
+_LICENSE = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
 _COLLECTION = "https://huggingface.co/collections/facebook/dinov3-68924841bd6b561778e31009"
 _ELSEWHERE = "make room, or set TORCH_HOME to a folder on another disk"
 _QUIET = 60.0  # seconds without a byte after which the server is given up
-_CHUNK = 1 << 20  # bytes
 
 
 def is_url(text: str) -> bool:
     """Whether ``text`` names something that :func:`fetch_weights` can get."""
     return re.match(r"(https?|file)://", text, re.IGNORECASE) is not None
-
-
-def published_url(name: str, file: str) -> str:
-    """Where ``file``, of the backbone that torch.hub calls ``name``, lies.
-
-    Without access, that is without a signed link, the server answers 403.
-    """
-    return f"{_BASE}/{name}/{file}"
-
-
-def digest_in(name: str) -> str | None:
-    """The beginning of a SHA-256 that a file's name carries (``-08c60483.pth``), if it does."""
-    found = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
-    return found[1] if found else None
-
-
-def check_digest(path: Path, digits: str) -> None:
-    """Raise ``CheckpointError`` unless the SHA-256 of a file begins with these hex digits."""
-    wanted = _hex(digits)
-    try:
-        with path.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-    except FileNotFoundError:
-        raise CheckpointError(looks.missing(path)) from None
-    except OSError as error:
-        raise looks.unreadable(path, error) from error
-    if not found.startswith(wanted):
-        raise CheckpointError(
-            f"{path}: its SHA-256 begins with {found[: len(wanted)]} instead of {wanted}: it is "
-            "damaged, or not the file it is called\ndelete it and download it again"
-        )
 
 
 def fetch_weights(url: str, *, check_hash: str | None = None, cache: Path | None = None) -> Path:
@@ -77,58 +41,52 @@ def fetch_weights(url: str, *, check_hash: str | None = None, cache: Path | None
     SHA-256 must begin with, is compared with a file that was there already too. Raises
     ``CheckpointError`` for whatever goes wrong; then no part of the file is left behind.
     """
-    wanted = None if check_hash is None else _hex(check_hash)
-    path = _local(url)
-    if path is None:
-        folder = Path(torch.hub.get_dir()) / "checkpoints" if cache is None else Path(cache)
-        path = folder / _name(url)
-        if not path.is_file():
-            _download(url, path, wanted)
-            return path
-    if wanted is not None:
-        check_digest(path, wanted)
+    path, local = _place(url, cache)
+    if not local and not path.is_file():
+        _download(url, path, check_hash and check_hash.lower())
+    elif check_hash is not None:
+        check_digest(path, check_hash)
     elif not path.is_file():
-        raise CheckpointError(looks.missing(path))
+        raise CheckpointError(diagnosis.missing(path))
     return path
 
 
-# --------------------------------------------------------------------------- names
-def _hex(digits: str) -> str:
-    if not re.fullmatch(r"[0-9a-fA-F]{1,64}", digits):
-        raise CheckpointError(f"{digits!r} is not the beginning of a SHA-256 in hexadecimal digits")
-    return digits.lower()
-
-
-def _local(url: str) -> Path | None:
-    """The path of a ``file://`` URL; None for one on the web."""
-    if not is_url(url):
-        raise CheckpointError(
-            f"{_shown(url)!r} is no address that weights are fetched from: it must begin with "
-            "https://, http:// or file://"
-        )
-    parts = _parts(url)
-    if parts.scheme != "file":
-        return None
-    if parts.netloc not in ("", "localhost"):
-        raise CheckpointError(
-            f"{url!r} names the host {parts.netloc!r}; a path of this machine has three slashes: "
-            "file:///folder/weights.pth"
-        )
-    return Path(unquote(parts.path))
-
-
-def _parts(url: str) -> SplitResult:
+def check_digest(path: Path, digits: str) -> None:
+    """Raise ``CheckpointError`` unless the SHA-256 of a file begins with these hex digits."""
     try:
-        return urlsplit(url)
+        with path.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()[: len(digits)]
+    except FileNotFoundError:
+        raise CheckpointError(diagnosis.missing(path)) from None
+    except OSError as error:
+        raise diagnosis.unreadable(path, error) from error
+    if found != digits.lower():
+        raise CheckpointError(
+            f"{path}: its SHA-256 begins with {found} instead of {digits.lower()}: it is damaged, "
+            "or not the file it is called\ndelete it and download it again"
+        )
+
+
+def _place(url: str, cache: Path | None) -> tuple[Path, bool]:
+    """Where the file lies or will lie, and whether the URL names a file of this machine."""
+    try:
+        parts = urlsplit(url)
     except ValueError as error:
         raise CheckpointError(f"{_shown(url)!r} is not a valid address: {error}") from error
-
-
-def _name(url: str) -> str:
-    name = unquote(_parts(url).path).rpartition("/")[2]
-    if name in ("", ".", "..") or set(name) & set("\\\0") or name.startswith("."):
-        raise CheckpointError(f"{_shown(url)} names no file: it must end in the name of one")
-    return name
+    path = Path(unquote(parts.path))
+    if parts.scheme == "file" and parts.netloc in ("", "localhost"):
+        return path, True
+    name = unquote(parts.path).rpartition("/")[2]
+    if not is_url(url):
+        fault = "is no address of weights: it must begin with https://, http:// or file://"
+    elif parts.scheme == "file":
+        fault = f"names the host {parts.netloc!r}; for this machine: file:///folder/weights.pth"
+    elif name.startswith(".") or name == "" or set(name) & set("\\\0"):
+        fault = "names no file: it must end in the name of one"
+    else:
+        folder = Path(torch.hub.get_dir()) / "checkpoints" if cache is None else Path(cache)
+        return folder / name, False
+    raise CheckpointError(f"{_shown(url)} {fault}")
 
 
 def _shown(url: str) -> str:
@@ -136,148 +94,84 @@ def _shown(url: str) -> str:
     return url.partition("?")[0]
 
 
-# --------------------------------------------------------------------------- the download
-def _download(url: str, path: Path, wanted: str | None) -> None:
+def _download(url: str, path: Path, digits: str | None) -> None:
+    with _errors(url, path):
+        size = _ask(url)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if size is not None and size > free:
+            raise _failed(url, f"it has {size:,} bytes, {path.parent} {free:,} free", _ELSEWHERE)
+        with written_aside(path) as aside:
+            progress = sys.stderr.isatty()
+            torch.hub.download_url_to_file(url, str(aside), hash_prefix=digits, progress=progress)
+            received = aside.stat().st_size
+            if size not in (None, received):
+                what = f"the connection ended after {received:,} of {size:,} bytes"
+                raise _failed(url, what, "try again")
+
+
+def _ask(url: str) -> int | None:
+    """The size of the file, if the server tells; raises where it answers with something else."""
     request = urllib.request.Request(url, headers={"User-Agent": "dinov3-framework"})
-    with _network(url):
-        answer = urllib.request.urlopen(request, timeout=_QUIET)
-    with answer:
-        first = _read(answer, url)
-        _require_file(url, answer.headers.get_content_type(), first)
+    with urllib.request.urlopen(request) as answer:
+        first = answer.read(512)
+        what = diagnosis.web_answer(first)
+        if what is None and answer.headers.get_content_type() == "text/html":
+            what = diagnosis.WEB_PAGE
+        if what or not first:
+            raise _failed(url, f"the server gave {what or 'an empty file'}", _access(url))
         length = answer.headers["Content-Length"]
-        size = int(length) if length is not None and length.isdecimal() else None
-        with _disk(path), _written_aside(path, size) as stream:
-            found = _receive(url, answer, first, size, stream)
-            if wanted is not None and not found.startswith(wanted):
-                raise CheckpointError(
-                    f"{_shown(url)}: the SHA-256 of what came begins with {found[: len(wanted)]} "
-                    f"instead of {wanted}; nothing was kept\n"
-                    "try again, or ask those who offer the file"
-                )
-
-
-def _receive(url: str, answer: IO[bytes], first: bytes, size: int | None, stream: IO[bytes]) -> str:
-    """Write what comes to ``stream``; the SHA-256 of all of it."""
-    digest = hashlib.sha256()
-    received = 0
-    chunk = first
-    quiet = not sys.stderr.isatty()
-    with torch.hub.tqdm(
-        total=size, desc=_name(url), unit="B", unit_scale=True, disable=quiet
-    ) as bar:
-        while chunk:
-            stream.write(chunk)
-            digest.update(chunk)
-            received += len(chunk)
-            bar.update(len(chunk))
-            chunk = _read(answer, url)
-    if size is not None and received != size:
-        raise CheckpointError(
-            f"{_shown(url)}: the connection ended after {received:,} of {size:,} bytes; nothing "
-            "was kept\ntry again"
-        )
-    return digest.hexdigest()
-
-
-def _read(answer: IO[bytes], url: str) -> bytes:
-    with _network(url):
-        return answer.read(_CHUNK)
+        return int(length) if length is not None and length.isdecimal() else None
 
 
 @contextmanager
-def _written_aside(path: Path, size: int | None) -> Iterator[IO[bytes]]:
-    """A stream to a file that becomes ``path`` at the end, and vanishes on an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path.parent).free
-    if size is not None and size > free:
-        raise CheckpointError(
-            f"{path.name} does not fit into {path.parent}: it has {size:,} bytes, {free:,} are "
-            f"free\n{_ELSEWHERE}"
-        )
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with aside.open("xb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-# --------------------------------------------------------------------------- what goes wrong
-@contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        what = "the disk is full" if full else "it cannot be written"
-        raise CheckpointError(
-            f"{path} was not downloaded: {what} ({error.strerror}); nothing was kept\n{_ELSEWHERE}"
-        ) from error
-
-
-@contextmanager
-def _network(url: str) -> Iterator[None]:
+def _errors(url: str, path: Path) -> Iterator[None]:
+    """Say what went wrong, and what to do about it."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_QUIET)  # torch.hub would wait for a silent server without end
     try:
         yield
     except urllib.error.HTTPError as error:
         with error:  # an answer too, and so to be closed
-            raise CheckpointError(_refused(url, error.code, str(error.reason))) from error
+            gated = error.code in (401, 403)
+            advice = _access(url) if gated else "check the address, or try again later"
+            raise _failed(url, f"the server answers {error.code} {error.reason}", advice) from error
     except urllib.error.URLError as error:
-        raise CheckpointError(_unreachable(url, error.reason)) from error
-    except (http.client.HTTPException, OSError) as error:
-        raise CheckpointError(_unreachable(url, error)) from error
+        raise _unreachable(url, error.reason) from error
+    except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
+        raise _unreachable(url, error) from error
+    except RuntimeError as error:  # of torch.hub, for another hash
+        raise _failed(url, str(error), "try again, or ask those who offer the file") from error
+    except OSError as error:
+        what = "the disk is full" if error.errno in NO_ROOM else f"{path} cannot be written"
+        raise _failed(url, f"{what} ({error.strerror})", _ELSEWHERE) from error
+    finally:
+        socket.setdefaulttimeout(before)
 
 
-def _require_file(url: str, content_type: str, first: bytes) -> None:
-    """Raise where the server gave a page to read, which many do instead of an error."""
-    what = looks.web_answer(first[:512])
-    if what is None and content_type == "text/html":
-        what = "a web page, so the download gave an error or a login page"
-    if what is None and not first:
-        what = "nothing, an empty file"
-    if what is not None:
-        raise CheckpointError(f"{_shown(url)} gave {what}; nothing was kept\n{_access(url)}")
+def _failed(url: str, what: str, advice: str) -> CheckpointError:
+    return CheckpointError(f"{_shown(url)} was not downloaded: {what}; nothing was kept\n{advice}")
 
 
-def _refused(url: str, code: int, reason: str) -> str:
-    text = f"{_shown(url)} cannot be downloaded: the server answers {code} {reason}"
-    if code in (401, 403):
-        return f"{text}\n{_access(url)}"
-    if code in (404, 410):
-        return f"{text}\nthere is no such file; compare the address with where you have it from"
-    return f"{text}\ntry again later"
-
-
-def _unreachable(url: str, reason: object) -> str:
-    host = _parts(url).hostname
-    if isinstance(reason, ssl.SSLError):
-        fault = f"{host} cannot be reached safely ({reason.reason or reason})"
+def _unreachable(url: str, reason: object) -> CheckpointError:
+    host = urlsplit(url).hostname
+    what, advice = f"{host} cannot be reached ({reason})", "try again"
+    if isinstance(reason, TimeoutError):
+        what = f"{host} sent nothing for {_QUIET:g} seconds"
+    elif isinstance(reason, ssl.SSLError):
         advice = "install the certificates that your network needs (SSL_CERT_FILE)"
-    elif isinstance(reason, TimeoutError):
-        fault = f"{host} sent nothing for {_QUIET:g} seconds"
-        advice = "try again"
-    elif isinstance(reason, socket.gaierror):
-        fault = f"there is no way to the host {host} ({reason.strerror})"
-        advice = "this machine may be offline or behind a proxy (HTTPS_PROXY)"
     else:
-        fault = f"{host} cannot be reached ({reason})"
-        advice = "try again; this machine may be offline or behind a proxy (HTTPS_PROXY)"
-    return (
-        f"{_shown(url)} was not downloaded: {fault}; nothing was kept\n{advice}, or download the "
-        "file elsewhere, copy it here and give its path"
-    )
+        advice += "; this machine may be offline or behind a proxy (HTTPS_PROXY)"
+    elsewhere = "download the file elsewhere, copy it here and give its path"
+    return _failed(url, what, f"{advice}, or {elsewhere}")
 
 
 def _access(url: str) -> str:
     """How to get at a file that is not offered to everybody."""
-    parts = _parts(url)
-    file = _name(url)
+    parts = urlsplit(url)
     if (parts.hostname or "").endswith("huggingface.co"):
         return (
-            "accept the licence on the model's page, log in (hf auth login), download the model "
+            "accept the license on the model's page, log in (hf auth login), download the model "
             "(hf download) and give the path of its folder"
         )
     if "dinov3" not in url:
@@ -285,8 +179,7 @@ def _access(url: str) -> str:
     cut = "Policy=" in parts.query and "Signature=" not in parts.query
     fault = "; this one was cut at its first &" if cut else " and expire"
     return (
-        f"the published weights are gated: accept their licence at {_LICENCE}, and links come by "
-        f"e-mail; they are signed{fault}\n"
-        f"then: wget -O {file} '<link>' (quoted, since it contains &), and give the path; or the "
-        f"folder of a model from {_COLLECTION}"
+        f"the published weights are gated: accept their license at {_LICENSE}, and links come by "
+        f"e-mail; they are signed{fault}\nthen: wget -O {Path(parts.path).name} '<link>' (quoted, "
+        f"since it contains &), and give the path; or the folder of a model from {_COLLECTION}"
     )

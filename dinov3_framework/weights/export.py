@@ -1,4 +1,4 @@
-"""Writes a backbone as a file of its own, for everything after the training."""
+"""Write a backbone as a file of its own, whole or gathered from many processes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts.layouts import Shape
 from dinov3_framework.errors import CheckpointError, summarize_names
+from dinov3_framework.parallel.state_dicts import full_tensors, official_name
+from dinov3_framework.runtime import collectives
+from dinov3_framework.runtime.agreement import RankFailure, together
 from dinov3_framework.runtime.durable import no_room, written_aside
-from dinov3_framework.weights.info import BackboneInfo
+from dinov3_framework.weights.info import ComponentInfo
 from dinov3_framework.weights.tensor_file import write_tensor_file
+from dinov3_framework.weights.tensors import not_finite
 
 
 def export_backbone(
@@ -36,8 +40,34 @@ def export_backbone(
     is not finite, and where the file cannot be written; a file that was there then stays.
     """
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in backbone_state.items()}
-    info = BackboneInfo(component, config, images, size, provenance)
+    info = ComponentInfo(component, config, images, size, provenance)
     export_tensors(path, specs, backbone_state.items(), info.to_metadata())
+
+
+def export_gathered(path: Path, backbone: nn.Module, info: ComponentInfo) -> None:
+    """Write ``backbone``, whole or sharded, as :func:`export_backbone` does.
+
+    To be called by every process; the main one writes. Besides its shards no process holds more
+    than one tensor. Raises as ``export_tensors`` does, on every process.
+    """
+    specs = {
+        official_name(name): (tensor.dtype, tuple(tensor.shape))
+        for name, tensor in backbone.state_dict().items()
+    }
+
+    def write() -> None:
+        tensors = full_tensors(backbone)
+        try:
+            if collectives.is_main():
+                export_tensors(path, specs, tensors, info.to_metadata())
+        finally:
+            for _ in tensors:  # the others have a part in gathering, whatever the writer met
+                pass
+
+    try:
+        together(write)
+    except RankFailure as failure:
+        raise failure.for_process() from failure.own
 
 
 def export_tensors(
@@ -54,7 +84,7 @@ def export_tensors(
     bad: list[str] = []
     try:
         with written_aside(path) as aside:
-            write_tensor_file(aside, specs, _watched(tensors, bad), metadata)
+            write_tensor_file(aside, specs, _checked(tensors, bad), metadata)
             if bad:
                 raise CheckpointError(
                     f"not exported to {path}:{summarize_names('with NaN or inf', bad)}"
@@ -64,12 +94,11 @@ def export_tensors(
         raise CheckpointError(f"cannot write {path}: {reason}") from error
 
 
-def _watched(tensors: Iterable[tuple[str, Tensor]], bad: list[str]) -> Iterator[tuple[str, Tensor]]:
+def _checked(tensors: Iterable[tuple[str, Tensor]], bad: list[str]) -> Iterator[tuple[str, Tensor]]:
     """The same tensors; those that are not finite are noted in ``bad``."""
     for name, tensor in tensors:
         if hasattr(tensor, "full_tensor"):  # a DTensor, whose module takes long to import
             raise TypeError(f"{name!r} is sharded: gather it first, as full_state_dict does")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            count = int((~tensor.isfinite()).sum())
-            bad.append(f"{name}: {count:,} of {tensor.numel():,} values")
+        if complaint := not_finite(name, tensor):
+            bad.append(complaint)
         yield name, tensor

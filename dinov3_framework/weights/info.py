@@ -1,8 +1,8 @@
-"""What this framework's own files say of the backbone in them.
+"""What this framework's own files say of the component in them.
 
-Keys of the metadata, all strings: ``dinov3_backbone`` (version of this format), ``component``,
-``config`` (JSON), ``images`` (JSON), ``size`` (pixels), ``provenance`` (JSON), and ``format``,
-which other libraries expect to be ``pt``.
+Keys of the metadata, all strings: ``dinov3_backbone`` (version of this format; ``dinov3_head`` for
+a head), ``component``, ``config`` (JSON), ``images`` (JSON), ``size`` (pixels), ``provenance``
+(JSON), and ``format``, which other libraries expect to be ``pt``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from attrs import asdict, frozen
 from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.errors import CheckpointError
 
-FORMAT_KEY = "dinov3_backbone"
 FORMAT = "1"
 
 
 @frozen
-class BackboneInfo:
+class ComponentInfo:
     """What is in an exported file besides the tensors."""
 
     component: str
@@ -29,11 +28,12 @@ class BackboneInfo:
     images: ImagesConfig
     size: int  # pixels
     provenance: Mapping[str, str]
+    kind: str = "backbone"
 
     def to_metadata(self) -> dict[str, str]:
         return {
             "format": "pt",
-            FORMAT_KEY: FORMAT,
+            f"dinov3_{self.kind}": FORMAT,
             "component": self.component,
             "config": json.dumps(dict(self.config), sort_keys=True),
             "images": json.dumps(asdict(self.images), sort_keys=True),  # type: ignore[arg-type]
@@ -42,17 +42,19 @@ class BackboneInfo:
         }
 
     @classmethod
-    def from_metadata(cls, path: object, metadata: Mapping[str, str]) -> BackboneInfo | None:
+    def from_metadata(
+        cls, path: object, metadata: Mapping[str, str], kind: str = "backbone"
+    ) -> ComponentInfo | None:
         """None where ``metadata`` are not of this format.
 
         Raises ``CheckpointError`` for another version of it, and for what cannot be read.
         """
-        version = metadata.get(FORMAT_KEY)
+        version = metadata.get(f"dinov3_{kind}")
         if version is None:
             return None
         if version != FORMAT:
             raise CheckpointError(
-                f"{path} is in format {version} of exported backbones, this version of "
+                f"{path} is in format {version} of exported weights, this version of "
                 f"dinov3_framework reads format {FORMAT}; use the version that wrote it"
             )
         try:
@@ -67,6 +69,7 @@ class BackboneInfo:
                 ),
                 size=int(metadata["size"]),
                 provenance=dict(json.loads(metadata["provenance"])),
+                kind=kind,
             )
         except (KeyError, ValueError, TypeError) as error:
             raise CheckpointError(

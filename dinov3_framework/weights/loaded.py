@@ -1,4 +1,4 @@
-"""A backbone ready for use: images of whatever form in, features out."""
+"""A backbone ready for use: images in any form in, features out."""
 
 from __future__ import annotations
 
@@ -33,10 +33,17 @@ class LoadedBackbone:
 
     backbone: Backbone
     images: ImagesConfig
-    size: int  # pixels, of the images it was trained on
+    size: int | None  # pixels, of the images it was trained on, where that is known
     provenance: Mapping[str, str]
     component: str | None = None  # what built it, and with which options, where that is known
     config: BackboneConfig | None = None
+    name: str = ""  # what it was loaded from
+
+    @property
+    def origin(self) -> list[tuple[str, str]]:
+        """Rows for a report: where it comes from."""
+        rows = sorted(self.provenance.items())
+        return rows if "weights" in self.provenance else [("weights", self.name), *rows]
 
     def features(
         self,
@@ -47,8 +54,8 @@ class LoadedBackbone:
         """Class tokens [n, D], float32 on the CPU, without gradient.
 
         ``images`` is one image or a list: a path, a PIL image, a uint8 tensor [C, H, W] or a uint8
-        array [H, W, C] or [H, W]; or several in one, [n, C, H, W] or [n, H, W, C]. Grey becomes
-        RGB and RGB grey as the backbone wants. Each is resized and cropped to ``size`` pixels, by
+        array [H, W, C] or [H, W]; or several in one, [n, C, H, W] or [n, H, W, C]. Gray becomes
+        RGB and RGB gray as the backbone wants. Each is resized and cropped to ``size`` pixels, by
         default those of the training; a multiple of the patch size. ``batch_size`` images pass the
         backbone at a time. Raises ``DataError`` for what is no such image or size.
         """
@@ -76,7 +83,7 @@ class LoadedBackbone:
         ``fit`` is how an image becomes what the backbone sees: ``crop`` (the evaluation's: resized
         and cropped to ``size``), ``squash`` (resized to ``size`` x ``size`` whatever its shape),
         ``pad`` (in its own shape, the longer side resized to ``size`` if one is given, padded
-        with the mean colour to whole patches) or ``native`` (as it is; its sides must be multiples
+        with the mean color to whole patches) or ``native`` (as it is; its sides must be multiples
         of the patch size). ``size`` left out is that of the training for the first two. With
         ``pad`` and ``native`` grids differ, and ``patches`` is a list of n tensors [h, w, D].
 

@@ -1,20 +1,24 @@
-"""A backbone from weights of any kind, ready for use."""
+"""Load a backbone from weights of any kind, or initialized as a recipe says; ready for use."""
 
 from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
+import attrs
 import torch
 
-from dinov3_framework.configs import ImagesConfig
+from dinov3_framework.configs import ImagesConfig, replace
+from dinov3_framework.errors import Problem, RecipeError
+from dinov3_framework.kinds import BackboneTaskConfig
+from dinov3_framework.randomness import keyed_seed
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime.agreement import RankFailure, together
-from dinov3_framework.weights.filling import check_fit, fill, fill_placed
+from dinov3_framework.runtime.processes import pick_device
 from dinov3_framework.weights.loaded import LoadedBackbone
-from dinov3_framework.weights.opening import open_backbone
-from dinov3_framework.weights.recognition import Recognised, built
+from dinov3_framework.weights.locations import exists, published_file
+from dinov3_framework.weights.source import WeightSource
 
 if TYPE_CHECKING:
     from dinov3_framework.parallel.sharder import Sharder
@@ -29,12 +33,12 @@ def load_backbone(
     images: ImagesConfig | None = None,
     registry: Registry | None = None,
 ) -> LoadedBackbone:
-    """Load a backbone: recognised, built through the registry, strictly filled, in eval mode.
+    """Load a backbone: recognized, built through the registry, strictly filled, in eval mode.
 
     ``source`` is a path to weights of any known format (this framework's exports and checkpoints,
-    Meta's ``.pth``, training checkpoints of the reference, folders of Hugging Face and timm, ONNX
-    files that this framework wrote), a run's output folder, a URL, or a published name such as
-    ``dinov3_vits16`` or ``dinov3_vitl16@SAT493M``.
+    Meta's ``.pth``, training checkpoints of the reference, folders of Hugging Face and timm), a
+    run's output folder, a URL, or a published name such as ``dinov3_vits16`` or
+    ``dinov3_vitl16@SAT493M``.
 
     ``device`` is where its tensors go, the CPU if left out; ``dtype`` what its parameters become,
     the file's if left out. ``network`` is ``teacher`` or ``student``, of training checkpoints.
@@ -46,9 +50,9 @@ def load_backbone(
     parameter is not finite.
     """
     registry = registry if registry is not None else Registry.load()
-    with open_backbone(source, registry, network=network, images=images) as found:
-        backbone = fill(built(found, registry), found, device=device or "cpu", dtype=dtype)
-        return _loaded(found, backbone.eval(), registry)
+    with WeightSource.open(source, registry, network=network, images=images) as weights:
+        backbone = weights.load_state(weights.build(), device=device or "cpu", dtype=dtype)
+        return _loaded(source, weights, backbone, registry)
 
 
 def describe_backbone(
@@ -56,21 +60,35 @@ def describe_backbone(
     *,
     network: str = "teacher",
     images: ImagesConfig | None = None,
+    fetch: bool = True,
     registry: Registry | None = None,
 ) -> LoadedBackbone:
     """As :func:`load_backbone`, with the backbone on the meta device: names and shapes are
-    checked, values are not read and take no memory."""
+    checked, values are not read and take no memory.
+
+    Without ``fetch`` nothing is downloaded: published weights that are not a file here are
+    described by what is known of them.
+    """
     registry = registry if registry is not None else Registry.load()
-    with open_backbone(source, registry, network=network, images=images) as found:
-        backbone = built(found, registry)
-        check_fit(found, backbone)
-        return _loaded(found, backbone.eval(), registry)
+    file = None if fetch or Path(source).exists() else published_file(str(source), registry)
+    if file is not None:
+        with torch.device("meta"):
+            backbone = registry.build(file.config)
+        provenance = {"known as": f"the published {file.file}"}
+        component = registry.of_config(file.config).component.name
+        shown = file.images, file.size, provenance, component, file.config, str(source)
+        return LoadedBackbone(backbone.eval(), *shown)
+    with WeightSource.open(source, registry, network=network, images=images) as weights:
+        backbone = weights.build()
+        weights.check_fit(backbone)
+        return _loaded(source, weights, backbone, registry)
 
 
-def load_placed(
+def load_sharded(
     source: str | Path,
     *,
     sharder: Sharder,
+    trains: bool = False,
     network: str = "teacher",
     images: ImagesConfig | None = None,
     registry: Registry | None = None,
@@ -79,17 +97,18 @@ def load_placed(
 
     To be called by every process, each of which must see ``source``. Each reads it for itself, one
     tensor at a time, and keeps its shards: none ever holds the whole backbone. Parameters are in
-    float32; ``sharder`` says what they are gathered in. What any process raises ends all of them.
+    float32; ``sharder`` says what they are gathered in. A backbone that ``trains`` is placed as
+    such. What any process raises ends all of them.
     """
     registry = registry if registry is not None else Registry.load()
 
     def load() -> LoadedBackbone:
-        with open_backbone(source, registry, network=network, images=images) as found:
-            blueprint = built(found, registry)
-            check_fit(found, blueprint)
-            placed = sharder.place(copy.deepcopy(blueprint), trains=False)
-            fill_placed(placed, blueprint, found)
-            return _loaded(found, placed.eval(), registry)
+        with WeightSource.open(source, registry, network=network, images=images) as weights:
+            blueprint = weights.build()
+            weights.check_fit(blueprint)
+            placed = sharder.place(copy.deepcopy(blueprint), trains=trains)
+            weights.load_shards(placed, blueprint)
+            return _loaded(source, weights, placed, registry)
 
     try:
         return together(load)
@@ -97,13 +116,107 @@ def load_placed(
         raise failure.for_process() from failure.own
 
 
-def _loaded(found: Recognised, backbone: torch.nn.Module, registry: Registry) -> LoadedBackbone:
-    backbone.images = found.images  # type: ignore[assignment]
+def _loaded(
+    source: str | Path, weights: WeightSource, backbone: Any, registry: Registry
+) -> LoadedBackbone:
+    backbone.images = weights.images
     return LoadedBackbone(
-        backbone=backbone,  # type: ignore[arg-type]
-        images=found.images,
-        size=found.size,
-        provenance=dict(found.provenance),
-        component=registry.of_config(found.config).component.name,
-        config=found.config,
+        backbone=backbone.eval(),
+        images=weights.images,
+        size=weights.size,
+        provenance=dict(weights.provenance),
+        component=registry.of_config(weights.config).component.name,
+        config=weights.config,
+        name=str(source),
     )
+
+
+# --------------------------------------------------------------------------- of a recipe
+def describe_recipe_backbone(
+    config: BackboneTaskConfig, registry: Registry, *, simulated: bool = False
+) -> LoadedBackbone:
+    """The backbone of a recipe for its check, on the meta device: names and shapes are right.
+
+    For a ``simulated`` run nothing is downloaded. Raises ``RecipeError`` for a contradiction and
+    ``CheckpointError`` for wrong weights.
+    """
+    _refuse_contradictions(config, registry)
+    if config.weights is not None:
+        return describe_backbone(config.weights, fetch=not simulated, registry=registry)
+    images = config.images or ImagesConfig()
+    backbone = replace(cast(Any, config.backbone), in_chans=images.channels)
+    component = registry.of_config(backbone).component.name
+    with torch.device("meta"):
+        return LoadedBackbone(
+            backbone=registry.build(backbone),
+            images=images,
+            size=None,
+            provenance={"backbone": component, "weights": f"random, seed {config.seed}"},
+            component=component,
+            config=backbone,
+            name="random-init backbone",
+        )
+
+
+def load_recipe_backbone(
+    config: BackboneTaskConfig,
+    registry: Registry,
+    device: str = "auto",
+    *,
+    sharder: Sharder | None = None,
+    trains: bool = False,
+) -> LoadedBackbone:
+    """The backbone of a recipe, with its weights or as initialized, in eval mode.
+
+    Whole on this process's accelerator if ``device`` is ``auto``, else there; or spread over the
+    processes by ``sharder``, as one that ``trains``. Errors as of
+    :func:`describe_recipe_backbone`.
+    """
+    _refuse_contradictions(config, registry)
+    if config.weights is not None and sharder is not None:
+        return load_sharded(config.weights, sharder=sharder, trains=trains, registry=registry)
+    if config.weights is not None:
+        return load_backbone(config.weights, device=pick_device(device), registry=registry)
+    from dinov3_framework.parallel.sharder import initial_values, initialize  # takes long
+
+    described = describe_recipe_backbone(config, registry)
+    blueprint, seed = described.backbone, keyed_seed(config.seed, "subject")
+    if sharder is None:
+        backbone: Any = initial_values(blueprint, seed).to(pick_device(device))
+    else:
+        backbone = sharder.place(copy.deepcopy(blueprint), trains=trains)
+        initialize(backbone, blueprint, seed)
+    return attrs.evolve(described, backbone=backbone.eval())
+
+
+def _refuse_contradictions(config: BackboneTaskConfig, registry: Registry) -> None:
+    """Raise for what can be wrong with the choice of a backbone before any file is opened."""
+    if problems := _problems(config, registry):
+        raise RecipeError(problems)
+
+
+def _problems(config: BackboneTaskConfig, registry: Registry) -> list[Problem]:
+    weights, backbone, images = config.weights, config.backbone, config.images
+    if weights is None and backbone is None:
+        hint = "give weights (a path) or a [backbone] to initialize at random"
+        return [Problem("weights", "there is no backbone to look at", hint)]
+    problems = []
+    if backbone is not None and weights is None:
+        channels = (images or ImagesConfig()).channels
+        if backbone.in_chans not in (None, channels):
+            message = f"is {backbone.in_chans}, but images.channels is {channels}"
+            hint = "set images.channels alone (with mean and std) and leave in_chans out"
+            problems.append(Problem("backbone.in_chans", message, hint))
+        return problems
+    if backbone is not None:
+        message = "weights bring their own backbone"
+        problems.append(Problem("backbone", message, "leave one of them out"))
+    if images is not None:
+        message = "weights know what images they were trained on"
+        problems.append(Problem("images", message, "leave [images] out"))
+    if not exists(str(weights), registry):
+        hint = "the path is relative to the current folder; training writes its own into exports/"
+        if registry.published:
+            hint += f"; published names: {', '.join(sorted(registry.published))}"
+        problems.append(Problem("weights", f"there is no file {weights}", hint))
+    return problems

@@ -1,4 +1,4 @@
-"""Backbones in sharded checkpoints, as a source of weights like any file.
+"""Sharded checkpoints, opened as weights like any file.
 
 Tensors are read one at a time: a checkpoint may be far larger than the memory.
 """
@@ -8,48 +8,22 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from attrs import field, frozen
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dinov3_framework.checkpoints.folder import CheckpointFolder
 from dinov3_framework.checkpoints.manifest import MARKER, STATE, Damage, Manifest
 from dinov3_framework.checkpoints.safe_reader import SafeReader
 from dinov3_framework.checkpoints.shard_writer import INDEX
 from dinov3_framework.checkpoints.shards import read_whole
-from dinov3_framework.contracts.layouts import Shape
 from dinov3_framework.errors import CheckpointError
+from dinov3_framework.weights._files import OpenWeights, StoredTensor
 
 log = logging.getLogger(__name__)
-
-
-@frozen
-class ShardedSource:
-    """A checkpoint's tensors; a ``recognition.Opened``."""
-
-    path: Path
-    kind: str
-    _reader: SafeReader = field(repr=False)
-    shapes: Mapping[str, Shape] = field(repr=False)
-    settings: Mapping[str, Any] = field(factory=dict)
-    preprocessor: Mapping[str, Any] = field(factory=dict)
-    metadata: Mapping[str, str] = field(factory=dict)
-
-    @classmethod
-    def of(
-        cls, path: Path, kind: str, reader: SafeReader, metadata: Mapping[str, str]
-    ) -> ShardedSource:
-        shapes = {name: tuple(entry.size) for name, entry in reader.tensors().items()}
-        return cls(path, kind, reader, shapes, metadata=metadata)
-
-    def read(self, name: str) -> Tensor:
-        entry = self._reader.tensors()[name]
-        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        read_whole(self._reader, {name: tensor})
-        return tensor
 
 
 def checkpoint_in(path: Path) -> Path | None:
@@ -65,27 +39,31 @@ def is_checkpoint(path: Path) -> bool:
     return (path / INDEX).is_file()
 
 
-def newest(folder: Path, thorough: bool = True) -> ShardedSource:
-    """The newest sound checkpoint in a folder of them; damaged ones are passed over, aloud.
+def open_newest(folder: Path, kind: str = "backbone", thorough: bool = True) -> OpenWeights:
+    """Open the newest sound checkpoint in a folder of them; damaged ones are skipped and logged.
 
     Every file is compared with its hash, or, if not ``thorough``, those that no tensor lies in.
     """
     troubles = []
     for path in CheckpointFolder(folder).newest_first():
         try:
-            return _own(path, thorough)
+            return _open_own(path, kind, thorough)
         except CheckpointError as error:
-            log.warning("passing over a checkpoint: %s", error)
+            log.warning("skipping a checkpoint: %s", error)
             troubles.append(str(error))
     raise CheckpointError("\n  ".join([f"no checkpoint in {folder} can be used:", *troubles]))
 
 
-def one(path: Path, thorough: bool = True) -> ShardedSource:
-    """One sharded checkpoint: this framework's, verified, or another's, tensors alone."""
-    return _own(path, thorough) if (path / MARKER).is_file() else _foreign(path)
+def open_checkpoint(path: Path, kind: str = "backbone", thorough: bool = True) -> OpenWeights:
+    """Open one sharded checkpoint: this framework's, verified, or another's, its tensors alone."""
+    if (path / MARKER).is_file():
+        return _open_own(path, kind, thorough)
+    files = {each.name for each in path.iterdir() if each.is_file()}
+    reader = SafeReader(path, files, foreign=True)
+    return _opened(path, "a sharded checkpoint of torch.distributed", reader, {})
 
 
-def _own(path: Path, thorough: bool) -> ShardedSource:
+def _open_own(path: Path, kind: str, thorough: bool) -> OpenWeights:
     try:
         manifest = Manifest.read(path)
     except Damage as damage:
@@ -93,13 +71,23 @@ def _own(path: Path, thorough: bool) -> ShardedSource:
     damages = manifest.damages(path, manifest.files if thorough else [INDEX, STATE])
     if damages:
         raise CheckpointError(f"{path} is damaged: {'; '.join(damages)}")
-    kind = "a sharded checkpoint of dinov3_framework"
     # A run's recipe says what its checkpoints hold; one that stands alone says it by itself.
-    metadata = json.loads((path / STATE).read_bytes()).get("backbone", {})
-    return ShardedSource.of(path, kind, SafeReader(path, manifest.files), metadata)
+    metadata = json.loads((path / STATE).read_bytes()).get(kind, {})
+    reader = SafeReader(path, manifest.files)
+    return _opened(path, "a sharded checkpoint of dinov3_framework", reader, metadata)
 
 
-def _foreign(path: Path) -> ShardedSource:
-    files = {each.name for each in path.iterdir() if each.is_file()}
-    kind = "a sharded checkpoint of torch.distributed"
-    return ShardedSource.of(path, kind, SafeReader(path, files, foreign=True), {})
+def _opened(
+    path: Path, description: str, reader: SafeReader, metadata: Mapping[str, str]
+) -> OpenWeights:
+    tensors = {
+        name: StoredTensor(tuple(entry.size), partial(_read, reader, name, entry))
+        for name, entry in reader.tensors().items()
+    }
+    return OpenWeights(path, description, tensors, metadata=metadata)
+
+
+def _read(reader: SafeReader, name: str, entry: TensorStorageMetadata) -> Tensor:
+    tensor = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
+    read_whole(reader, {name: tensor})
+    return tensor

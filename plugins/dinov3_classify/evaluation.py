@@ -69,7 +69,7 @@ class KnnEvaluation(Evaluation):
     def protocol(self, model: Model) -> Mapping[str, Any]:
         size = self._size(model)
         return {
-            "features": "class token, L2-normalized",
+            "similarity": "cosine",
             "size": "as they are" if size is None else size,
             "temperature": self.config.temperature,
             **{f"unreadable in {name}": count for name, count in self.skipped.items() if count},

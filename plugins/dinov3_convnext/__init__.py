@@ -1,4 +1,4 @@
-"""ConvNeXt: the convolutional backbones that DINOv3 distils its largest model into.
+"""ConvNeXt: the convolutional backbones that DINOv3 distills its largest model into.
 
 The hooks are in ``plugin.py``: without them, the package needs torch, numpy and attrs alone.
 """

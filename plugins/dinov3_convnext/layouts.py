@@ -33,7 +33,7 @@ class _ConvNextLayout(Layout):
     def rules(self, config: BackboneConfig, names: Sequence[str]) -> Sequence[Rule]:
         return [Renamed(name, self.stored(name)) for name in names]
 
-    def recognise(self, content: Content) -> ConvNextConfig | None:
+    def recognize(self, content: Content) -> ConvNextConfig | None:
         """By the shapes of the convolutions between stages and the number of blocks in each."""
         shapes = [content.shapes.get(self.stored(name), ()) for name in _DOWNSAMPLING]
         if [shape[2:] for shape in shapes] != _KERNELS:

@@ -16,14 +16,14 @@ from dinov3_framework import Backbone, FeatureInfo, UserError
 
 
 class ConvNeXt(Backbone):
-    """Patch tokens are the last stage's positions; the class token is their mean, then normalised.
+    """Patch tokens are the last stage's positions; the class token is their mean, then normalized.
 
     ``patch_size`` is the stride of patch tokens, 32 pixels, and ``n_layers`` counts stages. There
     are no storage tokens. Sides that are no multiple of 32 lose what is over at the right and at
     the bottom, as strided convolutions do.
 
     State-dict names are those of DINOv3's published checkpoints, where ``norm`` and ``norms.3`` are
-    one layer under two names. The module is initialised when built; on the meta device, call
+    one layer under two names. The module is initialized when built; on the meta device, call
     ``to_empty`` and ``init_weights`` (or load weights).
 
     Layer-wise learning-rate decay does not act on it: the published models give all layers one

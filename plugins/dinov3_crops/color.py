@@ -1,4 +1,4 @@
-"""Colour operations on stacks of crops, in place.
+"""Color operations on stacks of crops, in place.
 
 Pixels are float32 [N, C, H, W] with levels 0..255; a factor is one number per crop, [N]. The
 meaning of each is torchvision's (``adjust_brightness`` and so on); values are not rounded to whole

@@ -64,7 +64,7 @@ class DistortionsConfig:
     saturation: float = option("saturation factor within 1 ± this", default=0.2, check=not_negative)
     hue: float = option("hue shift within ± this, in turns", default=0.1, check=_hue)
     grayscale_probability: float = option(
-        "probability of losing all colour", default=0.2, check=fraction
+        "probability of losing all color", default=0.2, check=fraction
     )
     blur_probability: tuple[float, float] = option(
         "probability of blur in the first and second global crop",
@@ -184,7 +184,7 @@ class MultiCropConfig(AugmentationConfig):
         default=(),
     )
     distortions: DistortionsConfig = option(
-        "colour jitter, grayscale, blur and solarization", factory=DistortionsConfig
+        "color jitter, grayscale, blur and solarization", factory=DistortionsConfig
     )
     masking: MaskingConfig | None = option(
         "which patches of the global crops the student does not see", factory=MaskingConfig

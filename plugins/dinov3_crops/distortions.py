@@ -1,4 +1,4 @@
-"""Colour jitter, grayscale, blur and solarization of a stack of crops.
+"""Color jitter, grayscale, blur and solarization of a stack of crops.
 
 First everything random is drawn, for all crops of a view at once; then it is applied. Crops are
 worked on in float in groups that fit the processor's cache: one by one when they are large, all
@@ -40,7 +40,7 @@ GROUP_VALUES = 1 << 16  # values (pixels times channels) of a group
 
 @attrs.frozen
 class Jitter:
-    """Colour jitter and grayscale of N crops; a crop that is not jittered has neutral numbers."""
+    """Color jitter and grayscale of N crops; a crop that is not jittered has neutral numbers."""
 
     # [2, steps, 3, N]: the steps before and after hue; in each the factors of the pixels, of their
     # mean luminance (contrast) and of their luminance (saturation)

@@ -1,232 +1,243 @@
-"""One step, as the trainer takes it, of networks that are placed as the trainer's are."""
+"""A step of the trainer, taken by one simulated process; what it does and what it takes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from attrs import field, frozen
-from dinov3_ssl.configs import TrainingConfig, momentum
-from dinov3_ssl.frozen import FrozenTeacher
-from dinov3_ssl.networks import Networks
-from dinov3_ssl.objective import Objective
-from dinov3_ssl.preflight import Parts
+from attrs import evolve, frozen
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedOperatorException,
-)
 from torch.distributed.tensor import DTensor
 
-from dinov3_estimate.batch import hidden_patches, pretended_batch
-from dinov3_estimate.findings import Findings, Resolution, tokens
-from dinov3_estimate.memory import Kind, Ledger, local
-from dinov3_estimate.stage import PretendingSharder, Seat, pretended
+from dinov3_estimate.ledger import GRADIENTS, OPTIMIZER, Ledger, Moment, local
+from dinov3_estimate.recorder import OpRecorder
+from dinov3_estimate.simulated import CPU, SimulatedRank, SimulatedSharder, fake_process_group
 from dinov3_estimate.tally import Tally
-from dinov3_estimate.watch import Watch
-from dinov3_framework.contracts.data import Augmentation
-from dinov3_framework.contracts.losses import Loss, LossResult, StepOutputs
-from dinov3_framework.data.loader import Batch, Layout
+from dinov3_framework.contracts.running import Rows
+from dinov3_framework.contracts.training import TrainUnit
+from dinov3_framework.data.loader import Layout
 from dinov3_framework.errors import UserError
-from dinov3_framework.parallel.sharder import tensors_of
 from dinov3_framework.runtime import collectives
-from dinov3_framework.training.optimizer import Optimizer
+from dinov3_framework.training import TrainingConfig
+from dinov3_framework.training.clock import StepClock
+from dinov3_framework.training.coordination import NullCoordinator
+from dinov3_framework.training.metrics import FiniteCheck
+from dinov3_framework.training.simulation import NEEDS_VALUES, SimulatedBatch, reason
+from dinov3_framework.training.task import InitialState, TrainingTask
+from dinov3_framework.training.trainer import Trainer
 
 # CUDA's allocator gives memory in blocks of so many bytes.
 GRANULARITY = 512
-_NEEDS_VALUES = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedOperatorException,
-)
 
 
 @frozen
-class Cast:
-    """The objects that take part in a step; the same that a trainer has."""
+class StepEstimate:
+    """What one process has to do in a step of one sort, and what it takes."""
+
+    batch: SimulatedBatch
+    peak: Moment
+    tally: Tally
+
+    @property
+    def flops(self) -> int:
+        return sum(self.tally.flops().values())
+
+
+@frozen
+class Estimate:
+    """What one process has to do in a step, and what it takes.
+
+    ``peak``, ``tally`` and ``rows`` are those of the sort of steps that takes most memory.
+    """
 
     config: TrainingConfig
-    networks: Networks
-    objective: Objective
-    optimizer: Optimizer
-    frozen: nn.Module = field(factory=nn.ModuleDict)  # those of a teacher that does not learn
+    world_size: int  # all processes there are
+    layout: Layout  # of those that share this training
+    steps: Sequence[StepEstimate]
+    rest: Moment  # between two steps
+    parameters: Mapping[str, tuple[int, int]]  # by role: all, and those of this process
+    trained_bytes: int  # of the parameters that this process updates
+    sections: Mapping[str, Rows]  # what the unit reports
+
+    @property
+    def largest(self) -> StepEstimate:
+        return max(self.steps, key=lambda each: each.peak.total)
+
+    @property
+    def peak(self) -> Moment:
+        return self.largest.peak
+
+    @property
+    def tally(self) -> Tally:
+        return self.largest.tally
+
+    @property
+    def flops(self) -> float:
+        """Of this process in a mean step."""
+        return sum(each.batch.share * each.flops for each in self.steps)
 
 
-def rehearse(
-    config: TrainingConfig,
-    parts: Parts,
-    seat: Seat,
-    granularity: int = GRANULARITY,
-    *,
-    teaching: Callable[[Networks, PretendingSharder], FrozenTeacher | None] = lambda *_: None,
-    masking: bool = True,
-) -> Findings:
-    """Take a step of each resolution as one of many processes; raises ``UserError`` if it cannot.
+def simulate(task: TrainingTask, rank: SimulatedRank, granularity: int = GRANULARITY) -> Estimate:
+    """Take a step of each sort as one of many processes; raises ``UserError`` if it cannot.
 
-    ``parts`` are used up. Sizes are rounded up to ``granularity`` bytes. ``teaching`` and
-    ``masking`` as of an ``Objective``.
+    Sizes are rounded up to ``granularity`` bytes.
     """
-    size, passes, span = config.batch_size, config.accumulation_steps, seat.span
-    layout = Layout(len(span), seat.rank - span.start, passes, size)
-    taught = len(Layout(seat.world_size, seat.rank, passes, size).places(0, 0))
-    patch_size = parts.blueprint.backbone.patch_size
-    left_out: dict[str, str] = {}
-    for name, loss in parts.losses.items():
-        _guard(loss, partial(left_out.__setitem__, name))
-    watch = Watch(granularity)
-    with pretended(seat) as tensors:
-        sharder = PretendingSharder(config.parallel, tensors, collectives.current_group())
-        networks = Networks(parts.blueprint, sharder, config.seed, restored=True)
-        teacher = teaching(networks, sharder)
-        with tensors:
-            cast = assemble(config, parts.losses, networks, teacher, masking)
-            warm_up(cast)
-            tell(watch.ledger, cast)
-
-        def step(augmentation: Augmentation) -> Resolution:
-            hidden = hidden_patches(augmentation, layout, config.seed)
-            fullest = None if hidden is None else hidden.fullest
-
-            def batch() -> Batch:
-                channels, seen = config.images.channels, layout.per_pass
-                made = pretended_batch(augmentation, taught, seen, channels, patch_size, fullest)
-                others = [tensor for tensor in (made.masks, made.masked) if tensor is not None]
-                watch.ledger.call([*made.crops.values(), *others], Kind.BATCH)
-                return made
-
-            watch.ledger.forget_peak()
-            with tensors:
-                tally = take_step(cast, watch, batch)
-            backbone = parts.blueprint.backbone if teacher is None else teacher.weights.backbone
-            return Resolution(
-                views=augmentation.views,
-                share=augmentation.share,
-                peak=watch.ledger.peak(),
-                tally=tally,
-                tokens=tokens(parts, augmentation, backbone),
-                hidden=hidden,
-            )
-
+    config, method, span = task.config, task.method, rank.span
+    method.simulated = True
+    layout = Layout(
+        world_size=len(span),
+        rank=rank.rank - span.start,
+        accumulation_steps=config.accumulation_steps,
+        batch_size=config.batch_size,
+    )
+    prepared = task.prepare()
+    recorder = OpRecorder(granularity)
+    with fake_process_group(rank) as tensors:
+        sharder = SimulatedSharder(config.parallel, tensors, collectives.current_group())
         try:
-            resolutions = [step(variant) for variant in parts.augmentation.variants()]
-        except _NEEDS_VALUES as error:
-            raise UserError(
-                f"this recipe cannot be rehearsed: outside the losses, {_reason(error)}"
-            ) from error
-        return Findings(
-            world_size=seat.world_size,
+            unit = method.unit(prepared, sharder, InitialState.ABSENT, None)
+            with tensors:
+                trainer = _trainer(task, unit, recorder)
+                _warm_up(trainer)
+                roles = register_static(recorder.ledger, trainer, sharder.placed)
+            steps = []
+            for batch in method.simulated_batches(prepared, layout):
+                with tensors:
+                    steps.append(_step(trainer, recorder, batch, config.accumulation_steps))
+        except NEEDS_VALUES as error:
+            raise UserError(f"this recipe cannot be estimated: {reason(error)}") from error
+        trained = [p for network in unit.networks.values() for p in network.parameters()]
+        return Estimate(
+            config=config,
+            world_size=rank.world_size,
             layout=layout,
-            taught=taught,
-            resolutions=resolutions,
-            rest=watch.ledger.now(),
-            parameters=_parameters(cast),
-            left_out=left_out,
+            steps=steps,
+            rest=recorder.ledger.now(),
+            parameters=_parameters(roles),
+            trained_bytes=sum(local(p).numel() * p.element_size() for p in trained),
+            sections=unit.simulation_sections(),
         )
 
 
-def assemble(
-    config: TrainingConfig,
-    losses: Mapping[str, Loss],
-    networks: Networks,
-    teacher: FrozenTeacher | None = None,
-    masking: bool = True,
-) -> Cast:
-    """Objective and optimizer over placed networks, as a task makes them for a trainer."""
-    return Cast(
-        config=config,
-        networks=networks,
-        objective=Objective(
-            losses,
-            config.losses,
-            networks,
-            config.iterations,
-            config.images,
-            teaching=None if teacher is None else teacher.teaching,
-            masking=masking,
-        ),
-        optimizer=Optimizer(dict(networks.student.items()), config.optimizer, config.batch_size),
-        frozen=nn.ModuleDict() if teacher is None else teacher.networks,
+# --------------------------------------------------------------------------- the trainer
+class _Hooks(StepClock, NullCoordinator):
+    """A trainer's clock and coordinator, which tell a recorder what goes on and ask no values.
+
+    ``micro_batches`` count one micro-batch each, ``around`` what comes before and after them.
+    """
+
+    def __init__(self, recorder: OpRecorder) -> None:
+        super().__init__(CPU)
+        self.recorder = recorder
+        self.networks: Sequence[nn.Module] = ()
+        self.micro_batches: list[Tally] = []
+        self.around = Tally()
+
+    def begin(self) -> None:
+        self.micro_batches, self.around = [], Tally()
+        self._outside()
+
+    def _outside(self) -> None:
+        self.recorder.phase, self.recorder.tally = "optimizer", self.around
+
+    def next(self, items: Iterator[Any]) -> Any:
+        self.micro_batches.append(Tally())
+        self.recorder.phase, self.recorder.tally = "batch", self.micro_batches[-1]
+        batch = next(items)
+        self.recorder.phase = "forward"
+        return batch
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        if name != "backward":
+            yield
+            return
+        self.recorder.phase = name
+        yield
+        for network in self.networks:
+            self.recorder.ledger.assign(_gradients(network.parameters()), GRADIENTS)
+        # The sums of metrics that follow belong to no micro-batch; the next one begins with
+        # its batch.
+        self._outside()
+
+    def reduce(self, *_: Any) -> FiniteCheck:
+        """Say that all is finite, of values that there are not."""
+        return FiniteCheck({}, {}, False)
+
+
+def _trainer(task: TrainingTask, unit: TrainUnit, recorder: OpRecorder) -> Trainer:
+    """The trainer of a task, without data, checkpoints and observers."""
+    hooks, config = _Hooks(recorder), task.config
+    hooks.networks = list(unit.networks.values())
+    absent: Any = None
+    run: Any = SimpleNamespace(device=CPU)
+    return Trainer(
+        # From the second micro-batch on all are alike: gradients are there to be added to.
+        config=evolve(config, accumulation_steps=min(config.accumulation_steps, 2)),
+        unit=unit,
+        optimizer=task.optimizer(unit),
+        maker=absent,
+        store=absent,
+        observers={},
+        run=run,
+        clock=hooks,
+        coordinator=hooks,
+        reduce=hooks.reduce,
     )
 
 
-def tell(ledger: Ledger, cast: Cast) -> None:
-    """What there is before the step."""
-    networks, optimizer = cast.networks, cast.optimizer
-    roles: dict[Kind, nn.Module] = {Kind.STUDENT: networks.student, Kind.TEACHER: networks.teacher}
-    roles |= {Kind.ANCHORS: networks.anchors, Kind.FROZEN: cast.frozen}
-    for kind, network in roles.items():
-        ledger.call((tensor for _, tensor in tensors_of(network)), kind)
-    ledger.call(cast.objective.named_state().values(), Kind.LOSSES)
-    ledger.call(optimizer.named_state().values(), Kind.MOMENTS)
-    for parameter in networks.student.parameters():
-        if not isinstance(parameter, DTensor):  # gradients of shards are known by how they come
-            parameter.register_post_accumulate_grad_hook(
-                lambda found: ledger.call(_gradients([found]), Kind.GRADIENTS)
-            )
-    ledger.forget_peak()
-
-
-# --------------------------------------------------------------------------- the step
-def warm_up(cast: Cast) -> None:
+def _warm_up(trainer: Trainer) -> None:
     """Let sharded tensors see each operation of the optimizer once, off the record.
 
     They learn what an operation gives by trying it on whole tensors without memory, and remember
-    it. A watch cannot tell those from the step's own: it would find whole networks in a process.
+    it. A recorder cannot tell those from the step's own: it would find whole networks in a process.
     """
-    optimizer = cast.optimizer
-    optimizer.set_values(optimizer.values(0, cast.config.iterations))
-    for parameter in cast.networks.student.parameters():
-        parameter.grad = torch.empty_like(parameter)
+    optimizer = trainer.optimizer
+    optimizer.set_values(optimizer.values(0, trainer.config.iterations))
+    for network in optimizer.networks.values():
+        for parameter in network.parameters():
+            parameter.grad = torch.empty_like(parameter)
     optimizer.clip(optimizer.gradient_norms())
     optimizer.step()
     optimizer.zero_grad()
 
 
-def take_step(cast: Cast, watch: Watch, batch: Callable[[], Batch]) -> Tally:
-    """``Trainer._step`` without what asks for values; what it did.
-
-    From the second pass on all passes are alike (gradients are there to be added to): two are
-    taken, and the second counts for the rest.
-    """
-    config, optimizer = cast.config, cast.optimizer
-    passes = config.accumulation_steps
-    total = Tally()
-    with watch:
-        optimizer.set_values(optimizer.values(0, config.iterations))
-        kept = [tensor.clone() for tensor in _buffers(cast)]
-        for index in range(min(passes, 2)):
-            of_pass = Tally()
-            with watch.counting(of_pass):
-                _pass(cast, watch, batch())
-            total.add(of_pass, passes - 1 if index else 1)
-        watch.phase = "optimizer"
-        with watch.counting(total):
-            norms = optimizer.gradient_norms()
-            optimizer.clip(norms)
-            optimizer.step()
-            cast.networks.update_teacher(momentum(config).at(0, config.iterations))
-            cast.networks.refresh_anchors(1)
-            optimizer.zero_grad()
-        del kept, norms
-    return total
+def _step(
+    trainer: Trainer, recorder: OpRecorder, batch: SimulatedBatch, micro_batches: int
+) -> StepEstimate:
+    hooks: Any = trainer.clock
+    recorder.ledger.forget_peak()
+    trainer.done = batch.iteration
+    with recorder:
+        trainer.step(batch.make() for _ in range(2))
+    total, (first, *further) = hooks.around, hooks.micro_batches
+    total.add(first)
+    for each in further:
+        total.add(each, micro_batches - 1)
+    return StepEstimate(batch, recorder.ledger.peak(), total)
 
 
-def _pass(cast: Cast, watch: Watch, batch: Batch) -> None:
-    config, student = cast.config, cast.networks.student
-    watch.phase = "forward"
-    outcome = cast.objective(batch, _iteration(cast))
-    watch.phase = "backward"
-    (outcome.total / config.accumulation_steps).backward()
-    watch.ledger.call(_gradients(student.parameters()), Kind.GRADIENTS)
-
-
-def _iteration(cast: Cast) -> int:
-    """The first at which every anchor has begun."""
-    begins = [anchor.config.start or 0 for anchor in cast.networks.blueprint.anchors.values()]
-    return min(max(begins, default=0), cast.config.iterations - 1)
+def register_static(
+    ledger: Ledger, trainer: Trainer, placed: Sequence[nn.Module] = ()
+) -> Mapping[str, Sequence[Tensor]]:
+    """Tell a ledger what there is before a step, by role; ``placed`` are networks of any role."""
+    unit = trainer.unit
+    roles = {role: list(tensors) for role, tensors in unit.memory_roles().items()}
+    roles["other networks"] = [t for each in placed for t in (*each.parameters(), *each.buffers())]
+    for role, tensors in [*roles.items(), (OPTIMIZER, trainer.optimizer.state().values())]:
+        ledger.assign((t for t in tensors if ledger.kind_of(t) is None), role)
+    for network in unit.networks.values():
+        for parameter in network.parameters():
+            # Gradients of shards are known by how they come.
+            if parameter.requires_grad and not isinstance(parameter, DTensor):
+                parameter.register_post_accumulate_grad_hook(
+                    lambda found: ledger.assign(_gradients([found]), GRADIENTS)
+                )
+    ledger.forget_peak()
+    return roles
 
 
 def _gradients(parameters: Any) -> Iterator[Tensor]:
@@ -235,47 +246,13 @@ def _gradients(parameters: Any) -> Iterator[Tensor]:
             yield parameter.grad
 
 
-def _buffers(cast: Cast) -> Iterator[Tensor]:
-    yield from cast.objective.named_state().values()
-    yield from cast.networks.student.buffers()
-
-
-# --------------------------------------------------------------------------- losses
-def _guard(loss: Loss, leave_out: Callable[[str], None]) -> None:
-    """Let a loss that asks for values count as 0 from then on, instead of ending the rehearsal."""
-    forward = loss.forward
-
-    def guarded(step: StepOutputs) -> LossResult:
-        try:
-            return forward(step)
-        except _NEEDS_VALUES as error:
-            leave_out(_reason(error))
-        some = next(iter(step.student.values())).cls
-        return LossResult((some * 0).sum())
-
-    loss.forward = guarded  # type: ignore[method-assign]
-
-
-def _reason(error: Exception) -> str:
-    func = getattr(error, "func", None)
-    return f"{func or error} needs the values of tensors"
-
-
-# --------------------------------------------------------------------------- counting
-def _parameters(cast: Cast) -> dict[Kind, tuple[int, int]]:
-    """All parameters of each network, and those that this process holds."""
-    networks = cast.networks
-    named: dict[Kind, nn.Module] = {
-        Kind.STUDENT: networks.student,
-        Kind.TEACHER: networks.teacher,
-        Kind.ANCHORS: networks.anchors,
-        Kind.FROZEN: cast.frozen,
-    }
-    return {
-        name: (
-            sum(parameter.numel() for parameter in network.parameters()),
-            sum(local(parameter).numel() for parameter in network.parameters()),
-        )
-        for name, network in named.items()
-        if len(list(network.children()))
-    }
+def _parameters(roles: Mapping[str, Sequence[Tensor]]) -> dict[str, tuple[int, int]]:
+    """All parameters of each role, and those that this process holds; each counts once."""
+    seen: set[int] = set()
+    found = {}
+    for role, tensors in roles.items():
+        own = [t for t in tensors if isinstance(t, nn.Parameter) and id(t) not in seen]
+        seen.update(map(id, own))
+        if own:
+            found[role] = (sum(t.numel() for t in own), sum(local(t).numel() for t in own))
+    return found

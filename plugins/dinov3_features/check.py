@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from attrs import frozen
 
 from dinov3_features.configs import FeaturesTaskConfig
 from dinov3_features.extract import DTYPES
 from dinov3_framework.contracts.data import Dataset
 from dinov3_framework.data.images import ImageFit
-from dinov3_framework.data.inference import FitSamples, FittedImages, InferenceLoader
+from dinov3_framework.data.inference import (
+    FitSamples,
+    FittedImages,
+    InferenceBatch,
+    InferenceLoader,
+)
 from dinov3_framework.data.tokens import TokenReader, layers_complaint
 from dinov3_framework.errors import DataError, OutputError, Problem, RecipeError, UserError
 from dinov3_framework.parallel.check import parallel_problems
-from dinov3_framework.weights.subject import Subject
+from dinov3_framework.weights.loaded import LoadedBackbone
 
 _LOOKED_AT = 16  # images that a check reads
 
-Size = tuple[int, int]  # height and width in pixels
-Shapes = Mapping[str, tuple[int, ...]]  # of the outputs of one image
-
 
 def problems(
-    config: FeaturesTaskConfig, subject: Subject, fit: ImageFit, processes: int
+    config: FeaturesTaskConfig, subject: LoadedBackbone, fit: ImageFit, processes: int
 ) -> Iterator[Problem]:
     """What is wrong whatever the images are."""
     parallel = config.parallel
@@ -50,51 +51,45 @@ def problems(
         yield Problem("layers", complaint_of_layers)
 
 
-@frozen
-class Sight:
-    """A few images spread over the dataset, and what became of them."""
+def read_some(dataset: Dataset, fit: ImageFit) -> InferenceBatch[FittedImages]:
+    """A few images spread over the dataset.
 
-    sizes: Sequence[Size]  # as they were read
-    shapes: Sequence[Size]  # as the backbone sees them
-    unreadable: int
+    Raises ``DataError`` for one that the backbone cannot take.
+    """
+    count = min(len(dataset), _LOOKED_AT)
+    indices = [place * len(dataset) // count for place in range(count)]
+    loader = InferenceLoader(dataset, FitSamples(fit), [indices], collate=FittedImages.collate)
+    batch = loader.read(indices)
+    for index, error in batch.refused.items():
+        raise DataError(f"{dataset.name(index)}: {error}")
+    return batch
 
-    @classmethod
-    def of(cls, dataset: Dataset, fit: ImageFit) -> Sight:
-        """Raises ``DataError`` for an image that the backbone cannot take."""
-        count = min(len(dataset), _LOOKED_AT)
-        indices = [place * len(dataset) // count for place in range(count)]
-        loader = InferenceLoader(dataset, FitSamples(fit), [indices], collate=FittedImages.collate)
-        (batch,) = loader
-        for index, error in batch.refused.items():
-            raise DataError(f"{dataset.name(index)}: {error}")
-        if batch.data is None:
-            return cls([], [], count)
-        shapes = [(height, width) for _, height, width in batch.data.shapes]
-        return cls(batch.data.sizes, shapes, len(batch.corrupt))
 
-    def describe(self) -> str:
-        if not self.sizes:
-            return f"none of {self.unreadable} could be read"
-        low, high = min(self.sizes), max(self.sizes)
-        text = f"{low[0]} x {low[1]}" + ("" if low == high else f" to {high[0]} x {high[1]}")
-        lost = f", {self.unreadable} unreadable" if self.unreadable else ""
-        return f"{text} px (of {len(self.sizes) + self.unreadable} looked at{lost})"
+def describe_sizes(batch: InferenceBatch[FittedImages]) -> str:
+    """The sizes of some images as they were read."""
+    if batch.data is None:
+        return f"none of {len(batch.indices)} could be read"
+    low, high = min(batch.data.sizes), max(batch.data.sizes)
+    text = f"{low[0]} x {low[1]}" + ("" if low == high else f" to {high[0]} x {high[1]}")
+    lost = f", {len(batch.corrupt)} unreadable" if batch.corrupt else ""
+    return f"{text} px (of {len(batch.indices)} looked at{lost})"
 
 
 def feature_rows(
-    config: FeaturesTaskConfig, reader: TokenReader, fit: ImageFit, sight: Sight, images: int
+    config: FeaturesTaskConfig,
+    reader: TokenReader,
+    fit: ImageFit,
+    batch: InferenceBatch[FittedImages],
+    images: int,
 ) -> list[tuple[str, str]]:
-    """What the files will hold, and the room they take.
+    """What the files will hold of all ``images``, and the room they take.
 
     Raises ``OutputError`` where they will not fit, ``RecipeError`` for what the backbone lacks.
     """
-    shapes: dict[Size, Shapes] = {}
-    for size in sorted(set(sight.shapes)):
-        found = _output_shapes(reader, fit.images.channels, *size)
-        if found is None:
-            break
-        shapes[size] = found
-    if not shapes or len(shapes) < len(set(sight.shapes)):
+    seen = [] if batch.data is None else batch.data.shapes
+    found = {shape: _output_shapes(reader, shape) for shape in sorted(set(seen))}
+    shapes = {shape: outputs for shape, outputs in found.items() if outputs is not None}
+    if not shapes or len(shapes) < len(found):
         return [("disk", "the shapes of the features are known when they are there")]
     rows = []
     for name in next(iter(shapes.values())):
@@ -102,8 +97,8 @@ def feature_rows(
         low, high = min(different), max(different)
         text = str(list(low)) if low == high else f"{list(low)} to {list(high)}"
         rows.append((name, f"{text} {config.dtype}"))
-    values = [sum(map(_values, shapes[size].values())) for size in sight.shapes]
-    per_image = sum(values) / len(values) * DTYPES[config.dtype].itemsize
+    values = sum(torch.Size(each).numel() for shape in seen for each in shapes[shape].values())
+    per_image = values / len(seen) * DTYPES[config.dtype].itemsize
     about = "about " if fit.ragged else ""
     more = ", twice that while parts are merged" if config.merge else ""
     output_dir = Path(config.output_dir or "runs")
@@ -117,7 +112,9 @@ def feature_rows(
     ]
 
 
-def _output_shapes(reader: TokenReader, channels: int, height: int, width: int) -> Shapes | None:
+def _output_shapes(
+    reader: TokenReader, image: tuple[int, int, int]
+) -> dict[str, tuple[int, ...]] | None:
     """Shape of each output of one image, found on the meta device.
 
     None if the backbone cannot be run there. Raises ``RecipeError`` for what it does not give.
@@ -128,8 +125,8 @@ def _output_shapes(reader: TokenReader, channels: int, height: int, width: int) 
     }
     try:
         with torch.no_grad():
-            image = torch.empty(1, channels, height, width, device="meta")
-            named = torch.func.functional_call(reader, state, (image,))
+            pixels = torch.empty(1, *image, device="meta")
+            named = torch.func.functional_call(reader, state, (pixels,))
     except UserError as error:
         where = "outputs" if "storage" in str(error) else "layers"
         raise RecipeError([Problem(where, str(error))]) from error
@@ -151,10 +148,6 @@ def _require_room(output_dir: Path, features: int, merge: bool) -> int:
             '"fp16"; merge = false needs half of it'
         )
     return free
-
-
-def _values(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
 
 
 def _mib(count: int) -> str:

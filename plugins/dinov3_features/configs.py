@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from dinov3_framework.configs import config, not_negative, option, positive
-from dinov3_framework.kinds import DatasetConfig, SubjectConfig
+from dinov3_framework.kinds import BackboneTaskConfig, DatasetConfig
 from dinov3_framework.parallel import ParallelConfig
 
 
@@ -16,7 +16,7 @@ def _named_once(value: tuple[str | int, ...]) -> str | None:
 
 
 @config
-class FeaturesTaskConfig(SubjectConfig):
+class FeaturesTaskConfig(BackboneTaskConfig):
     """Features of a dataset's images, in files: class tokens, patch tokens, any layers.
 
     Either ``weights`` or ``backbone`` is given. Leaves ``features.safetensors`` and ``index.csv``.

@@ -7,14 +7,14 @@ of its forward passes: those that have no images left see blank ones until the o
 
 from __future__ import annotations
 
+import itertools
 import logging
-import signal
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 
 import torch
-from attrs import frozen
+from attrs import define
 from torch import Tensor
 
 from dinov3_features.parts import PartStore, Row, Skipped, patch_offsets
@@ -27,7 +27,7 @@ from dinov3_framework.data.inference import (
     InferenceLoader,
 )
 from dinov3_framework.data.tokens import TokenReader
-from dinov3_framework.errors import DataError, ExitCode, StopRequested
+from dinov3_framework.errors import DataError
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.agreement import RankFailure, from_main, together
 from dinov3_framework.runtime.stopping import StopFlag
@@ -39,120 +39,99 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-@frozen
+class _FailedElsewhere(Exception):
+    """Another process cannot go on; it reports itself why."""
+
+
+@define(eq=False)
 class Extraction:
-    """What is computed, and how."""
+    """Makes the parts that are missing; the same on every process."""
 
     reader: TokenReader
     dataset: Dataset
     fit: ImageFit
+    store: PartStore
     dtype: torch.dtype  # of the features
     batch_size: int
     workers: int
     device: torch.device
     sharded: bool
 
+    def run(self) -> None:
+        """Write every part that is missing; to be called by all processes.
 
-class _FailedElsewhere(Exception):
-    """Another process cannot go on; it says itself why."""
-
-
-def extract_parts(extraction: Extraction, store: PartStore) -> None:
-    """Write every part that is missing; to be called by all processes.
-
-    Raises ``DataError`` for images that the backbone cannot take and for features that are not
-    finite, ``OutputError`` if a part cannot be written, ``StopRequested`` after a signal; what
-    happens on one process ends all of them.
-    """
-    todo = from_main(store.missing)
-    world, rank = collectives.world_size(), collectives.rank()
-    size = extraction.batch_size
-    mine = {
-        part: [indices[start : start + size] for start in range(0, len(indices), size)]
-        for part in todo[rank::world]
-        for indices in [store.partition.indices(part)]
-    }
-    loader = InferenceLoader(
-        extraction.dataset,
-        FitSamples(extraction.fit),
-        [indices for batches in mine.values() for indices in batches],
-        collate=FittedImages.collate,
-        workers=extraction.workers,
-    )
-    with StopFlag() as stop, torch.no_grad(), closing(iter(loader)) as batches:
-        maker = _PartMaker(extraction, store, mine, batches, stop)
-        # In turns, so that nobody waits in a collective for longer than a part takes.
+        Raises ``DataError`` for images that the backbone cannot take and for features that are not
+        finite, ``OutputError`` if a part cannot be written, ``StopRequested`` after a signal; what
+        happens on one process ends all of them.
+        """
+        todo = from_main(self.store.missing)
+        world, rank = collectives.world_size(), collectives.rank()
+        mine = {part: self._split(part) for part in todo[rank::world]}
+        loader = InferenceLoader(
+            self.dataset,
+            FitSamples(self.fit),
+            [indices for batches in mine.values() for indices in batches],
+            collate=FittedImages.collate,
+            workers=self.workers,
+        )
+        progress = _Progress(sum(len(indices) for batches in mine.values() for indices in batches))
         turns: list[int | None] = [*mine, None]
-        for turn in range(-(-len(todo) // world)):
-            try:
-                together(maker.make, turns[turn])
-            except RankFailure as failure:
-                raise failure.for_process() from failure.own
+        with StopFlag() as stop, torch.no_grad(), closing(iter(loader)) as batches:
 
+            def make(part: int | None) -> None:
+                """Make a part; None: take part in the others' forward passes."""
+                error: Exception | None = None
+                try:
+                    if part is not None:
+                        self._make(part, len(mine[part]), batches, stop)
+                        progress.add(len(self.store.partition.indices(part)))
+                except _FailedElsewhere:
+                    return
+                except Exception as raised:
+                    error = raised
+                if self.sharded:
+                    while self._anybody(has_images=False, failed=error is not None):
+                        self._blank_pass()
+                if error is not None:
+                    raise error
 
-class _PartMaker:
-    """Makes this process's parts, in order."""
+            # In turns, so that nobody waits in a collective for longer than a part takes.
+            for turn in range(-(-len(todo) // world)):
+                try:
+                    together(make, turns[turn])
+                except RankFailure as failure:
+                    raise failure.for_process() from failure.own
 
-    def __init__(
+    def _split(self, part: int) -> list[range]:
+        indices, size = self.store.partition.indices(part), self.batch_size
+        return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+    def _make(
         self,
-        extraction: Extraction,
-        store: PartStore,
-        mine: Mapping[int, Sequence[range]],
-        batches: Generator[InferenceBatch[FittedImages], None, None],
+        part: int,
+        count: int,
+        batches: Iterator[InferenceBatch[FittedImages]],
         stop: StopFlag,
     ) -> None:
-        self.extraction, self.store, self.mine = extraction, store, mine
-        self.batches, self.stop = batches, stop
-        parameter = next(extraction.reader.parameters(), None)
-        self.input_dtype = torch.float32 if parameter is None else parameter.dtype
-        self.progress = _Progress(sum(len(store.partition.indices(part)) for part in mine))
-
-    def make(self, part: int | None) -> None:
-        """Make a part; None: take part in the others' forward passes."""
-        error: Exception | None = None
-        try:
-            if part is not None:
-                self._make(part)
-        except _FailedElsewhere:
-            return
-        except Exception as raised:
-            error = raised
-        if self.extraction.sharded:
-            while self._anybody(has_images=False, failed=error is not None):
-                self._blank_pass()
-        if error is not None:
-            raise error
-
-    def _make(self, part: int) -> None:
-        features: list[dict[str, Tensor]] = []
+        """Make a part of the next ``count`` batches."""
+        name, features = self.dataset.name, []
         rows: list[Row] = []
         skipped: list[Skipped] = []
-        for _ in self.mine[part]:
-            batch = next(self.batches)
-            if self.stop:
-                raise self._stopped()
-            name = self.extraction.dataset.name
+        for batch in itertools.islice(batches, count):
+            if stop:
+                parts = self.store.partition.parts
+                raise stop.stopped(f"{parts - len(self.store.missing())} of {parts} parts")
             for index, error in batch.refused.items():
                 raise DataError(f"{name(index)}: {error}")
-            skipped += [Skipped(i, name(i), error.reason) for i, error in batch.corrupt.items()]
+            skipped += [Skipped(i, name(i), each.reason) for i, each in batch.corrupt.items()]
             if batch.data is not None:
                 seen = self._rows(batch, batch.data)
                 features += self._features(batch.data, seen)
                 rows += seen
         self.store.write(part, self._stacked(features), rows, skipped)
-        self.progress.add(len(self.store.partition.indices(part)))
-
-    def _stopped(self) -> StopRequested:
-        stopped = StopRequested(
-            f"Stopped; {self.store.partition.parts - len(self.store.missing())} of "
-            f"{self.store.partition.parts} parts are written, the same command goes on from there."
-        )
-        if self.stop.received == signal.SIGINT:
-            stopped.exit_code = ExitCode.INTERRUPTED
-        return stopped
 
     def _rows(self, batch: InferenceBatch[FittedImages], images: FittedImages) -> list[Row]:
-        dataset, patch = self.extraction.dataset, self.extraction.fit.patch_size
+        dataset, patch = self.dataset, self.fit.patch_size
         rows = []
         for place, size, (_, height, width), targets in zip(
             batch.places, images.sizes, images.shapes, images.targets, strict=True
@@ -168,10 +147,10 @@ class _PartMaker:
         """Of each image, by name; images of one shape pass the backbone together."""
         found: list[dict[str, Tensor]] = [{} for _ in rows]
         for places, pixels in images.by_shape():
-            if self.extraction.sharded:
+            if self.sharded:
                 self._anybody(has_images=True, failed=False)
             for name, tensor in self._read(pixels).items():
-                stored = tensor.to(self.extraction.dtype)
+                stored = tensor.to(self.dtype)
                 if not stored.isfinite().all():
                     raise DataError(_not_finite(name, tensor, [rows[place] for place in places]))
                 for place, values in zip(places, stored.cpu(), strict=True):
@@ -180,9 +159,9 @@ class _PartMaker:
 
     def _read(self, images: Tensor) -> dict[str, Tensor]:
         try:
-            pixels = images.to(self.extraction.device, non_blocking=True)
-            pixels = normalize(pixels, self.extraction.fit.images).to(self.input_dtype)
-            named: dict[str, Tensor] = self.extraction.reader(pixels)
+            pixels = normalize(images.to(self.device, non_blocking=True), self.fit.images)
+            first = next(self.reader.parameters(), pixels)
+            named: dict[str, Tensor] = self.reader(pixels.to(first.dtype))
         except torch.OutOfMemoryError as error:
             raise DataError(
                 f"{len(images)} images of {images.shape[2]} x {images.shape[3]} pixels are too "
@@ -203,7 +182,7 @@ class _PartMaker:
         return bool(anybody) and not trouble
 
     def _blank_pass(self) -> None:
-        fit = self.extraction.fit
+        fit = self.fit
         side = fit.patch_size if fit.ragged or fit.size is None else fit.size
         self._read(torch.zeros(1, fit.images.channels, side, side, dtype=torch.uint8))
 
@@ -213,7 +192,7 @@ class _PartMaker:
         stacked = {}
         for name in features[0] if features else ():
             values = [each[name] for each in features]
-            if name.endswith("patches") and self.extraction.fit.ragged:
+            if name.endswith("patches") and self.fit.ragged:
                 grids = torch.tensor([value.shape[:2] for value in values])
                 prefix = name.removesuffix("patches")
                 stacked[name] = torch.cat([value.flatten(0, 1) for value in values])

@@ -36,7 +36,7 @@ Spec = tuple[torch.dtype, tuple[int, ...]]
 class Row(NamedTuple):
     """One image whose features are there."""
 
-    index: int  # in the dataset
+    sample: int  # its index in the dataset
     name: str
     label: int | None
     height: int  # pixels of the image as it was read
@@ -48,7 +48,7 @@ class Row(NamedTuple):
 class Skipped(NamedTuple):
     """One image that cannot be read."""
 
-    index: int
+    sample: int
     name: str
     reason: str
 

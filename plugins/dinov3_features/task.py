@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
 
-import attrs
 import torch
 
-from dinov3_features.check import Sight, feature_rows, problems
+from dinov3_features.check import describe_sizes, feature_rows, problems, read_some
 from dinov3_features.configs import FeaturesTaskConfig
-from dinov3_features.extract import DTYPES, Extraction, extract_parts, log
+from dinov3_features.extract import DTYPES, Extraction, log
 from dinov3_features.parts import FOLDER, Partition, PartStore, merge, summarize, write_tables
 from dinov3_framework.contracts.data import Dataset
 from dinov3_framework.contracts.running import Plan, Task
 from dinov3_framework.data.images import SQUARE, ImageFit
 from dinov3_framework.data.tokens import TokenReader
 from dinov3_framework.errors import DataError, RecipeError
-from dinov3_framework.parallel.sharder import Sharder, initialise
+from dinov3_framework.parallel.sharder import Sharder
 from dinov3_framework.parallel.state_dicts import full_tensors
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.agreement import RankFailure, from_main
 from dinov3_framework.runtime.processes import pick_device
 from dinov3_framework.runtime.results import write_results
-from dinov3_framework.weights.loading import load_placed
-from dinov3_framework.weights.subject import Subject
+from dinov3_framework.weights.loaded import LoadedBackbone
+from dinov3_framework.weights.loading import describe_recipe_backbone, load_recipe_backbone
 from dinov3_framework.weights.tensor_file import CODES
 
 
@@ -40,7 +38,7 @@ class FeaturesTask(Task):
     # ------------------------------------------------------------------ checking
     def check(self, world_size: int) -> Plan:
         config = self.config
-        subject = Subject.described(config, self.registry)
+        subject = describe_recipe_backbone(config, self.registry)
         fit = self._fit(subject)
         found = list(problems(config, subject, fit, world_size))
         if found:
@@ -56,9 +54,9 @@ class FeaturesTask(Task):
         except DataError as error:
             missing.append(str(error))
         else:
-            sight = Sight.of(dataset, fit)
-            images = [("dataset", dataset.describe()), ("sizes", sight.describe())]
-            features = feature_rows(config, reader, fit, sight, len(dataset))
+            some = read_some(dataset, fit)
+            images = [("dataset", dataset.describe()), ("sizes", describe_sizes(some))]
+            features = feature_rows(config, reader, fit, some, len(dataset))
         parameters = sum(parameter.numel() for parameter in subject.backbone.parameters())
         sharded = f"sharded over {world_size}" if config.sharded else "whole in each process"
         size = "each image's own size" if fit.size is None else f"{fit.size} px"
@@ -94,45 +92,39 @@ class FeaturesTask(Task):
             done = partition.parts - left
             log.info("Going on: %d of %d parts are there.", done, partition.parts)
         if left:
-            extraction = Extraction(
+            Extraction(
                 reader=self._reader(subject),
                 dataset=dataset,
                 fit=self._fit(subject),
+                store=store,
                 dtype=DTYPES[config.dtype],
                 batch_size=config.batch_size,
                 workers=config.workers,
                 device=device,
                 sharded=config.sharded,
-            )
-            extract_parts(extraction, store)
+            ).run()
         # The others are done: to merge may take longer than a collective may wait.
         if collectives.is_main():
             self._conclude(subject, dataset, store, output_dir)
 
-    def _placed(self, device: torch.device) -> Subject:
+    def _placed(self, device: torch.device) -> LoadedBackbone:
         """The recipe's backbone with its values, in eval mode; to be called by every process.
 
         With ``sharded`` it is split over the processes, each of which reads its own shards;
         otherwise each has all of it, with parameters in ``param_dtype``.
         """
         config, registry = self.config, self.registry
-        if not config.sharded:
-            subject = Subject.opened(config, registry, device=device.type)
-            for parameter in subject.backbone.parameters():
-                # Buffers keep their type: a table of RoPE is not to be rounded.
-                parameter.data = parameter.data.to(device, DTYPES[config.parallel.param_dtype])
-            return subject
-        sharder = Sharder(config.parallel, device)
-        if config.weights is not None:
-            loaded = load_placed(config.weights, sharder=sharder, registry=registry)
-            return Subject.of_weights(config.weights, loaded)
-        subject = Subject.described(config, registry)
-        backbone = sharder.place(copy.deepcopy(subject.backbone), trains=False)
-        initialise(backbone, subject.backbone, Subject.seed(config))
-        return attrs.evolve(subject, backbone=backbone.eval())  # type: ignore[arg-type]
+        if config.sharded:
+            sharder = Sharder(config.parallel, device)
+            return load_recipe_backbone(config, registry, sharder=sharder)
+        subject = load_recipe_backbone(config, registry, device.type)
+        for parameter in subject.backbone.parameters():
+            # Buffers keep their type: a table of RoPE is not to be rounded.
+            parameter.data = parameter.data.to(device, DTYPES[config.parallel.param_dtype])
+        return subject
 
     def _conclude(
-        self, subject: Subject, dataset: Dataset, store: PartStore, output_dir: Path
+        self, subject: LoadedBackbone, dataset: Dataset, store: PartStore, output_dir: Path
     ) -> None:
         config, fit = self.config, self._fit(subject)
         summary = summarize(store)
@@ -172,7 +164,7 @@ class FeaturesTask(Task):
         log.info("Features of %d images: %s", summary.rows, output_dir)
 
     # ------------------------------------------------------------------ parts of it
-    def _dataset(self, subject: Subject) -> Dataset:
+    def _dataset(self, subject: LoadedBackbone) -> Dataset:
         dataset: Dataset = self.registry.build(
             self.config.dataset, channels=subject.images.channels
         )
@@ -180,12 +172,12 @@ class FeaturesTask(Task):
             raise DataError(f"{dataset.describe()}: holds no images")
         return dataset
 
-    def _fit(self, subject: Subject) -> ImageFit:
+    def _fit(self, subject: LoadedBackbone) -> ImageFit:
         size = self.config.size
         if size is None and self.config.fit in SQUARE:
             size = subject.size
         return ImageFit(subject.images, subject.backbone.patch_size, self.config.fit, size)
 
-    def _reader(self, subject: Subject) -> TokenReader:
+    def _reader(self, subject: LoadedBackbone) -> TokenReader:
         config = self.config
         return TokenReader(subject.backbone, config.outputs, config.layers, config.norm)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from dinov3_framework import DatasetConfig, ObserverConfig, SubjectConfig, config, option, positive
+from dinov3_framework import (
+    BackboneTaskConfig,
+    DatasetConfig,
+    ObserverConfig,
+    config,
+    option,
+    positive,
+)
 
 
 @config
@@ -47,7 +54,7 @@ def _typical(value: int) -> str | None:
 
 
 @config
-class VisualizeConfig(SubjectConfig):
+class VisualizeConfig(BackboneTaskConfig):
     """Pictures of what a backbone's patch features see, and a page to explore them.
 
     Writes figures/<name>.png for each image, figures/overview.png and index.html. Either

@@ -78,11 +78,9 @@ class Panel:
     def labels(self) -> tuple[str, ...]:
         """Short names: of ``gradient_norm/backbone`` the last part, of ``dino/weight`` the first
         where the last would not tell the curves apart."""
-        last = tuple(name.rpartition("/")[2] for name in self.names)
-        first = tuple(name.partition("/")[0] for name in self.names)
-        return next(
-            short for short in (last, first, self.names) if len(set(short)) == len(self.names)
-        )
+        parts = [name.split("/") for name in self.names]
+        choices = (tuple(part[-1] for part in parts), tuple(part[0] for part in parts), self.names)
+        return next(labels for labels in choices if len(set(labels)) == len(self.names))
 
 
 def read_series(path: Path) -> dict[str, Series]:
@@ -197,12 +195,10 @@ def _draw_panel(axes: Axes, panel: Panel, series: Mapping[str, Series]) -> None:
         last = f" {curve.finite[-1]:.3g}" if len(curve.finite) else ""
         style: dict[str, Any] = {"color": _PALETTE[place % len(_PALETTE)], "label": label + last}
         x, y = curve.iterations, curve.values
-        if len(curve.finite) <= _FEW:
-            style |= {"marker": "o", "markersize": 3}
-            x, y = x[np.isfinite(y)], curve.finite
-        elif panel.exact:
+        few = len(curve.finite) <= _FEW
+        if panel.exact or few:
             # Schedules often coincide; dashes let the one below be seen.
-            style["ls"] = "--" if place else "-"
+            style |= {"marker": "o", "markersize": 3} if few else {"ls": "--" if place else "-"}
             x, y = x[np.isfinite(y)], curve.finite
         else:
             axes.plot(x, y, color=style["color"], lw=0.6, alpha=0.35)
@@ -210,16 +206,20 @@ def _draw_panel(axes: Axes, panel: Panel, series: Mapping[str, Series]) -> None:
             x, y = smooth(x, np.log(usual) if logarithmic else usual)
             y = np.exp(y) if logarithmic else y
         axes.plot(x, y, lw=1.6, **style)
+    marks = [("not finite", "x", _ALARM, 0.03, [~np.isfinite(curve.values) for curve in curves])]
+    marks += [("off scale", "^", MUTED, 0.97, [curve.values > high for curve in curves])]
+    marks += [("off scale", "v", MUTED, 0.03, [curve.values < low for curve in curves])]
+    for what, marker, color, height, wanted in marks:
+        found = [curve.iterations[mask] for curve, mask in zip(curves, wanted, strict=True)]
+        places = np.unique(np.concatenate(found))
+        if len(places):
+            style = {"marker": marker, "color": color, "label": f"{what}: {len(places):,}"}
+            style |= {"transform": axes.get_xaxis_transform(), "clip_on": False, "ls": "none"}
+            axes.plot(places, np.full(len(places), height), ms=4, **style)
+            if what == "off scale":
+                axes.set_ylim(low, high)
     if logarithmic:
         axes.set_yscale("log")
-    gaps = [curve.iterations[~np.isfinite(curve.values)] for curve in curves]
-    above = [curve.iterations[curve.values > high] for curve in curves]
-    below = [curve.iterations[curve.values < low] for curve in curves]
-    _mark(axes, gaps, "not finite", 0.03, marker="x", color=_ALARM)
-    _mark(axes, above, "off scale", 0.97, marker="^", color=MUTED)
-    _mark(axes, below, "off scale", 0.03, marker="v", color=MUTED)
-    if any(map(len, above)) or any(map(len, below)):
-        axes.set_ylim(low, high)
     _dress(axes, panel)
 
 
@@ -241,15 +241,6 @@ def _limits(curves: Sequence[Series], exact: bool) -> tuple[float, float, bool]:
     if span == 0 or most - least <= 2 * span:
         return least, most, False
     return max(least, low - span / 4), min(most, high + span / 4), False
-
-
-def _mark(axes: Axes, iterations: Sequence[Array], what: str, height: float, **style: str) -> None:
-    """Marks at some iterations of any curve at a fraction of the panel's height."""
-    places = np.unique(np.concatenate(iterations))
-    if len(places):
-        label, across = f"{what}: {len(places):,}", axes.get_xaxis_transform()
-        style |= {"ls": "none", "label": label}
-        axes.plot(places, 0 * places + height, ms=4, transform=across, clip_on=False, **style)
 
 
 def _dress(axes: Axes, panel: Panel) -> None:

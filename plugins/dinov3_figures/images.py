@@ -18,10 +18,10 @@ from dinov3_framework import (
     CorruptSampleError,
     DataError,
     Dataset,
+    LoadedBackbone,
     Problem,
     RecipeError,
     Sample,
-    Subject,
     normalize,
 )
 from dinov3_framework.errors import suggest
@@ -108,7 +108,10 @@ def resized(image: Tensor, shape: tuple[int, int]) -> Tensor:
 
 # --------------------------------------------------------------------------- looking
 def look(
-    subject: Subject, dataset: Dataset, choice: Sequence[Sequence[int]], config: VisualizeConfig
+    subject: LoadedBackbone,
+    dataset: Dataset,
+    choice: Sequence[Sequence[int]],
+    config: VisualizeConfig,
 ) -> list[Seen]:
     """Show every chosen image to the backbone, on its own device; processes share the work.
 
@@ -134,7 +137,7 @@ def look(
 
 
 def _look_at(
-    subject: Subject, dataset: Dataset, candidates: Sequence[int], config: VisualizeConfig
+    subject: LoadedBackbone, dataset: Dataset, candidates: Sequence[int], config: VisualizeConfig
 ) -> Seen | None:
     found = readable(dataset, candidates)
     if found is None:

@@ -18,12 +18,14 @@ from dinov3_framework import (
     Backbone,
     DataError,
     Dataset,
+    LoadedBackbone,
     Plan,
     Problem,
     RecipeError,
     Registry,
-    Subject,
     Task,
+    describe_recipe_backbone,
+    load_recipe_backbone,
     write_results,
 )
 from dinov3_framework.runtime import collectives
@@ -41,7 +43,7 @@ class Visualize(Task):
         self.config, self.registry = config, registry
 
     def check(self, world_size: int) -> Plan:
-        subject = Subject.described(self.config, self.registry)
+        subject = describe_recipe_backbone(self.config, self.registry)
         _refuse_problems(self.config, subject.backbone)
         missing: list[str] = []
         try:
@@ -52,20 +54,20 @@ class Visualize(Task):
         return Plan(facts, missing)
 
     def run(self, output_dir: Path, plan: Plan | None = None) -> None:
-        subject = Subject.opened(self.config, self.registry)
+        subject = load_recipe_backbone(self.config, self.registry)
         _refuse_problems(self.config, subject.backbone)
         dataset, choice = self._choice(subject)
         seen = look(subject, dataset, choice, self.config)
         if collectives.is_main():
             self._write(output_dir, subject, dataset, seen)
 
-    def _choice(self, subject: Subject) -> tuple[Dataset, list[Sequence[int]]]:
+    def _choice(self, subject: LoadedBackbone) -> tuple[Dataset, list[Sequence[int]]]:
         config = self.config
         dataset = self.registry.build(config.dataset, channels=subject.images.channels)
         return dataset, choose(dataset, config.names, config.count)
 
     def _facts(
-        self, subject: Subject, dataset: Dataset | None = None, shown: Sequence[Any] = ()
+        self, subject: LoadedBackbone, dataset: Dataset | None = None, shown: Sequence[Any] = ()
     ) -> dict[str, list[tuple[str, str]]]:
         """What is shown of what, for the check and for the page."""
         config, backbone = self.config, subject.backbone
@@ -88,7 +90,7 @@ class Visualize(Task):
 
     # ------------------------------------------------------------------ files
     def _write(
-        self, output_dir: Path, subject: Subject, dataset: Dataset, seen: Sequence[Seen]
+        self, output_dir: Path, subject: LoadedBackbone, dataset: Dataset, seen: Sequence[Seen]
     ) -> None:
         """Write all files; results.json, which completes the run, last."""
         config = self.config

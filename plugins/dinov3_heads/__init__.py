@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dinov3_framework import (
     BackboneConfig,
+    BackboneTaskConfig,
     Component,
     EvaluationConfig,
     HeadConfig,
     ImagesConfig,
     ObserverConfig,
-    SubjectConfig,
     TransformConfig,
     config,
     hookimpl,
@@ -17,6 +17,8 @@ from dinov3_framework import (
     positive,
 )
 from dinov3_framework.training import TrainingConfig
+
+FINGERPRINT = "fingerprint of the backbone"  # in the provenance of a head
 
 
 @config
@@ -47,7 +49,7 @@ class TrainHeadConfig(TrainingConfig):
 
 
 @config
-class EvaluateConfig(SubjectConfig):
+class EvaluateConfig(BackboneTaskConfig):
     """Evaluations of a backbone with weights or as initialized, or of a head on it.
 
     Either ``weights`` or ``backbone`` is given. Leaves ``results.json`` and ``results.csv``, each
@@ -77,7 +79,7 @@ class EvaluateWhileTrainingConfig(ObserverConfig):
 def dinov3_tasks() -> list[Component]:
     return [
         Component("train_head", TrainHeadConfig, "dinov3_heads.train_head:TrainHead.task"),
-        Component("evaluate", EvaluateConfig, "dinov3_heads.evaluate:Evaluate"),
+        Component("evaluate", EvaluateConfig, "dinov3_heads.evaluate:Evaluate", formerly=("knn",)),
     ]
 
 
@@ -88,5 +90,6 @@ def dinov3_observers() -> list[Component]:
             "evaluate",
             EvaluateWhileTrainingConfig,
             "dinov3_heads.observer:EvaluateWhileTraining",
+            formerly=("knn",),
         )
     ]

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
-from dinov3_framework import DataError, Model, Plan, Registry, Task
-from dinov3_framework.runtime import collectives
-from dinov3_framework.runtime.results import Record, print_results, write_results
-from dinov3_heads import EvaluateConfig
-from dinov3_heads.evaluations import Evaluations, label_of
-from dinov3_heads.weights import (
-    LoadedHead,
-    describe_head,
+from dinov3_framework import (
+    DataError,
+    LoadedBackbone,
+    Model,
+    Plan,
+    Registry,
+    Task,
     describe_recipe_backbone,
-    load_head,
     load_recipe_backbone,
 )
+from dinov3_framework.parallel.state_dicts import fingerprint, is_same
+from dinov3_framework.runtime import collectives
+from dinov3_framework.runtime.results import Record, print_results, write_results
+from dinov3_framework.weights.heads import LoadedHead, describe_head, load_head
+from dinov3_heads import FINGERPRINT, EvaluateConfig
+from dinov3_heads.evaluations import Evaluations, label_of
+
+# Below the framework's logger, whose handlers write run.log.
+log = logging.getLogger("dinov3_framework.heads")
 
 
 class Evaluate(Task):
@@ -30,26 +38,25 @@ class Evaluate(Task):
         loaded = describe_recipe_backbone(config, self.registry)
         head = None
         if config.head is not None:
-            head = describe_head(config.head, loaded.backbone, self.registry)
+            head = describe_head(config.head, loaded.backbone, registry=self.registry)
         evaluations = Evaluations(config.evaluations, self.registry.build)
         missing = evaluations.prepare(loaded.images)
         evaluations.check(_model(loaded, head))
         parameters = sum(parameter.numel() for parameter in loaded.backbone.parameters())
-        rows = [*loaded.provenance.items(), ("parameters", f"{parameters:,}")]
-        sections = {"backbone": [("backbone", loaded.name), *rows]}
+        sections = {"backbone": [*loaded.origin, ("parameters", f"{parameters:,}")]}
         if head is not None:
-            sections["head"] = [("head", str(config.head)), *head.rows()]
+            sections["head"] = _rows(head)
         measured = [(name, each.data()) for name, each in evaluations.prepared.items()]
         sections["evaluations"] = [*measured, ("processes", str(world_size))]
         return Plan(sections, missing, None if missing else evaluations)
 
     def run(self, output_dir: Path, plan: Plan | None = None) -> None:
         config = self.config
-        loaded = load_recipe_backbone(config, self.registry)
-        head = None
+        loaded, head = load_recipe_backbone(config, self.registry), None
         if config.head is not None:
             device = next(loaded.backbone.parameters()).device
-            head = load_head(config.head, loaded.backbone, self.registry, device=device)
+            head = load_head(config.head, loaded.backbone, device=device, registry=self.registry)
+            _warn_of_another_backbone(head, loaded)
         model = _model(loaded, head)
         evaluations = plan.prepared if plan is not None else None
         if evaluations is None:
@@ -64,19 +71,28 @@ class Evaluate(Task):
         if not collectives.is_main():
             return
         tables = evaluations.rows(measured, label_of(model))
-        results: dict[str, Any] = {"task": "evaluate", "backbone": dict(loaded.provenance)}
+        results: dict[str, Any] = {"task": "evaluate", "backbone": dict(loaded.origin)}
         if head is not None:
-            results["head"] = dict(head.provenance)
+            results["head"] = dict(_rows(head))
         write_results(output_dir, results | {"evaluations": tables, "records": records})
         for name, rows in tables.items():
             print_results(name, rows)
 
 
-def _model(loaded: Any, head: LoadedHead | None) -> Model:
-    return Model(
-        loaded.backbone,
-        loaded.images,
-        head=None if head is None else head.head,
-        size=loaded.size if head is None else head.size or loaded.size,
-        name=loaded.name if head is None else head.name,
-    )
+def _model(loaded: LoadedBackbone, head: LoadedHead | None) -> Model:
+    if head is None:
+        return Model(loaded.backbone, loaded.images, size=loaded.size, name=loaded.name)
+    size = head.size or loaded.size
+    return Model(loaded.backbone, loaded.images, head.head, size, head.name)
+
+
+def _rows(head: LoadedHead) -> list[tuple[str, str]]:
+    known = [(key, value) for key, value in head.provenance.items() if key != FINGERPRINT]
+    return [("head", head.name), *known]
+
+
+def _warn_of_another_backbone(head: LoadedHead, loaded: LoadedBackbone) -> None:
+    before, now = head.provenance.get(FINGERPRINT), fingerprint(loaded.backbone)
+    if before is not None and not is_same(float(before), now) and collectives.is_main():
+        trained_on = head.provenance.get("trained on", "unknown")
+        log.warning("%s was trained on %s, not on %s", head.name, trained_on, loaded.name)

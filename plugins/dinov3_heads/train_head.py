@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from attrs import frozen
+from torch import nn
 
 from dinov3_framework import (
     Backbone,
@@ -17,36 +18,35 @@ from dinov3_framework import (
     Dataset,
     Head,
     ImagesConfig,
+    LoadedBackbone,
     Model,
     Problem,
     RecipeError,
-    Sample,
     StreamDataset,
     Target,
     Transform,
     UserError,
+    describe_recipe_backbone,
     keyed_seed,
+    load_recipe_backbone,
 )
 from dinov3_framework.data.loader import LabelledBatch, Layout, TransformedBatches
 from dinov3_framework.data.tokens import head_features, layers_complaint
 from dinov3_framework.errors import problems_at
-from dinov3_framework.parallel.sharder import Sharder, initialise
+from dinov3_framework.parallel.sharder import Sharder, initialize
 from dinov3_framework.parallel.state_dicts import fingerprint
 from dinov3_framework.training.check import optimizer_rows
-from dinov3_framework.training.simulation import SimulatedBatch
+from dinov3_framework.training.simulation import SimulatedBatch, made_up_sample
 from dinov3_framework.training.task import InitialState, TrainingMethod
 from dinov3_framework.training.trainer import Trainer
-from dinov3_framework.weights.gathered_export import export_gathered
-from dinov3_framework.weights.info import BackboneInfo
-from dinov3_heads import TrainHeadConfig
+from dinov3_framework.weights.export import export_gathered
+from dinov3_framework.weights.heads import head_info
+from dinov3_framework.weights.info import ComponentInfo
+from dinov3_framework.weights.locations import HEAD, TUNED
+from dinov3_heads import FINGERPRINT, TrainHeadConfig
 from dinov3_heads.unit import HeadUnit
-from dinov3_heads.weights import (
-    BACKBONE,
-    HEAD,
-    describe_recipe_backbone,
-    head_info,
-    load_recipe_backbone,
-)
+
+_SIZE = 224  # pixels that an exported backbone is taken for, where nothing tells
 
 
 @frozen
@@ -67,12 +67,13 @@ class TrainHead(TrainingMethod):
 
     # ------------------------------------------------------------------ checking
     @cached_property
-    def described(self) -> Any:
+    def described(self) -> LoadedBackbone:
         """The backbone on the meta device, with all that is known of it."""
-        return describe_recipe_backbone(self.config, self.registry, simulated=self.simulated)
+        config: Any = self.config  # has the keys of a BackboneTaskConfig
+        return describe_recipe_backbone(config, self.registry, simulated=self.simulated)
 
     def images(self) -> ImagesConfig:
-        return self.described.images  # type: ignore[no-any-return]
+        return self.described.images
 
     def prepare(self, dataset: Dataset | StreamDataset | None = None) -> HeadParts:
         backbone = self.described.backbone
@@ -84,6 +85,9 @@ class TrainHead(TrainingMethod):
                 return self.registry.build(getattr(self.config, key), **runtime)
             except UserError as error:
                 problems.extend(problems_at(key, error))
+            except IndexError:
+                known = f"this backbone has 0 to {backbone.n_layers - 1}"
+                problems.append(Problem(key, f"asks for a layer that is not there; {known}"))
 
         transform = build("transform", images=self.images(), targets=targets)
         head = None
@@ -100,12 +104,11 @@ class TrainHead(TrainingMethod):
     def problems(self, prepared: HeadParts, done: int) -> list[Problem]:
         backbone, head, size = prepared.backbone, prepared.head, prepared.transform.size
         patch, problems = backbone.patch_size, []
-        if size is not None and (size[0] % patch or size[1] % patch):
-            what = f"makes images of {size[0]} x {size[1]} px, no multiple of the backbone's patch"
-            near = " or ".join(
-                str(s) for s in (size[0] // patch * patch, -(-size[0] // patch) * patch) if s
-            )
-            problems.append(Problem("transform", f"{what} size {patch}", f"take {near}"))
+        if size is not None and any(side % patch for side in size):
+            whole = size[0] // patch * patch
+            message = f"makes images of {size[0]} x {size[1]} px, no multiple of the patch size"
+            hint = f"take {whole} or {whole + patch}" if whole else f"take {patch}"
+            problems.append(Problem("transform", f"{message} {patch} of the backbone", hint))
         if head is None:
             return problems
         if complaint := layers_complaint(head.needs.layers, backbone.n_layers):
@@ -125,20 +128,16 @@ class TrainHead(TrainingMethod):
         return Model(prepared.backbone, self.images(), prepared.head, self._size(prepared))
 
     def sections(self, prepared: HeadParts, world_size: int, done: int) -> Mapping[str, Any]:
-        described, config = self.described, self.config
-        count = sum(p.numel() for p in prepared.backbone.parameters())
+        config, head, backbone = self.config, prepared.head, prepared.backbone
         fate = "trained with the head" if config.tune_backbone else "frozen"
-        backbone = [("backbone", described.name), *described.provenance.items()]
-        sections = {"backbone": [*backbone, ("parameters", f"{count:,}, {fate}")]}
-        if prepared.head is not None:
-            needs, head = prepared.head.needs, prepared.head
+        rows = [*self.described.origin, ("parameters", f"{_count(backbone)}, {fate}")]
+        sections = {"backbone": rows}
+        if head is not None:
+            layers = ", ".join(str(layer % backbone.n_layers) for layer in head.needs.layers)
             sections["head"] = [
                 ("head", self.registry.of_config(config.head).component.name),
-                ("parameters", f"{sum(p.numel() for p in head.parameters()):,}"),
-                (
-                    "layers",
-                    ", ".join(str(layer % prepared.backbone.n_layers) for layer in needs.layers),
-                ),
+                ("parameters", _count(head)),
+                ("layers", layers),
                 *((f"predicts {name}", str(target)) for name, target in head.targets.items()),
             ]
         size = prepared.transform.size
@@ -149,8 +148,7 @@ class TrainHead(TrainingMethod):
     def _size(self, prepared: HeadParts) -> int | None:
         """Pixels of the images that it is trained on, as far as one number tells."""
         size = prepared.transform.size
-        known: int | None = self.described.size
-        return size[0] if size is not None and size[0] == size[1] else known
+        return size[0] if size is not None and size[0] == size[1] else self.described.size
 
     # ------------------------------------------------------------------ running
     def unit(
@@ -160,7 +158,7 @@ class TrainHead(TrainingMethod):
         absent = state is InitialState.ABSENT
         head: Any = sharder.place(copy.deepcopy(blueprint))
         if state is InitialState.INITIAL:
-            initialise(head, blueprint, self._seed())
+            initialize(head, blueprint, self._seed())
         if absent or (config.tune_backbone and state is InitialState.RESTORED):
             backbone: Any = sharder.place(
                 copy.deepcopy(prepared.backbone), trains=config.tune_backbone
@@ -172,10 +170,12 @@ class TrainHead(TrainingMethod):
         def initial() -> tuple[Backbone, Head]:
             again = self._loaded(sharder, trains=False) if config.tune_backbone else backbone
             untrained: Any = sharder.place(copy.deepcopy(blueprint), trains=False)
-            initialise(untrained, blueprint, self._seed())
+            initialize(untrained, blueprint, self._seed())
             return again, untrained
 
-        infos = {"head": self._head_info(prepared, {}).to_metadata()}
+        infos = [self._head_info(prepared, {})]
+        if config.tune_backbone:
+            infos.append(self._backbone_info(prepared, {}))
         return HeadUnit(
             backbone.eval(),
             head,
@@ -184,31 +184,21 @@ class TrainHead(TrainingMethod):
             tuned=config.tune_backbone,
             weights=self.described.name,
             fingerprint=None if absent or config.tune_backbone else fingerprint(backbone),
-            notes=infos,
+            notes={info.kind: info.to_metadata() for info in infos},
             initial=initial,
         )
 
-    def _head_info(self, prepared: HeadParts, made: Mapping[str, str]) -> Any:
+    def _head_info(self, prepared: HeadParts, made: Mapping[str, str]) -> ComponentInfo:
         component, values = self.registry.values_of(self.config.head)
-        provenance = {**made, "backbone": self.described.component, "weights": self.described.name}
-        return head_info(
-            component,
-            values,
-            self.images(),
-            self._size(prepared) or 0,
-            self._head(prepared).targets,
-            provenance,
-        )
+        known = {**made, "trained on": self.described.name}
+        size, targets = self._size(prepared), self._head(prepared).targets
+        return head_info(component, values, self.images(), size, targets, known)
 
-    def _backbone_info(self, prepared: HeadParts, made: Mapping[str, str]) -> Any:
+    def _backbone_info(self, prepared: HeadParts, made: Mapping[str, str]) -> ComponentInfo:
         component, values = self.registry.values_of(self.described.config)
-        return BackboneInfo(
-            component,
-            values,
-            self.images(),
-            self._size(prepared) or 224,
-            {**made, "tuned_from": self.described.name},
-        )
+        known = {**made, "tuned from": self.described.name}
+        size = self._size(prepared) or _SIZE
+        return ComponentInfo(component, values, self.images(), size, known)
 
     def _head(self, prepared: HeadParts) -> Head:
         if prepared.head is None:
@@ -221,9 +211,8 @@ class TrainHead(TrainingMethod):
         return keyed_seed(self.config.seed, "init.head")
 
     def _loaded(self, sharder: Sharder, *, trains: bool) -> Any:
-        return load_recipe_backbone(
-            self.config, self.registry, sharder=sharder, trains=trains
-        ).backbone
+        config: Any = self.config
+        return load_recipe_backbone(config, self.registry, sharder=sharder, trains=trains).backbone
 
     def batches(
         self, prepared: HeadParts, dataset: Dataset | StreamDataset, layout: Layout
@@ -234,15 +223,14 @@ class TrainHead(TrainingMethod):
         )
 
     def simulated_batches(self, prepared: HeadParts, layout: Layout) -> Iterator[SimulatedBatch]:
-        if prepared.transform.size is None:
+        size, count = prepared.transform.size, layout.per_micro_batch
+        if size is None:
             raise UserError(
-                "images of several sizes cannot be estimated; let the transform crop them"
+                "images of several sizes cannot be estimated; let the transform crop them to one"
             )
         self._head(prepared)
-        blank = _blank(prepared.targets, prepared.transform.size, self.images().channels)
-        sample = prepared.transform(blank)
-        count = layout.per_micro_batch
-        batch = LabelledBatch(prepared.transform.collate([sample] * count))
+        made_up = made_up_sample(prepared.targets, size, self.images().channels)
+        batch = LabelledBatch(prepared.transform.collate([prepared.transform(made_up)] * count))
 
         def empty() -> LabelledBatch:
             return batch.changed(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
@@ -256,44 +244,28 @@ class TrainHead(TrainingMethod):
             "iterations": str(config.iterations),
             "images_seen": str(config.iterations * config.batch_size),
         }
-        export_gathered(folder / HEAD, unit.head, self._head_info(prepared, made))
+        known = {**made, FINGERPRINT: repr(fingerprint(unit.backbone))}
+        export_gathered(folder / HEAD, unit.head, self._head_info(prepared, known))
         if config.tune_backbone:
-            info = self._backbone_info(prepared, made)
-            export_gathered(folder / BACKBONE, unit.backbone, info)
+            export_gathered(folder / TUNED, unit.backbone, self._backbone_info(prepared, made))
         return folder / HEAD
 
     def expected_exports(self, prepared: HeadParts) -> Mapping[str, tuple[Mapping[str, Any], Any]]:
         info = self._head_info(prepared, {}).to_metadata()
         found = {HEAD: (self._head(prepared).state_dict(), {"head": info})}
         if self.config.tune_backbone:
-            state = prepared.backbone.state_dict()
             info = self._backbone_info(prepared, {}).to_metadata()
-            found[BACKBONE] = (state, {"backbone": info})
+            found[TUNED] = (prepared.backbone.state_dict(), {"backbone": info})
         return found
 
     def usage(self, export: Path) -> str:
-        weights = export.parents[1] if self.config.tune_backbone else self.config.weights
+        run = export.parents[1]
+        weights = run if self.config.tune_backbone else self.config.weights or "..."
         return (
-            "Evaluate the head on its backbone, with [evaluations.NAME] tables in a recipe:\n\n"
-            f'  dinov3-run RECIPE task=evaluate weights="{weights}" head="{export}"\n'
+            "Evaluate the head, with a table [evaluations.NAME] for each evaluation in a recipe:\n"
+            f'\n  task = "evaluate"\n  weights = "{weights}"\n  head = "{run}"\n'
         )
 
 
-def _blank(targets: Mapping[str, Target], size: tuple[int, int], channels: int) -> Sample:
-    """A sample without content, with a few objects if there are any."""
-    objects = 8
-    shapes = {"mask": size, "map": size, "instances": (objects, *size), "boxes": (objects, 4)}
-    types = {"map": torch.float32, "instances": torch.bool, "boxes": torch.float32}
-    simple = {"class": 0, "number": 0.0, "text": ""}
-    values: dict[str, Any] = {}
-    for name, target in targets.items():
-        kind = target.kind
-        if kind in shapes:
-            values[name] = torch.zeros(shapes[kind], dtype=types.get(kind, torch.int64))
-        elif target.per_object:
-            values[name] = (
-                [""] * objects if kind == "text" else torch.tensor([simple[kind]] * objects)
-            )
-        else:
-            values[name] = simple[kind]
-    return Sample(torch.zeros(channels, *size, dtype=torch.uint8), values)
+def _count(network: nn.Module) -> str:
+    return f"{sum(parameter.numel() for parameter in network.parameters()):,}"

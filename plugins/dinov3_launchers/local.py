@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import define, field
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from dinov3_framework import ExitCode, Job, JobHandle, Launcher, Resources
+from dinov3_framework import ExitCode, Job, JobHandle, Launcher, Resources, UserError
 from dinov3_launchers import LocalConfig
 
 # Exit codes by which a process says that it has explained itself.
@@ -35,21 +35,46 @@ class LocalLauncher(Launcher):
         return max(torch.cuda.device_count(), 1)
 
     def preview(self, job: Job, resources: Resources | None = None) -> str:
-        count = self.world_size()
+        count = self._count(resources)
         return "this process" if count == 1 else f"{count} processes of this machine (torchrun)"
 
     def submit(
         self, job: Job, resources: Resources | None = None, *, after: Sequence[JobHandle] = ()
     ) -> JobHandle:
-        return _LocalJob(self, job, after)
+        if queued := [handle.id for handle in after if handle.id]:
+            raise UserError(f"launcher local: cannot wait for {queued[0]}, a job in a queue")
+        return LocalJob(job, self._count(resources), self.config.shutdown_timeout, tuple(after))
 
-    def launch(self, job: Job) -> int:
-        """Run a job to its end; its exit code."""
-        if self.world_size() == 1:
-            return job.run()
+    def _count(self, resources: Resources | None) -> int:
+        if resources is None:
+            return self.world_size()
+        if resources.nodes not in (None, 1):
+            raise UserError(f"launcher local: {resources.nodes} nodes are asked for, this is one")
+        return resources.processes_per_node or self.world_size()
+
+
+@define(eq=False)
+class LocalJob(JobHandle):
+    """A job that runs when it is first waited for, after those that it waits for itself."""
+
+    job: Job
+    processes: int
+    shutdown_timeout: int
+    after: tuple[JobHandle, ...]
+    _code: int | None = field(default=None, init=False)
+
+    def wait(self) -> int:
+        if self._code is None:
+            failed = (code for earlier in self.after if (code := earlier.wait()))
+            self._code = next(failed, None) or self._run()
+        return self._code
+
+    def _run(self) -> int:
+        if self.processes == 1:
+            return self.job.run()
         # Its warnings repeat in a page what one line of ours says.
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-        python, *arguments = job.command
+        python, *arguments = self.job.command
         try:
             elastic_launch(self._settings(), entrypoint=python)(*arguments)
         except SignalException as stop:
@@ -60,12 +85,12 @@ class LocalLauncher(Launcher):
         return ExitCode.OK
 
     def _settings(self) -> LaunchConfig:
-        optional: dict[str, Any] = {"shutdown_timeout": self.config.shutdown_timeout}
+        optional: dict[str, Any] = {"shutdown_timeout": self.shutdown_timeout}
         known = inspect.signature(LaunchConfig).parameters  # older torch waits a fixed 30 s
         return LaunchConfig(
             min_nodes=1,
             max_nodes=1,
-            nproc_per_node=self.world_size(),
+            nproc_per_node=self.processes,
             run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
@@ -75,21 +100,6 @@ class LocalLauncher(Launcher):
             signals_to_handle="SIGTERM,SIGINT,SIGUSR2",
             **{key: value for key, value in optional.items() if key in known},
         )
-
-
-@frozen
-class _LocalJob(JobHandle):
-    """A job that runs while somebody waits for it."""
-
-    launcher: LocalLauncher
-    job: Job
-    after: Sequence[JobHandle]
-
-    def wait(self) -> int:
-        for earlier in self.after:
-            if code := earlier.wait():
-                return code
-        return self.launcher.launch(self.job)
 
 
 def _exit_code(failed: ChildFailedError) -> int:

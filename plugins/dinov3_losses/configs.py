@@ -22,7 +22,7 @@ class ProjectorConfig:
 
     n_prototypes: int = option("prototypes: the width of the logits", default=65536, check=positive)
     bottleneck_dim: int = option(
-        "width of the normalised embedding that meets the prototypes", default=256, check=positive
+        "width of the normalized embedding that meets the prototypes", default=256, check=positive
     )
     hidden_dim: int = option("hidden width of the MLP", default=2048, check=positive)
     n_layers: int = option("linear layers of the MLP", default=3, check=positive)

@@ -15,7 +15,7 @@ EPSILON = 1e-8
 
 
 class KoLeoLoss(Loss):
-    """The Kozachenko-Leonenko estimator of differential entropy as a regulariser.
+    """The Kozachenko-Leonenko estimator of differential entropy as a regularizer.
 
     Sablayrolles et al. 2018, "Spreading vectors for similarity search", equation 3.
     """

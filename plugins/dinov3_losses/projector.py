@@ -18,7 +18,7 @@ _NO_SPREAD = 1e-10  # what rounding leaves of points of the unit sphere that are
 class PrototypeProjector(Projector):
     """Tokens [n, D] to logits over prototypes [n, K]: an MLP, a unit sphere, K prototypes.
 
-    The prototypes are the rows of ``last_layer.weight``, which are not normalised. (Caron et al.
+    The prototypes are the rows of ``last_layer.weight``, which are not normalized. (Caron et al.
     2021, "Emerging Properties in Self-Supervised Vision Transformers", appendix C.)
     """
 

@@ -1,51 +1,62 @@
-"""Writes a backbone as an ONNX model: the image goes in, tokens come out."""
+"""Write a backbone as an ONNX model: the image goes in, tokens come out."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dinov3_framework import __version__
 from dinov3_framework.contracts.networks import Backbone
 from dinov3_framework.errors import CheckpointError, summarize_names
 from dinov3_framework.runtime.durable import no_room, written_aside
-from dinov3_framework.weights.filling import initial_values
-from dinov3_framework.weights.info import BackboneInfo
-from dinov3_onnx.files import NAMES, STORED_AS, TENSORS_KEY
+from dinov3_framework.weights.info import ComponentInfo
+from dinov3_framework.weights.tensors import initial_tensors, not_finite
+from dinov3_onnx.compare import compare, data_of
 from dinov3_onnx.graph import backbone_graph
 
 log = logging.getLogger("dinov3_framework.onnx")
 
+# What tensors are stored as: half precisions are widened, which is exact.
+STORED_AS = {
+    torch.float32: torch.float32,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.int64: torch.int64,
+    torch.int32: torch.int32,
+    torch.uint8: torch.uint8,
+    torch.bool: torch.bool,
+}
 _LARGEST = 2**31 - 2**24  # bytes of weights in one file; a protobuf ends at 2 GiB
 _PAGE = 4096  # bytes; tensors outside the model begin on pages, so that they can be mapped
 
 
 def export_onnx(
-    path: Path, backbone: Backbone, info: BackboneInfo, *, opset: int | None = None
-) -> None:
-    """Write ``backbone`` as one ``.onnx`` file, which :func:`load_backbone` also loads.
+    path: Path, backbone: Backbone, info: ComponentInfo, *, opset: int | None = None
+) -> str:
+    """Write ``backbone`` as one ``.onnx`` file; how it was compared with the backbone.
 
-    The input is ``images``, normalised, float32 [batch, C, height, width]; the outputs are
+    The input is ``images``, normalized, float32 [batch, C, height, width]; the outputs are
     ``x_norm_clstoken`` [batch, D], ``x_norm_patchtokens`` [batch, patches, D] and, where there are
     storage tokens, ``x_storage_tokens`` [batch, R, D]. One file serves any batch and any height and
     width that are multiples of the patch size. The network computes in float32; weights of half
-    precision are widened, exactly, and are what they were when loaded back. ``info`` goes into the
-    metadata; ``opset`` is the version of ONNX's operators, by default what torch takes for widely
-    supported.
+    precision are widened. ``info`` goes into the metadata; ``opset`` is the version of ONNX's
+    operators, by default what torch takes for widely supported.
 
     Above 2 GiB, the limit of the format, weights are in a second file beside the first, named
-    ``dinov3-<digest>.onnx.data`` by what is in it, which belongs to it.
+    ``dinov3-<digest>.onnx.data`` by what is in it, which belongs to it. What was written is
+    compared with the backbone before it gets its name (see :func:`compare.compare`).
 
     To be called by one process. Raises ``CheckpointError`` for a name that does not end in
     ``.onnx``, a missing library, an ``opset`` that does not exist, a backbone that cannot be
     traced, values that are missing, not finite or of a precision ONNX files do not keep, and where
-    the file cannot be written; a file that was there then stays.
+    the file cannot be written or is not what was to be written; a file that was there then stays.
     """
     path = Path(path)
     if path.suffix.lower() != ".onnx":
@@ -53,32 +64,28 @@ def export_onnx(
     tensors = dict(backbone.state_dict())
     _check_values(path, tensors)
     model = backbone_graph(backbone, opset)
-    _describe(model, info, tensors)
+    _describe(model, info)
     used = {name for node in model.graph.node for name in node.input}
-    stored = tensors | _computed(backbone, used - tensors.keys())
+    tensors |= _computed(backbone, used - tensors.keys())
+    values = {n: t.detach().to("cpu", STORED_AS[t.dtype]) for n, t in tensors.items()}
+    # Runtimes warn of initializers without use, such as the mask token.
+    stored = {name: tensor for name, tensor in values.items() if name in used}
     try:
-        if model.ByteSize() + sum(map(_size, stored.values())) <= _LARGEST:
-            _fill(model, used, stored, None)
-            _write(path, model)
-        else:
-            _write_apart(path, model, used, stored)
+        with _model_file(path, model, stored) as aside:
+            compared = compare(aside, backbone, values)
     except OSError as error:
         reason = no_room(error.errno, path.parent) or str(error)
         raise CheckpointError(f"cannot write {path}: {reason}") from error
     versions = {each.domain: each.version for each in model.opset_import}
-    log.info("%s: ONNX of opset %d, %d nodes", path, versions[""], len(model.graph.node))
+    log.info("%s: opset %d, %d nodes; %s", path, versions[""], len(model.graph.node), compared)
+    return compared
 
 
 def _check_values(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    empty, unknown, bad = [], [], []
-    for name, tensor in tensors.items():
-        if tensor.is_meta:
-            empty.append(name)
-        elif tensor.dtype not in STORED_AS:
-            unknown.append(f"{name}: {tensor.dtype}")
-        elif tensor.is_floating_point() and not tensor.isfinite().all():
-            count = int((~tensor.isfinite()).sum())
-            bad.append(f"{name}: {count:,} of {tensor.numel():,} values")
+    empty = [name for name, tensor in tensors.items() if tensor.is_meta]
+    unknown = [f"{n}: {t.dtype}" for n, t in tensors.items() if t.dtype not in STORED_AS]
+    known = {n: t for n, t in tensors.items() if not t.is_meta and t.dtype in STORED_AS}
+    bad = [line for name, tensor in known.items() if (line := not_finite(name, tensor))]
     if empty or unknown or bad:
         raise CheckpointError(
             f"not exported to {path}:"
@@ -89,26 +96,43 @@ def _check_values(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _computed(backbone: Backbone, names: set[str]) -> dict[str, Tensor]:
-    """Buffers that no state dict has, of those ``names``; of use to the graph alone."""
+    """Buffers that no state dict has, of those ``names``."""
     found = {name: buffer for name, buffer in backbone.named_buffers() if name in names}
     # Whoever fills a backbone on the meta device may have left out what no file holds.
-    empty = [name for name, buffer in found.items() if buffer.is_meta]
-    return found | initial_values(backbone, empty)
+    return found | initial_tensors(backbone, [name for name in found if found[name].is_meta])
 
 
-def _describe(model: Any, info: BackboneInfo, tensors: Mapping[str, Tensor]) -> None:
-    from dinov3_framework import __version__
-
+def _describe(model: Any, info: ComponentInfo) -> None:
     model.producer_name, model.producer_version = "dinov3_framework", __version__
     model.graph.name = info.component
-    metadata = info.to_metadata()
-    del metadata["format"]  # what readers of safetensors ask for
-    metadata[TENSORS_KEY] = json.dumps({name: NAMES[t.dtype] for name, t in tensors.items()})
-    for key, value in metadata.items():
-        model.metadata_props.add(key=key, value=value)
+    for key, value in info.to_metadata().items():
+        if key != "format":  # what readers of safetensors ask for
+            model.metadata_props.add(key=key, value=value)
 
 
-# --------------------------------------------------------------------------- tensors
+# --------------------------------------------------------------------------- files
+@contextmanager
+def _model_file(path: Path, model: Any, tensors: Mapping[str, Tensor]) -> Iterator[Path]:
+    """The written model, which becomes ``path`` at the end; on an error nothing stays."""
+    size = model.ByteSize() + sum(tensor.nbytes for tensor in tensors.values())
+    place = None if size <= _LARGEST else _Place(tensors)
+    model.graph.initializer.extend(_proto(n, tensor, place) for n, tensor in tensors.items())
+    data = None if place is None else path.with_name(place.location)
+    was_there = data is not None and data.exists()
+    try:
+        if data is not None and place is not None:
+            # First, so that a model is never without its weights.
+            with written_aside(data) as aside, aside.open("wb") as file:
+                file.writelines(place.content(tensors))
+        with written_aside(path) as aside:
+            aside.write_bytes(model.SerializeToString(deterministic=True))
+            yield aside
+    except BaseException:
+        if data is not None and not was_there:
+            data.unlink(missing_ok=True)
+        raise
+
+
 class _Place:
     """Where each tensor lies in a file of data beside the model."""
 
@@ -117,7 +141,7 @@ class _Place:
         end = 0
         for name, tensor in tensors.items():
             self.offsets[name] = -(-end // _PAGE) * _PAGE
-            end = self.offsets[name] + _size(tensor)
+            end = self.offsets[name] + tensor.nbytes
         digest = hashlib.blake2b(digest_size=8)
         for part in self.content(tensors):
             digest.update(part)
@@ -128,73 +152,24 @@ class _Place:
         end = 0
         for name, tensor in tensors.items():
             yield memoryview(bytes(self.offsets[name] - end))
-            data = _data(tensor)
-            yield data
-            end = self.offsets[name] + len(data)
-
-
-def _fill(model: Any, used: set[str], tensors: Mapping[str, Tensor], place: _Place | None) -> None:
-    """Give a graph its weights; those it does not use go where runtimes do not look."""
-    unused = [name for name in tensors if name not in used]
-    if unused:
-        kept = model.training_info.add().initialization
-        kept.name = "tensors that inference does not use"
-        kept.initializer.extend(_proto(name, tensors[name], place) for name in unused)
-    model.graph.initializer.extend(
-        _proto(name, tensor, place) for name, tensor in tensors.items() if name in used
-    )
+            yield data_of(tensor)
+            end = self.offsets[name] + tensor.nbytes
 
 
 def _proto(name: str, tensor: Tensor, place: _Place | None) -> Any:
     import onnx
 
-    dtype = torch.empty(0, dtype=STORED_AS[tensor.dtype]).numpy().dtype
+    dtype = torch.empty(0, dtype=tensor.dtype).numpy().dtype
     proto = onnx.TensorProto(
         name=name,
         dims=list(tensor.shape),
         data_type=onnx.helper.np_dtype_to_tensor_dtype(dtype),
     )
     if place is None:
-        proto.raw_data = bytes(_data(tensor))
+        proto.raw_data = bytes(data_of(tensor))
         return proto
     proto.data_location = onnx.TensorProto.EXTERNAL
-    entries = {
-        "location": place.location,
-        "offset": str(place.offsets[name]),
-        "length": str(_size(tensor)),
-    }
+    entries = {"location": place.location, "offset": place.offsets[name], "length": tensor.nbytes}
     for key, value in entries.items():
-        proto.external_data.add(key=key, value=value)
+        proto.external_data.add(key=key, value=str(value))
     return proto
-
-
-def _data(tensor: Tensor) -> memoryview:
-    whole = tensor.to("cpu", STORED_AS[tensor.dtype]).contiguous().reshape(-1)
-    return whole.view(torch.uint8).numpy().data
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * STORED_AS[tensor.dtype].itemsize
-
-
-# --------------------------------------------------------------------------- files
-def _write(path: Path, model: Any) -> None:
-    with written_aside(path) as aside:
-        aside.write_bytes(model.SerializeToString(deterministic=True))
-
-
-def _write_apart(path: Path, model: Any, used: set[str], tensors: Mapping[str, Tensor]) -> None:
-    """The file of data first: a model is never without its weights."""
-    place = _Place(tensors)
-    _fill(model, used, tensors, place)
-    data = path.with_name(place.location)
-    was_there = data.exists()
-    try:
-        with written_aside(data) as aside, aside.open("wb") as file:
-            for part in place.content(tensors):
-                file.write(part)
-        _write(path, model)
-    except BaseException:
-        if not was_there:
-            data.unlink(missing_ok=True)
-        raise

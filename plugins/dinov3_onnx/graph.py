@@ -1,4 +1,4 @@
-"""A backbone as a graph of ONNX operators, its weights left out.
+"""Trace a backbone into a graph of ONNX operators, its weights left out.
 
 The graph follows from the backbone's structure alone, so it is traced on the meta device: nothing
 is computed and no weight is copied, whatever the backbone's size, precision and device.
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from dinov3_framework.contracts.networks import Backbone
 from dinov3_framework.errors import CheckpointError
-from dinov3_onnx.files import MISSING_LIBRARY
 
+MISSING_LIBRARY = "install it with: pip install 'dinov3-framework[onnx]'"
 # torchlib's operators begin here; older graphs would be rewritten, which may fail.
 OLDEST_OPSET = 18
 
@@ -47,7 +47,7 @@ def backbone_graph(backbone: Backbone, opset: int | None) -> Any:
 
     try:
         with _quiet(), torch.no_grad():
-            model = _traced(_Named(_without_weights(backbone)), backbone, opset)
+            model = _traced(Tokens(_without_weights(backbone)), backbone, opset)
             _widen(model)
             _simplify(model)
     except Exception as error:  # whatever torch.export stumbles over
@@ -77,8 +77,8 @@ def _check(opset: int | None) -> None:
         )
 
 
-class _Named(nn.Module):
-    """Outputs as a tuple, without those that the backbone does not have."""
+class Tokens(nn.Module):
+    """A backbone whose output is a tuple of the tokens that it has."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def _without_weights(backbone: Backbone) -> Backbone:
 
 
 # --------------------------------------------------------------------------- tracing
-def _traced(module: _Named, backbone: Backbone, opset: int | None) -> Any:
+def _traced(module: Tokens, backbone: Backbone, opset: int | None) -> Any:
     """An ``onnx_ir.Model`` whose inputs are the images and every tensor of the backbone."""
     patch = backbone.patch_size
     images = torch.empty(_BATCH, backbone.in_chans, _ROWS * patch, _COLUMNS * patch, device="meta")

@@ -1,7 +1,8 @@
 """The check of a chain of stages: all of them, before the first one runs.
 
 A stage that starts from an earlier one is checked against what that one will leave: its folder if
-it is complete, else a stand-in with all names and shapes (``Task.stand_in``) in a temporary folder.
+it is complete, else the names and shapes of it all (``Task.write_expected_artifacts``) in a
+temporary folder.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from attrs import define, field
 
-from dinov3_framework.configs import replace
-from dinov3_framework.contracts.running import Plan, Task
+from dinov3_framework.contracts.running import Plan, Rows, Task
 from dinov3_framework.errors import Problem, RecipeError, UserError, suggest
 from dinov3_framework.kinds import TaskConfig
 from dinov3_framework.recipes.toml_text import KeyPath, dotted
@@ -22,7 +23,7 @@ from dinov3_framework.registry import Registry
 from dinov3_framework.runtime.inner_runs import stage_problems
 from dinov3_framework.runtime.output import RESULTS
 from dinov3_pipeline.configs import PipelineConfig
-from dinov3_pipeline.references import PREFIX, Reference, references, replaced
+from dinov3_pipeline.references import PREFIX, Reference, references
 
 _NAME = re.compile(r"\w[\w-]*")
 
@@ -30,9 +31,10 @@ _NAME = re.compile(r"\w[\w-]*")
 def check_pipeline(
     config: PipelineConfig, registry: Registry, output_dir: Path, world_size: int
 ) -> Plan:
-    """What the stages say of themselves; raises ``RecipeError`` with the mistakes of all of them.
+    """Check all stages; raises ``RecipeError`` with the mistakes of all of them.
 
-    Nothing is written into ``output_dir``.
+    The plan keeps those of stages that inherit nothing, by name. Nothing is written into
+    ``output_dir``.
     """
     with tempfile.TemporaryDirectory(prefix="dinov3-check-") as folder:
         check = _Check(config, registry, output_dir, world_size, Path(folder))
@@ -41,7 +43,7 @@ def check_pipeline(
             check.stage(name)
         if check.problems:
             raise RecipeError(check.problems)
-        return Plan({"stages": check.rows} | check.sections, check.missing)
+        return Plan({"stages": check.rows} | check.sections, check.missing, check.plans)
 
 
 # ---------------------------------------------------------------------- the chain as such
@@ -53,9 +55,11 @@ def _pipeline_problems(config: PipelineConfig) -> Iterator[Problem]:
         if not _NAME.fullmatch(name):
             message = "a stage's name, which names its folder, is made of letters, digits, - and _"
             yield Problem(dotted(("stages", name)), message)
-        yield from stage_problems(name, list(_recipe_problems(name, stage.recipe, config.seed)))
-        found = references(stage.recipe)
-        yield from stage_problems(name, list(_reference_problems(config, found, earlier)))
+        own = [
+            *_recipe_problems(name, stage.recipe, config.seed),
+            *_reference_problems(config, references(stage.recipe), earlier),
+        ]
+        yield from stage_problems(name, own)
         earlier.append(name)
 
 
@@ -103,101 +107,90 @@ class _Check:
     temporary: Path
     problems: list[Problem] = field(factory=list)
     rows: list[tuple[str, str]] = field(factory=list)
-    sections: dict[str, list[tuple[str, str]]] = field(factory=dict)
+    sections: dict[str, Rows] = field(factory=dict)
     missing: list[str] = field(factory=list)
-    _folders: dict[str, Path] = field(factory=dict)  # of what stages leave, or a stand-in
+    plans: dict[str, Plan] = field(factory=dict)
+    _folders: dict[str, Path] = field(factory=dict)  # where what stages leave, or will, can be read
 
     def stage(self, name: str) -> None:
         recipe = self.config.stages[name].recipe
+        inherited = references(recipe)
         task_name = self.registry.of_config(recipe).component.name
-        sources = list(dict.fromkeys(str(each) for each in references(recipe).values()))
-        row = ", ".join([task_name, *(f"from {source}" for source in sources)])
+        sources = dict.fromkeys(f"from {each}" for each in inherited.values())
+        row = ", ".join([task_name, *sources])
         if (self.output_dir / name / RESULTS).is_file():
             self._folders[name] = self.output_dir
             self.rows.append((name, f"{row}: complete"))
             return
-        open_keys = [path for path, each in references(recipe).items() if not self._is_there(each)]
+        open_keys = [path for path, each in inherited.items() if not self._is_readable(each)]
         later = "; to be checked when its turn has come" if open_keys else ""
         self.rows.append((name, f"{row}{later}"))
-        if not isinstance(recipe, PipelineConfig):
-            task = self._task(name, recipe)
-            self._check(name, task, open_keys)
-            self._stand_in(name, task)
+        if isinstance(recipe, PipelineConfig):
+            return
+        filled = self.config.recipe_of(name, self.output_dir, self._place)
+        task: Task = self.registry.build(filled, registry=self.registry)
+        self._check(name, task, open_keys)
+        self._expect(name, task)
 
-    def _is_there(self, reference: Reference) -> bool:
+    def _is_readable(self, reference: Reference) -> bool:
         """Whether the folder that it leads into can be looked at."""
         return reference.stage in self._folders and reference.is_sound
 
     def _place(self, reference: Reference) -> Path:
         return reference.path(self._folders.get(reference.stage, self.output_dir))
 
-    def _task(self, name: str, recipe: TaskConfig) -> Task:
-        filled = replace(
-            replaced(recipe, lambda _, reference: str(self._place(reference))),
-            output_dir=str(self.output_dir / name),
-            seed=self.config.seed or recipe.seed,
-            launcher=None,
-        )
-        task: Task = self.registry.build(filled, registry=self.registry)
-        return task
-
     def _check(self, name: str, task: Task, open_keys: list[KeyPath]) -> None:
-        absent = list(self._absent(name))
-        open_texts = [dotted(path) for path in open_keys] + [problem.where for problem in absent]
-        problems, missing, sections = absent, [], {}
+        """Check one stage; nothing that follows from open keys or absent files is reported."""
+        inherited = references(self.config.stages[name].recipe)
+        problems = [
+            self._absent(path, reference)
+            for path, reference in inherited.items()
+            if self._is_readable(reference) and not self._place(reference).exists()
+        ]
+        excused = [*map(dotted, open_keys), *(problem.where for problem in problems)]
         try:
-            report = task.check(self.world_size)
+            plan = task.check(self.world_size)
         except RecipeError as error:
-            found = [each for each in error.problems if each.where not in open_texts]
-            problems += found
+            problems += [each for each in error.problems if each.where not in excused]
         except UserError as error:
-            if not open_texts:
+            if not excused:
                 problems.append(Problem("", str(error)))
         else:
-            missing, sections = list(report.missing), dict(report.sections)
+            self.missing += [f"stages.{name}: {self._shown(line)}" for line in plan.missing]
+            for title, rows in plan.sections.items():
+                shown = [(label, self._shown(value)) for label, value in rows]
+                self.sections[f"{name}: {title}"] = shown
+            if not inherited:
+                self.plans[name] = plan
         self.problems += [
             each._replace(message=self._shown(each.message), hint=self._shown(each.hint))
             for each in stage_problems(name, problems)
         ]
-        self.missing += [f"stages.{name}: {self._shown(line)}" for line in missing]
-        for title, rows in sections.items():
-            shown = [(label, self._shown(value)) for label, value in rows]
-            self.sections[f"{name}: {title}"] = shown
 
-    def _absent(self, name: str) -> Iterator[Problem]:
-        """References to what is not in the folder of the stage, or will not be."""
-        for path, reference in references(self.config.stages[name].recipe).items():
-            if not self._is_there(reference) or self._place(reference).exists():
-                continue
-            folder = self._folders[reference.stage] / reference.stage
-            above = folder / reference.inside.rpartition("/")[0]
-            siblings = sorted(each.name for each in above.iterdir()) if above.is_dir() else []
-            complete = self._folders[reference.stage] == self.output_dir
-            what = "has not left" if complete else "will not leave"
-            hints = [f"beside it: {', '.join(siblings)}"] if siblings else []
-            source = self.config.stages[reference.stage].recipe
-            if reference.inside.startswith("checkpoints/") and hasattr(source, "checkpoint"):
-                keys = dotted(("stages", reference.stage, "recipe", "checkpoint"))
-                hints.append(f"{keys} says by every, keep and keep_every which there are")
-            hint = "\n    ".join(hints)
-            message = f"stage {reference.stage} {what} {reference.inside}"
-            yield Problem(dotted(path), message, hint)
+    def _absent(self, path: KeyPath, reference: Reference) -> Problem:
+        """A reference to what is not in the folder of the stage, or will not be."""
+        folder = self._folders[reference.stage]
+        above = (folder / reference.stage / reference.inside).parent
+        siblings = sorted(each.name for each in above.iterdir()) if above.is_dir() else []
+        what = "has not left" if folder == self.output_dir else "will not leave"
+        hints = [f"beside it: {', '.join(siblings)}"] if siblings else []
+        source = self.config.stages[reference.stage].recipe
+        if reference.inside.startswith("checkpoints/") and hasattr(source, "checkpoint"):
+            keys = dotted(("stages", reference.stage, "recipe", "checkpoint"))
+            hints.append(f"{keys} says by every, keep and keep_every which there are")
+        message = f"stage {reference.stage} {what} {reference.inside}"
+        return Problem(dotted(path), message, "\n    ".join(hints))
 
-    def _stand_in(self, name: str, task: Task) -> None:
-        later = list(self.config.stages)[list(self.config.stages).index(name) + 1 :]
-        wanted = {
-            each.stage for other in later for each in references(self.config.stages[other]).values()
-        }
-        if name not in wanted:
+    def _expect(self, name: str, task: Task) -> None:
+        """Write what a stage will leave for those that refer to it, if that can be told."""
+        stages = self.config.stages.values()
+        if name not in {each.stage for other in stages for each in references(other).values()}:
             return
         folder = self.temporary / name
         folder.mkdir()
-        try:
-            made = task.write_expected_artifacts(folder)
-        except UserError:  # of a recipe whose mistakes have just been told
-            made = False
-        if made:
-            self._folders[name] = self.temporary
+        with suppress(UserError):  # of a recipe whose mistakes have just been reported
+            if task.write_expected_artifacts(folder):
+                self._folders[name] = self.temporary
 
     def _shown(self, text: str) -> str:
         """A text without the temporary folder, which will be gone."""

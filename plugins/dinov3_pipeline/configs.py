@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dinov3_framework.configs import config, not_negative, option, replace
 from dinov3_framework.kinds import InnerRun, TaskConfig
 from dinov3_framework.parallel import ParallelConfig
-from dinov3_pipeline.references import references, replaced
+from dinov3_pipeline.references import Reference, references, replaced
 
 
 @config
@@ -41,15 +41,23 @@ class PipelineConfig(TaskConfig):
         widest = max(each, key=lambda parallel: ("cpu", "auto", "cuda").index(parallel.device))
         return replace(widest, timeout=max(parallel.timeout for parallel in each))
 
+    def recipe_of(
+        self, name: str, output_dir: Path, place: Callable[[Reference], Path]
+    ) -> TaskConfig:
+        """A stage's recipe as a run of its own; ``place`` says where its references lead."""
+        recipe = self.stages[name].recipe
+        return replace(
+            replaced(recipe, lambda _, reference: str(place(reference))),
+            output_dir=str(output_dir / name),
+            seed=self.seed or recipe.seed,
+            launcher=None,
+        )
+
     def inner_runs(self, output_dir: Path) -> Sequence[InnerRun]:
         return [
             InnerRun(
                 name,
-                replace(
-                    replaced(stage.recipe, lambda _, reference: str(reference.path(output_dir))),
-                    output_dir=str(output_dir / name),
-                    seed=self.seed or stage.recipe.seed,
-                ),
+                self.recipe_of(name, output_dir, lambda reference: reference.path(output_dir)),
                 {path: each.stage for path, each in references(stage.recipe).items()},
             )
             for name, stage in self.stages.items()

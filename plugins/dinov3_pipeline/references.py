@@ -6,17 +6,15 @@ it. Any string of a recipe may be one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import attrs
 
 from dinov3_framework.recipes.toml_text import KeyPath
 
 PREFIX = "stage:"
-
-T = TypeVar("T")
 
 
 @attrs.frozen
@@ -59,21 +57,21 @@ def references(config: Any) -> dict[KeyPath, Reference]:
     return found
 
 
-def replaced(config: T, change: Callable[[KeyPath, Reference], str], path: KeyPath = ()) -> T:
+def replaced(value: Any, change: Callable[[KeyPath, Reference], str], path: KeyPath = ()) -> Any:
     """A copy of a config in which every reference is what ``change`` makes of it."""
-    value: Any = config
+
+    def inside(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+        return {key: replaced(item, change, (*path, key)) for key, item in items}
+
+    new = value
     if isinstance(value, str):
         reference = Reference.of(value)
-        return cast(T, value if reference is None else change(path, reference))
-    if isinstance(value, Mapping):
-        new: Any = {key: replaced(item, change, (*path, key)) for key, item in value.items()}
+        new = value if reference is None else change(path, reference)
+    elif isinstance(value, Mapping):
+        new = inside(value.items())
     elif isinstance(value, tuple):
-        new = tuple(replaced(item, change, (*path, str(n))) for n, item in enumerate(value))
+        new = tuple(inside((str(n), item) for n, item in enumerate(value)).values())
     elif attrs.has(type(value)):
         names = [attribute.name for attribute in attrs.fields(type(value)) if attribute.init]
-        items = {name: replaced(getattr(value, name), change, (*path, name)) for name in names}
-        changes = {name: item for name, item in items.items() if item is not getattr(value, name)}
-        new = attrs.evolve(value, **changes) if changes else value
-    else:
-        return config
-    return cast(T, new if new != value else value)
+        new = attrs.evolve(value, **inside((name, getattr(value, name)) for name in names))
+    return new if new != value else value

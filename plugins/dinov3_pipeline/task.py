@@ -5,13 +5,13 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dinov3_framework.contracts.running import Plan, Task
+from dinov3_framework.errors import DataError
 from dinov3_framework.kinds import InnerRun
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
@@ -44,51 +44,47 @@ class Pipeline(Task):
 
     def run(self, output_dir: Path, plan: Plan | None = None) -> None:
         runs = self.config.inner_runs(output_dir)
+        plans: dict[str, Plan] = {} if plan is None else dict(plan.prepared)
         with LateSignal() as late:
             for number, run in enumerate(runs, 1):
                 where = f"Stage {run.name} ({number} of {len(runs)})"
                 with naming_stage(run.name):
-                    self._stage(run, output_dir / run.name, where)
+                    self._stage(run, output_dir / run.name, where, plans.pop(run.name, None))
                 stop = collectives.all_reduce_max(torch.tensor(int(bool(late)))).item()
                 if stop and number < len(runs):
                     raise late.stopped(f"stage {run.name}")
         if collectives.is_main():
-            write_results(output_dir, {"task": "pipeline", "stages": _results(output_dir, runs)})
+            results: Mapping[str, object] = {
+                run.name: json.loads((output_dir / run.name / RESULTS).read_text("utf-8"))
+                for run in runs
+            }
+            write_results(output_dir, {"task": "pipeline", "stages": results})
             print(f"\nDone: {', '.join(run.name for run in runs)}, in {output_dir}.")
 
-    def _stage(self, run: InnerRun, folder: Path, where: str) -> None:
-        try:
-            if run.inherited:
-                from_main(self._check_again, run, folder)
-        except RankFailure as failure:
-            raise failure.for_process() from failure.own
+    def _stage(self, run: InnerRun, folder: Path, where: str, plan: Plan | None) -> None:
         task: Task = self.registry.build(run.config, registry=self.registry)
+        if run.inherited:
+            try:
+                from_main(self._check_again, task, folder)
+            except RankFailure as failure:
+                raise failure.for_process() from failure.own
         if not (folder / RESULTS).exists():
             log.info("%s: %s", where, folder)
         try:
-            run_here(task, run.config, self.registry, folder, run.inherited)
+            run_here(task, run.config, self.registry, folder, run.inherited, plan)
         except RunComplete:
             log.info("%s is complete and is skipped.", where)
             return
         wait_for_all(_PATIENCE)
-        del task
-        _release_memory()
+        del task, plan
+        # What a stage had on the device is the next one's; modules are full of circles.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
-    def _check_again(self, run: InnerRun, folder: Path) -> None:
-        """Against what the earlier stages have left, where the first check had a stand-in."""
+    def _check_again(self, task: Task, folder: Path) -> None:
+        """Against what the earlier stages have left, where the first check had expectations."""
         if not (folder / RESULTS).exists():
-            task: Task = self.registry.build(run.config, registry=self.registry)
-            task.check(collectives.world_size())
-
-
-def _release_memory() -> None:
-    """What a stage had on the device is the next one's; modules are full of circles."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _results(output_dir: Path, runs: Sequence[InnerRun]) -> dict[str, Any]:
-    return {
-        run.name: json.loads((output_dir / run.name / RESULTS).read_text("utf-8")) for run in runs
-    }
+            missing = task.check(collectives.world_size()).missing
+            if missing:
+                raise DataError("\n".join(missing))

@@ -37,6 +37,7 @@ class DistilledUnit(StudentUnit):
     """A student of a frozen teacher, which a resumed run knows again by its fingerprint."""
 
     teacher: str  # the weights
+    teacher_rows: Rows  # what they are
     fingerprint: float | None
 
     def accept(self, notes: Mapping[str, Any]) -> None:
@@ -47,9 +48,12 @@ class DistilledUnit(StudentUnit):
     def notes(self) -> Mapping[str, Any]:
         return {**super().notes(), "teacher": {"weights": self.teacher, "sum": self.fingerprint}}
 
+    def simulation_sections(self) -> Mapping[str, Rows]:
+        return {"teacher": self.teacher_rows, **super().simulation_sections()}
+
 
 class Distill(StudentMethod):
-    """Distils a frozen teacher into a student; the student's moving average is exported.
+    """Distills a frozen teacher into a student; the student's moving average is exported.
 
     Losses compare the student with the teacher exactly as in pretraining. The teacher's backbone is
     read anew at every start and no checkpoint holds it; its projectors are saved, since new ones
@@ -141,15 +145,17 @@ class Distill(StudentMethod):
                 fill_frozen(self.frozen, backbone)
                 self._fingerprint = fingerprint(backbone)
         networks.frozen = self._placed_projectors(networks, parts, sharder, state)
-        return self.taught_by(backbone, networks.frozen, parts)
+        whole = nn.ModuleDict({"backbone": backbone, **networks.frozen})
+        return self.taught_by(whole, parts)
 
-    def taught_by(self, backbone: nn.Module, heads: nn.ModuleDict, parts: Parts) -> Teaching:
-        return OwnTeaching(nn.ModuleDict({"backbone": backbone, **heads}), self.frozen.images)
+    def taught_by(self, teacher: nn.ModuleDict, parts: Parts) -> Teaching:
+        return OwnTeaching(teacher, self.frozen.images)
 
     def unit(self, *args: Any, **kwargs: Any) -> DistilledUnit:
         unit = super().unit(*args, **kwargs)
         assert isinstance(unit, DistilledUnit)
         unit.teacher, unit.fingerprint = self.config.teacher.weights, self._fingerprint
+        unit.teacher_rows = self.frozen.rows()
         return unit
 
     def _placed_projectors(
@@ -168,7 +174,7 @@ class Distill(StudentMethod):
             fill_frozen(self.frozen, None, read)
             for name in heads.new:
                 drawn = heads.projectors[name]
-                parallel.initialise(placed[projector_key(name)], drawn, self._seed(name))
+                parallel.initialize(placed[projector_key(name)], drawn, self._seed(name))
         return placed
 
     def _seed(self, loss: str) -> int:

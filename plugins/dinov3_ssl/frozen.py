@@ -20,11 +20,9 @@ from dinov3_framework.errors import CheckpointError, Problem, RecipeError
 from dinov3_framework.parallel.state_dicts import put
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime.agreement import RankFailure, together
-from dinov3_framework.weights.filling import check_fit, fill_placed
-from dinov3_framework.weights.hub import published_file
-from dinov3_framework.weights.info import BackboneInfo
-from dinov3_framework.weights.opening import open_backbone
-from dinov3_framework.weights.recognition import built
+from dinov3_framework.weights.info import ComponentInfo
+from dinov3_framework.weights.locations import published_file
+from dinov3_framework.weights.source import WeightSource
 
 
 @frozen
@@ -34,7 +32,7 @@ class FrozenWeights:
     weights: str
     network: str
     backbone: Backbone = field(repr=False)  # on the meta device
-    info: BackboneInfo
+    info: ComponentInfo
     projectors: Mapping[str, Shape] = field(repr=False)  # dino_head.mlp.0.weight -> shape
     registry: Registry = field(repr=False)
 
@@ -69,14 +67,12 @@ def described(
     if remembered is not None:
         return _remembered(weights, network, remembered, registry)
     try:
-        with open_backbone(
+        with WeightSource.open(
             weights, registry, network=network, projectors=projectors, thorough=False
-        ) as found:
-            backbone = built(found, registry)
-            check_fit(found, backbone)
-            component, values = registry.values_of(found.config)
-            info = BackboneInfo(component, values, found.images, found.size, found.provenance)
-            shapes = found.projectors() if projectors else {}
+        ) as source:
+            backbone = source.build()
+            source.check_fit(backbone)
+            info, shapes = source.info(registry), source.projectors if projectors else {}
     except CheckpointError as error:
         raise RecipeError([Problem(where, str(error))]) from error
     return FrozenWeights(weights, network, backbone, info, shapes, registry)
@@ -87,12 +83,12 @@ def published_as(weights: str, registry: Registry) -> Mapping[str, str] | None:
 
     As of :func:`memory_of`; None for others.
     """
-    file = published_file(registry, weights)
+    file = published_file(weights, registry)
     if file is None:
         return None
     component, values = registry.values_of(file.config)
     provenance = {"known as": f"the published {file.file}"}
-    return BackboneInfo(component, values, file.images, file.size, provenance).to_metadata()
+    return ComponentInfo(component, values, file.images, file.size, provenance).to_metadata()
 
 
 def memory_of(weights: FrozenWeights) -> dict[str, str]:
@@ -103,7 +99,7 @@ def memory_of(weights: FrozenWeights) -> dict[str, str]:
 def _remembered(
     weights: str, network: str, memory: Mapping[str, str], registry: Registry
 ) -> FrozenWeights:
-    info = BackboneInfo.from_metadata("the checkpoint", memory)
+    info = ComponentInfo.from_metadata("the checkpoint", memory)
     if info is None:
         raise CheckpointError("the checkpoint does not say what its anchors are")
     with torch.device("meta"):
@@ -125,17 +121,18 @@ def fill_frozen(
     """
 
     def fill() -> None:
-        with open_backbone(
+        with WeightSource.open(
             weights.weights,
             weights.registry,
             network=weights.network,
             projectors=bool(weights.projectors),
-        ) as found:
+        ) as source:
             if backbone is not None:
-                fill_placed(backbone, weights.backbone, found)
+                source.load_shards(backbone, weights.backbone)
             for name, module in (projectors or {}).items():
-                for inside, tensor in module.state_dict().items():
-                    put(tensor, found.read_projector(f"{name}.{inside}"))
+                state = {f"{name}.{inside}": t for inside, t in module.state_dict().items()}
+                for inside, tensor in source.projector_tensors(state):
+                    put(state[inside], tensor)
 
     try:
         together(fill)

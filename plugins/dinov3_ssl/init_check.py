@@ -12,7 +12,7 @@ from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.errors import Problem, suggest
 from dinov3_framework.kinds import BackboneConfig
 from dinov3_framework.recipes.toml_text import inline
-from dinov3_framework.weights.recognition import Recognised
+from dinov3_framework.weights.source import WeightSource
 from dinov3_ssl.configs import InitFromConfig
 
 _IMAGES = "images"
@@ -20,27 +20,27 @@ _TOLERANCE = 1e-4  # of means and deviations of values in 0..1
 
 
 def setting_problems(
-    init: InitFromConfig, backbone: BackboneConfig, found: Recognised
+    init: InitFromConfig, backbone: BackboneConfig, source: WeightSource
 ) -> Iterator[Problem]:
     """Settings in which the run's backbone differs from the weights' and may not.
 
     Backbones of different families share no settings: of them names and shapes say all.
     """
-    ours, theirs = backbone.evaluation_settings(), found.config.evaluation_settings()
+    ours, theirs = backbone.evaluation_settings(), source.config.evaluation_settings()
     for name in init.differing:
         if name != _IMAGES and name not in ours:
             hint = suggest(name, [_IMAGES, *ours])
             yield Problem("init_from.differing", f"there is no setting {name!r} to compare", hint)
-    if not _related(backbone, found.config):
+    if not _related(backbone, source.config):
         return
     # A file of somebody else's format may not tell all of it.
-    source = "that of the weights is" + ("" if found.layout is None else ", or is taken to be,")
+    theirs_is = "that of the weights is" + ("" if source.layout is None else ", or is taken to be,")
     for name in ours:
         if name in theirs and ours[name] != theirs[name] and name not in init.differing:
             value = _shown(theirs[name])
             yield Problem(
                 f"backbone.{name}",
-                f"is {_shown(ours[name])}, and {source} {value}",
+                f"is {_shown(ours[name])}, and {theirs_is} {value}",
                 f"take {value}, or if this is meant: {_allow(init, name)}",
             )
 
@@ -53,10 +53,10 @@ def _related(one: BackboneConfig, other: BackboneConfig) -> bool:
 
 
 def image_problems(
-    init: InitFromConfig, images: ImagesConfig, found: Recognised
+    init: InitFromConfig, images: ImagesConfig, source: WeightSource
 ) -> Iterator[Problem]:
     """Images unlike those that the weights were trained on: a loss of quality that nobody sees."""
-    theirs = found.images
+    theirs = source.images
     if _IMAGES in init.differing or _alike(images, theirs):
         return
     values = {"channels": theirs.channels, "mean": theirs.mean, "std": theirs.std}

@@ -7,25 +7,27 @@ keeps its shards. A run that goes on from a checkpoint of its own does not come 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from dinov3_framework.contracts.layouts import Rule, Shape
+from dinov3_framework.configs import ImagesConfig
+from dinov3_framework.contracts.layouts import Shape
 from dinov3_framework.contracts.networks import Backbone
-from dinov3_framework.errors import CheckpointError, Problem, RecipeError, summarize_names
+from dinov3_framework.errors import CheckpointError, Problem, RecipeError
 from dinov3_framework.parallel.state_dicts import put
 from dinov3_framework.registry import Registry
-from dinov3_framework.weights.filling import initial_values
 from dinov3_framework.weights.matching import Match, match, patterns_for
-from dinov3_framework.weights.opening import open_backbone
-from dinov3_framework.weights.recognition import BACKBONE, Recognised, built
+from dinov3_framework.weights.source import WeightSource
+from dinov3_framework.weights.tensors import initial_tensors
 from dinov3_ssl.configs import InitFromConfig, StudentTrainingConfig, resolved_backbone
 from dinov3_ssl.init_check import image_problems, setting_problems
 from dinov3_ssl.networks import Blueprint
+
+BACKBONE = "backbone."
 
 
 @frozen
@@ -33,9 +35,8 @@ class InitialWeights:
     """Weights that fit a run, open to be read into its networks."""
 
     config: InitFromConfig
-    found: Recognised
-    source: Backbone  # the weights' own, on the meta device
-    rules: Mapping[str, Rule]  # by official name, of its tensors that the weights have
+    source: WeightSource
+    backbone: Backbone  # the weights' own, on the meta device
     match: Match
 
     @property
@@ -61,29 +62,16 @@ class InitialWeights:
         drawn = [*map(_inside, names.new), *(name for name in buffers if name not in state)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            initial = initial_values(blueprint, drawn)
+            initial = initial_tensors(blueprint, drawn)
         for name, tensor in initial.items():
             put(state[name] if name in state else buffers[name], tensor)
 
     def _tensors(self, names: Match) -> Iterator[tuple[str, Tensor]]:
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.source.state_dict().items()}
-        buffers = {f"{BACKBONE}{name}" for name, _ in self.source.named_buffers()}
-        bad = []
-        for name in names.loaded:
-            inside = _inside(name)
-            if not name.startswith(BACKBONE):
-                tensor = self.found.read_projector(name)
-            else:
-                read = self.rules[inside].read(shapes[inside], self.found.content.read)
-                if read is None or (name in buffers and not _is_finite(read)):
-                    # It follows from the config: files leave it out, or saved it before it was set.
-                    read = initial_values(self.source, [inside])[inside]
-                tensor = read
-            if not _is_finite(tensor):
-                bad.append(name)
-            yield name, tensor
-        if bad:
-            raise CheckpointError(f"{self.found.path}:{summarize_names('with NaN or inf', bad)}")
+        ours = [_inside(name) for name in names.loaded if name.startswith(BACKBONE)]
+        for name, tensor in self.source.tensors(self.backbone, ours):
+            yield f"{BACKBONE}{name}", tensor
+        others = [name for name in names.loaded if not name.startswith(BACKBONE)]
+        yield from self.source.projector_tensors(others)
 
     # ------------------------------------------------------------------ what a person sees
     def rows(self, blueprint: Blueprint) -> list[tuple[str, str]]:
@@ -93,11 +81,11 @@ class InitialWeights:
             f"{part}: {self.match.of(part).counts() if self.has(part) else 'at random'}"
             for part in [*parts, *(part for part in self.match.parts() if part not in parts)]
         ]
-        family = type(self.found.config).__name__.removesuffix("Config")
+        family = type(self.source.config).__name__.removesuffix("Config")
         rows = [
             ("weights", self.config.weights),
-            ("what they are", f"{family}, {self.found.format} format"),
-            *((key, value) for key, value in self.found.provenance.items() if key != "format"),
+            ("what they are", f"{family}, {self.source.format} format"),
+            *((key, value) for key, value in self.source.provenance.items() if key != "format"),
         ]
         for network in ("student", "teacher"):
             loaded = self.into in (network, "both")
@@ -110,8 +98,8 @@ class InitialWeights:
 
     def origin(self) -> dict[str, str]:
         """Where the first values came from, for the provenance of what the run exports."""
-        told = {"network": self.config.network, "into": self.into, "format": self.found.format}
-        told |= {"tensors": self.match.counts()} | dict(self.found.provenance)
+        told = {"network": self.config.network, "into": self.into, "format": self.source.format}
+        told |= {"tensors": self.match.counts()} | dict(self.source.provenance)
         nested = {f"init_from.{key}": value for key, value in told.items()}
         return {"init_from": self.config.weights, **nested}
 
@@ -119,10 +107,6 @@ class InitialWeights:
 def _inside(name: str) -> str:
     """A tensor's name without the part of the network that it is in."""
     return name.partition(".")[2]
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 # --------------------------------------------------------------------------- opening
@@ -140,17 +124,17 @@ def open_weights(
         raise ValueError("the recipe has no init_from")
     with ExitStack() as stack:
         try:
-            found = _opened(stack, config, init, registry)
-            source = built(found, registry)
-            rules, available = _available(found, source)
+            source = _opened(stack, config, init, registry)
+            backbone = source.build()
+            available = {f"{BACKBONE}{n}": s for n, s in source.available(backbone).items()}
         except CheckpointError as error:
             raise RecipeError([_unusable(error, config)]) from error
         problems = [
-            *setting_problems(init, resolved_backbone(config), found),
-            *image_problems(init, config.images, found),
+            *setting_problems(init, resolved_backbone(config), source),
+            *image_problems(init, config.images, source),
         ]
         if init.projectors:
-            heads = found.projectors()
+            heads = source.projectors
             available |= heads
             if not heads:
                 problems.append(_no_projectors(init))
@@ -160,29 +144,30 @@ def open_weights(
         problems += differences
         if problems:
             raise RecipeError(problems)
-        yield InitialWeights(init, found, source, rules, matched)
+        yield InitialWeights(init, source, backbone, matched)
 
 
 def _opened(
     stack: ExitStack, config: StudentTrainingConfig, init: InitFromConfig, registry: Registry
-) -> Recognised:
-    try:
-        opened = open_backbone(
-            init.weights, registry, network=init.network, projectors=init.projectors
+) -> WeightSource:
+    def opened(images: ImagesConfig | None) -> WeightSource:
+        return stack.enter_context(
+            WeightSource.open(
+                init.weights,
+                registry,
+                network=init.network,
+                images=images,
+                projectors=init.projectors,
+            )
         )
-        return stack.enter_context(opened)
+
+    try:
+        return opened(None)
     except CheckpointError:
         if "images" not in init.differing:
             raise
     # Weights that do not say how images are scaled cannot be opened without being told.
-    opened = open_backbone(
-        init.weights,
-        registry,
-        network=init.network,
-        images=config.images,
-        projectors=init.projectors,
-    )
-    return stack.enter_context(opened)
+    return opened(config.images)
 
 
 def _unusable(error: CheckpointError, config: StudentTrainingConfig) -> Problem:
@@ -193,34 +178,6 @@ def _unusable(error: CheckpointError, config: StudentTrainingConfig) -> Problem:
             'init_from.differing = ["images"] takes [images] for them'
         )
     return Problem("init_from.weights", str(error), hint)
-
-
-def _available(found: Recognised, source: Backbone) -> tuple[dict[str, Rule], dict[str, Shape]]:
-    """Rules of the backbone's tensors that the file has, by official name; and the names and shapes
-    of all its tensors, those without an official name under their own.
-
-    Raises ``CheckpointError`` where tensors are not of the shapes that their backbone has.
-    """
-    shapes = {name: tuple(tensor.shape) for name, tensor in source.state_dict().items()}
-    given = found.content.shapes
-    rules: dict[str, Rule] = {}
-    used: set[str] = set()
-    misshapen: list[str] = []
-    for rule in found.rules(list(shapes)):
-        stored = rule.stored(shapes[rule.official])
-        used |= stored.keys()
-        misshapen += [
-            f"{name}: {list(given[name])}, where the others of its backbone want {list(shape)}"
-            for name, shape in stored.items()
-            if name in given and tuple(given[name]) != tuple(shape)
-        ]
-        if stored.keys() <= given.keys() and rule.lost is None:
-            rules[rule.official] = rule
-    if misshapen:
-        raise CheckpointError(f"{found.path}:{summarize_names('of a wrong shape', misshapen)}")
-    named = {name: shapes[name] for name in rules}
-    named |= {name: tuple(given[name]) for name in given if name not in used}
-    return rules, {f"{BACKBONE}{name}": shape for name, shape in named.items()}
 
 
 # --------------------------------------------------------------------------- projectors

@@ -24,9 +24,9 @@ from dinov3_framework.training.task import (
     TrainingMethod,
 )
 from dinov3_framework.training.trainer import Trainer
-from dinov3_framework.weights.gathered_export import export_gathered
-from dinov3_framework.weights.info import BackboneInfo
-from dinov3_framework.weights.opening import EXPORT, exists
+from dinov3_framework.weights.export import export_gathered
+from dinov3_framework.weights.info import ComponentInfo
+from dinov3_framework.weights.locations import EXPORT, exists
 from dinov3_ssl.batches import CropBatches
 from dinov3_ssl.configs import StudentTrainingConfig, momentum, resolved_backbone
 from dinov3_ssl.frozen import memory_of, published_as
@@ -292,10 +292,10 @@ class StudentMethod(TrainingMethod):
         """Write the moving average's backbone as a file of its own; by every process."""
         export_gathered(path, networks.teacher["backbone"], self._info(parts, provenance))
 
-    def _info(self, parts: Parts, provenance: Mapping[str, str]) -> BackboneInfo:
+    def _info(self, parts: Parts, provenance: Mapping[str, str]) -> ComponentInfo:
         component, values = self.registry.values_of(resolved_backbone(self.config))
         size = parts.augmentation.views["global"].size
-        return BackboneInfo(component, values, self.config.images, size, provenance)
+        return ComponentInfo(component, values, self.config.images, size, provenance)
 
     def expected_exports(self, prepared: Parts) -> Mapping[str, tuple[Mapping[str, Any], Any]]:
         info = self._info(prepared, {"network": "teacher"})

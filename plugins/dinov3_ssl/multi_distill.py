@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
+from attrs import evolve
 from torch import nn
 
 from dinov3_framework.contracts.data import Dataset, StreamDataset
@@ -44,7 +45,9 @@ _SHARED = ("data", "teacher", "parallel")  # sections of the report
 
 
 class MultiDistill(Task):
-    """Distils a frozen teacher into several students at once."""
+    """Distills a frozen teacher into several students at once."""
+
+    simulated = False  # as of a ``TrainingMethod``
 
     def __init__(self, config: MultiDistillConfig, *, registry: Registry) -> None:
         self.config, self.registry = config, registry
@@ -91,10 +94,12 @@ class MultiDistill(Task):
             folder = str(Path(self.config.output_dir) / name)
         config = of_student(self.config, name, folder)
         checked = next((plan.prepared for plan in (plans or {}).values()), None)
+        method = SideStudent(config, self.registry, self.config, spans)
+        method.simulated = self.simulated
         return TrainingTask(
             config,
             registry=self.registry,
-            method=SideStudent(config, self.registry, self.config, spans),
+            method=method,
             coordinator=Lockstep(name),
             dataset=None if checked is None else checked.dataset,
         )
@@ -171,15 +176,17 @@ class SideStudent(Distill):
         have, _ = self._layouts()
         shown = len(have[dist.get_rank()].places(0, 0))
         teacher = self.simulated_teacher(prepared)
-        return simulated_batches(self.config, prepared, layout, shown, teacher)
+        text = f"{len(have)} x {self.config.accumulation_steps} micro-batches x {shown} at most"
+        for batch in simulated_batches(self.config, prepared, layout, shown, teacher):
+            yield evolve(batch, rows=[("shown to the teacher", text), *batch.rows])
 
-    def taught_by(self, backbone: nn.Module, heads: nn.ModuleDict, parts: Parts) -> Teaching:
+    def taught_by(self, teacher: nn.ModuleDict, parts: Parts) -> Teaching:
         if not dist.is_initialized():  # names and shapes alone are asked for
-            return super().taught_by(backbone, heads, parts)
+            return super().taught_by(teacher, parts)
         have, want = ([layout.places(0, 0) for layout in each] for each in self._layouts())
         exchange = Exchange.between(dist.get_rank(), have, want)
         wanted = by_output(self._needs())
-        return SharedTeaching(backbone, self.frozen.images, heads, exchange, wanted)
+        return SharedTeaching(teacher, self.frozen.images, exchange, wanted)
 
     def any_run(self, wants: bool) -> bool:
         return Lockstep(self.name).any_stop(wants)

@@ -143,7 +143,7 @@ class Networks:
         for name, module in self.student.items():
             # A network that is filled is not drawn: to draw one takes all of it in one process.
             if first is None or into != "both" or not first.has(name):
-                parallel.initialise(module, whole[name], self._seed(name))
+                parallel.initialize(module, whole[name], self._seed(name))
         if first is not None and into == "both":
             self._fill(self.student, whole, first)
         parallel.copy_network(self.student, self.teacher)

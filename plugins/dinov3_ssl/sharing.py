@@ -74,20 +74,19 @@ def by_output(needs: Sequence[Collection[str]]) -> dict[str, list[bool]]:
 class SharedTeaching:
     """The teaching of one of several students; all processes call it together.
 
-    ``networks`` are this student's projectors in the teacher. The backbone is spread over all
-    processes; ``wanted`` says of each output whose processes, by rank, are to get it.
+    Of ``networks`` the backbone is spread over all processes, this student's projectors in the
+    teacher over its own. ``wanted`` says of each output whose processes, by rank, are to get it.
     """
 
-    backbone: nn.Module
+    networks: nn.ModuleDict  # backbone, dino_head ...
     images: ImagesConfig
-    networks: nn.ModuleDict
     exchange: Exchange
     wanted: Mapping[str, Sequence[bool]]
 
     def __call__(
         self, batch: CropBatch, outputs: Collection[str]
     ) -> tuple[CropBatch, dict[str, ViewFeatures]]:
-        features = look(self.backbone, batch, self.images, self.wanted.keys())
+        features = look(self.networks["backbone"], batch, self.images, self.wanted.keys())
         crops = {
             view: self.exchange(of_view)
             for view, of_view in batch.crops.items()

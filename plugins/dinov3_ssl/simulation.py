@@ -10,6 +10,7 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor, empty, int64, uint8
 from torch import bool as torch_bool
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov3_framework.contracts.data import Augmentation
 from dinov3_framework.contracts.networks import Backbone
@@ -51,27 +52,28 @@ def simulated_batches(
                 backbone.patch_size,
                 fullest,
             ),
-            iteration=first_with_all_anchors(config, parts),
+            iteration=iteration_with_all_anchors(config, parts),
             rows=rows,
         )
 
 
-def first_with_all_anchors(config: StudentTrainingConfig, parts: Parts) -> int:
-    """The first iteration at which every anchor has begun."""
-    begins = [anchor.config.start or 0 for anchor in parts.blueprint.anchors.values()]
-    return min(max(begins, default=0), config.iterations - 1)
+def iteration_with_all_anchors(config: StudentTrainingConfig, parts: Parts) -> int:
+    """The first iteration at which every anchor has begun before."""
+    begins = (anchor.config.start for anchor in parts.blueprint.anchors.values())
+    first = max((start + 1 for start in begins if start is not None), default=0)
+    return min(first, config.iterations - 1)
 
 
 @frozen
 class Hidden:
-    """How many patches the masks of a pass hide."""
+    """How many patches the masks of a micro-batch hide."""
 
     mean: float
-    fullest: int  # of the process and pass that has most to do
+    fullest: int  # of the process and micro-batch that has most to do
 
 
 def hidden_patches(augmentation: Augmentation, layout: Layout, seed: int) -> Hidden | None:
-    """Of the processes and passes of the first step; None without masks."""
+    """Count over the processes and micro-batches of the first step; None without masks."""
     if not augmentation.makes_masks:
         return None
     crops, size = augmentation.views["global"].crops, layout.batch_size
@@ -83,8 +85,8 @@ def hidden_patches(augmentation: Augmentation, layout: Layout, seed: int) -> Hid
         for rank in range(layout.world_size)
         for micro in range(layout.accumulation_steps)
     ]
-    by_pass = torch.stack([by_image[places.start : places.stop].sum() for places in shares])
-    return Hidden(by_pass.double().mean().item(), int(by_pass.max()))
+    each = torch.stack([by_image[places.start : places.stop].sum() for places in shares])
+    return Hidden(each.double().mean().item(), int(each.max()))
 
 
 def simulated_batch(
@@ -95,7 +97,7 @@ def simulated_batch(
     patch_size: int,
     hidden: int | None,
 ) -> CropBatch:
-    """One process's batch of one pass; to be called where tensors have no values.
+    """Make one process's micro-batch; to be called where tensors have no values.
 
     Crops are of ``images``, masks of the images that the student has ``seen``.
     """
@@ -114,10 +116,11 @@ def simulated_batch(
 
 
 def tokens_of(parts: Parts, augmentation: Augmentation, teacher: Any) -> dict[str, int]:
-    """Tokens that the backbones put out for one image, over all crops, by network.
+    """Count the tokens that the backbones put out for one image, over all crops, by network.
 
     ``augmentation`` is one of the variants, ``teacher`` the backbone that the student learns
-    from, on the meta device."""
+    from, on the meta device.
+    """
     views = augmentation.views
     needs = set().union(*(loss.needs for loss in parts.losses.values()))
     parted = [need.split(".") for need in needs]
@@ -133,7 +136,8 @@ def tokens_of(parts: Parts, augmentation: Augmentation, teacher: Any) -> dict[st
         return int(view.crops * backbone.forward_features(image)["x_prenorm"].shape[1])
 
     blueprint = parts.blueprint
-    with torch.no_grad():
+    # Fake besides being on the meta device, so that who asks for values says so in one way.
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         return {
             "student": sum(of_view(name, blueprint.backbone) for name in seen["student"]),
             "teacher": sum(of_view(name, teacher) for name in seen["teacher"]),

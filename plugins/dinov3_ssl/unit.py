@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts.networks import Backbone
 from dinov3_framework.contracts.running import Model, Rows
 from dinov3_framework.contracts.training import Step, StepResult, TrainUnit
+from dinov3_framework.parallel.sharder import tensors_of
 from dinov3_framework.registry import Registry
 from dinov3_framework.schedules import Schedule
 from dinov3_framework.weights.loading import load_backbone
@@ -85,18 +86,24 @@ class StudentUnit(TrainUnit):
         return Model(backbone, self.images, size=self.size, name="backbone before training")
 
     # ------------------------------------------------------------------ estimates
-    def memory_roles(self) -> Mapping[str, list[Tensor]]:
-        roles = {role: list(tensors) for role, tensors in super().memory_roles().items()}
-        teacher = self.objective.teaching.networks
-        if "frozen" in roles or teacher is not self.placed.teacher:
-            roles["frozen"] = [*teacher.parameters(), *teacher.buffers()]
-        return roles
+    def memory_roles(self) -> Mapping[str, Iterable[Tensor]]:
+        placed, teacher = self.placed, self.objective.teaching.networks
+        is_own = teacher is placed.teacher
+        networks = {
+            "student": placed.student,
+            "teacher" if is_own else "average": placed.teacher,
+            "anchors": placed.anchors,
+            **({} if is_own else {"frozen teacher": teacher}),
+        }
+        roles = {role: [t for _, t in tensors_of(each)] for role, each in networks.items()}
+        return {**roles, "losses' buffers": list(self.objective.named_state().values())}
 
-    def simulation_rows(self) -> Rows:
-        return [
-            ("left out", f"losses.{name}: {why}; what it takes is not in the estimate")
+    def simulation_sections(self) -> Mapping[str, Rows]:
+        rows = [
+            (f"losses.{name}", f"{why}; what it takes is not in the estimate")
             for name, why in self.objective.left_out.items()
         ]
+        return {"left out": rows} if rows else {}
 
     def memory_hints(self) -> list[str]:
         chunked = [

@@ -14,7 +14,7 @@ from dinov3_framework.contracts.losses import ViewFeatures
 
 
 def features_of(backbone: Any, crops: Tensor) -> ViewFeatures:
-    """The features of normalised crops [G, B, C, H, W], in one pass."""
+    """The features of normalized crops [G, B, C, H, W], in one pass."""
     return unflattened(backbone.forward_features(crops.flatten(0, 1)), crops, backbone.patch_size)
 
 

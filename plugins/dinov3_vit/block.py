@@ -15,7 +15,7 @@ Branch = Callable[[Tensor, Sequence[tuple[int, int]]], Tensor]
 
 
 class Block(nn.Module):
-    """Attention and FFN, each normalised before and added to the tokens.
+    """Attention and FFN, each normalized before and added to the tokens.
 
     Crops of other sizes come as other batches: attention stays within a crop, while norms and
     linear layers see the tokens of all batches together, in one call of the module, so that a

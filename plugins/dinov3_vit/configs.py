@@ -206,7 +206,7 @@ class VitLargePlusConfig(VitConfig):
 
 @preset(**_PUBLISHED, embed_dim=1152, depth=27, num_heads=18, ffn_ratio=3.777777778)
 class VitSo400mConfig(VitConfig):
-    """The shape-optimised ViT-SO400M/16, 415M parameters."""
+    """The shape-optimized ViT-SO400M/16, 415M parameters."""
 
 
 @preset(**_PLUS, embed_dim=1280, depth=32, num_heads=20)

@@ -68,7 +68,7 @@ class HuggingFaceLayout(Layout):
         return Naming(self.blocks, _OUTER, _INNER | (_GATED if gated else _MLP))
 
     # ------------------------------------------------------------------- reading
-    def recognise(self, content: Content) -> VitConfig | None:
+    def recognize(self, content: Content) -> VitConfig | None:
         first = f"{self.blocks}0"
         if f"{first}.attention.q_proj.weight" not in content.shapes:
             return None

@@ -46,9 +46,9 @@ class MetaLayout(Layout):
 
     format: ClassVar[str] = "meta"
     config: ClassVar[type[BackboneConfig]] = VitConfig
-    unsaid: ClassVar[str] = "the epsilon of its norms and how RoPE's coordinates are normalised"
+    unsaid: ClassVar[str] = "the epsilon of its norms and how RoPE's coordinates are normalized"
 
-    def recognise(self, content: Content) -> VitConfig | None:
+    def recognize(self, content: Content) -> VitConfig | None:
         """All of the config that shapes and RoPE's periods tell.
 
         Left at their defaults are: the norms' epsilon, what RoPE's coordinates are divided by,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 Names = Mapping[str, str]
 
-_LOCAL_NORM = "normalises local crops in training, nothing else"
+_LOCAL_NORM = "normalizes local crops in training, nothing else"
 
 
 # --------------------------------------------------------------------------- names

@@ -3,7 +3,7 @@
 A patch at row y and column x, in coordinates of [-1, 1] over the image, turns pairs of channels of
 its queries and keys by angles 2 pi y / period and 2 pi x / period, for head_dim / 4 periods. Rotary
 embedding: Su et al. 2021, "RoFormer"; axial over two dimensions: Heo et al. 2024, "Rotary Position
-Embedding for Vision Transformer"; on normalised coordinates: the DINOv3 paper, section 3.2.
+Embedding for Vision Transformer"; on normalized coordinates: the DINOv3 paper, section 3.2.
 """
 
 from __future__ import annotations

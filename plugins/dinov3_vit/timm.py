@@ -110,7 +110,7 @@ class TimmLayout(Layout):
     config: ClassVar[type[BackboneConfig]] = VitConfig
 
     # ------------------------------------------------------------------- reading
-    def recognise(self, content: Content) -> VitConfig | None:
+    def recognize(self, content: Content) -> VitConfig | None:
         """Heads and RoPE's base from ``config.json``; without it, those of published models."""
         names = content.shapes.keys()
         if "blocks.0.attn.qkv.weight" not in names or "pos_embed" in names:

@@ -20,7 +20,7 @@ Features = dict[str, Tensor | None]
 class VisionTransformer(Backbone):
     """Class, storage and patch tokens of images, in this order in a sequence.
 
-    State-dict names are those of DINOv3's published checkpoints. The module is initialised when
+    State-dict names are those of DINOv3's published checkpoints. The module is initialized when
     built; on the meta device, call ``to_empty`` and ``init_weights`` (or load weights).
     """
 

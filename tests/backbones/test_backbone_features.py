@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dinov3_framework import UserError
-from dinov3_framework.testing import check_backbone
+from dinov3_framework.testing import BackboneSuite
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ from dinov3_framework.testing import check_backbone
 )
 def test_contract(family: Family, options: dict[str, Any]) -> None:
     unseen = ["local_cls_norm"] if options.get("untie_global_and_local_cls_norm") else []
-    check_backbone(family.config(**{**family.small, **options}), without_gradient=unseen)
+    BackboneSuite.check(family.config(**{**family.small, **options}), without_gradient=unseen)
 
 
 @EACH_FAMILY

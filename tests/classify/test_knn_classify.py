@@ -63,7 +63,7 @@ def test_it_is_the_brute_force_vote(
 
 
 def test_features_that_nearly_coincide_are_told_apart() -> None:
-    """As those of a backbone at its random initialisation are."""
+    """As those of a backbone at its random initialization are."""
     rng = np.random.default_rng(8)
     common = torch.from_numpy(rng.normal(0, 1, 32)).float()
     train, test = (
@@ -110,11 +110,11 @@ def test_a_set_finds_itself() -> None:
     assert knn_classify(train, train, k=(1,), n_classes=5) == {1: 1.0}
 
 
-def test_as_many_neighbours_as_there_are_and_no_more() -> None:
+def test_as_many_neighbors_as_there_are_and_no_more() -> None:
     train, test = clouds(12, 6), clouds(9, 7)
     expected = brute_force(train, test, (12,), 0.07, 5)
     assert knn_classify(train, test, k=(12,), n_classes=5) == pytest.approx(expected)
-    with pytest.raises(DataError, match="k = 13 neighbours of only 12 training images"):
+    with pytest.raises(DataError, match="k = 13 neighbors of only 12 training images"):
         knn_classify(train, test, k=(3, 13), n_classes=5)
 
 

@@ -178,7 +178,7 @@ def test_intermediate_layers_on_the_grid_of_a_vit() -> None:
         expected = F.interpolate(before, (4, 6), mode="bilinear", antialias=True)
         torch.testing.assert_close(after, expected)
         assert torch.equal(mean, cls)
-    # Resized first, then normalised.
+    # Resized first, then normalized.
     (normed,) = resizing.get_intermediate_layers(batch)
     torch.testing.assert_close(normed, resizing.norm(expected.flatten(2).mT))
     last = resizing.forward_features(batch)["x_norm_patchtokens"]

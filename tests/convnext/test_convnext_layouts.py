@@ -64,7 +64,7 @@ def images(channels: int = 3) -> Tensor:
 
 def read(layout: Layout, content: Tensors) -> ConvNeXt:
     """The backbone in a file, by the layout's rules: every name used, none left over."""
-    config = layout.recognise(content)
+    config = layout.recognize(content)
     assert isinstance(config, ConvNextConfig)
     model = ConvNeXt(config)
     state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -131,8 +131,8 @@ def test_from_hugging_face(transformers: Any, tmp_path: Path) -> None:
     file = Tensors(load_file(tmp_path / "model.safetensors"), settings)
     state = Tensors(dict(model.state_dict()))
     for layout, content, other in ((saved, file, held), (held, state, saved)):
-        assert other.recognise(content) is None
-        assert layout.recognise(content) == ConvNextConfig(**SMALL)
+        assert other.recognize(content) is None
+        assert layout.recognize(content) == ConvNextConfig(**SMALL)
         assert_same(read(layout, content), *of_hugging_face(model, images()), images())
 
 
@@ -177,7 +177,7 @@ def test_hugging_face_settings_that_compute_otherwise(
 ) -> None:
     tensors = write(HuggingFaceLayout(), convnext())
     with pytest.raises(CheckpointError, match=message):
-        HuggingFaceLayout().recognise(Tensors(tensors, settings))
+        HuggingFaceLayout().recognize(Tensors(tensors, settings))
 
 
 # ------------------------------------------------------------------------- timm
@@ -200,7 +200,7 @@ def test_from_timm(timm: Any, ls_init_value: float | None) -> None:
     )
     layout, content = TimmLayout(), Tensors(dict(model.state_dict()))
     options = {} if ls_init_value else {"layer_scale_init_value": 0.0}
-    assert layout.recognise(content) == ConvNextConfig(**SMALL, **options)
+    assert layout.recognize(content) == ConvNextConfig(**SMALL, **options)
     assert_same(read(layout, content), *of_timm(model, images()), images())
 
 
@@ -239,7 +239,7 @@ def test_timm_knows_the_published_sizes(timm: Any, name: str) -> None:
 def test_timm_architectures_that_compute_otherwise() -> None:
     content = Tensors(write(TimmLayout(), convnext()), {"architecture": "test_convnext"})
     with pytest.raises(CheckpointError, match=r"'test_convnext'; .* convnext_tiny, .* what these"):
-        TimmLayout().recognise(content)
+        TimmLayout().recognize(content)
 
 
 # ------------------------------------------------------------------------- all
@@ -249,19 +249,19 @@ def test_timm_architectures_that_compute_otherwise() -> None:
 def test_round_trip(layout: Layout, options: dict[str, Any]) -> None:
     model = convnext(**options)
     content = Tensors(write(layout, model))
-    assert layout.recognise(content) == model.config
+    assert layout.recognize(content) == model.config
     for name, tensor in read(layout, content).state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
     others = [each for each in LAYOUTS if each is not layout]
-    assert [each.recognise(content) for each in others] == [None] * 3
+    assert [each.recognize(content) for each in others] == [None] * 3
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: type(layout).__name__)
-def test_presets_are_recognised(layout: Layout) -> None:
+def test_presets_are_recognized(layout: Layout) -> None:
     for preset in PRESETS.values():
         with torch.device("meta"):
             model = ConvNeXt(preset())
-        found = layout.recognise(Tensors(write(layout, model)))
+        found = layout.recognize(Tensors(write(layout, model)))
         assert type(found) is preset
         assert found == preset()
 
@@ -277,8 +277,8 @@ def test_presets_are_recognised(layout: Layout) -> None:
 def test_what_is_no_convnext(gone: str) -> None:
     state = dict(convnext().state_dict())
     del state[gone]
-    assert MetaLayout().recognise(Tensors(state)) is None
-    assert MetaLayout().recognise(Tensors({"weight": torch.zeros(3)})) is None
+    assert MetaLayout().recognize(Tensors(state)) is None
+    assert MetaLayout().recognize(Tensors({"weight": torch.zeros(3)})) is None
 
 
 def test_published() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from toy_configs import HereConfig, ToyConfig
 
 from dinov3_framework import DataError, ExitCode, Plan, Registry, __version__
 from dinov3_framework.cli import main
-from dinov3_framework.contracts.running import Job, JobHandle
+from dinov3_framework.contracts.running import Job, JobHandle, Launcher, Resources
 from dinov3_framework.errors import DivergenceError, StopRequested
 from dinov3_framework.plugins import BrokenPlugin
 
@@ -40,6 +40,9 @@ class Trace:
     check_error: BaseException | None = None
     run_error: BaseException | None = None
     code: int = 0
+    missing: list[str] = field(factory=list)
+    elsewhere: bool = False
+    preview: str = ""
 
 
 @pytest.fixture
@@ -52,19 +55,23 @@ def trace(registry: Registry, write: Write, monkeypatch: pytest.MonkeyPatch) -> 
             trace.worlds.append(world)
             if trace.check_error:
                 raise trace.check_error
-            return Plan({"model": [("parameters", "1,234"), ("width", "8")], "empty": []})
+            rows = [("parameters", "1,234"), ("width", "8")]
+            return Plan({"model": rows, "empty": []}, trace.missing)
 
-    class Launcher:
+    class ToyLauncher(Launcher):
         def __init__(self, config: HereConfig) -> None:
             self.processes = config.processes
+            self.elsewhere = trace.elsewhere
 
         def world_size(self) -> int:
             return self.processes
 
-        def preview(self, job: Job) -> str:
-            return f"{self.processes} processes here"
+        def preview(self, job: Job, resources: Resources | None = None) -> str:
+            return trace.preview or f"{self.processes} processes here"
 
-        def submit(self, job: Job) -> Handle:
+        def submit(
+            self, job: Job, resources: Resources | None = None, *, after: Sequence[JobHandle] = ()
+        ) -> JobHandle:
             trace.jobs.append(job)
             return Handle()
 
@@ -84,7 +91,7 @@ def trace(registry: Registry, write: Write, monkeypatch: pytest.MonkeyPatch) -> 
         trace.prepared.append(output_dir)
 
     ours = Registry()
-    factories = {"toy": lambda config, registry: Task(), "here": Launcher}
+    factories = {"toy": lambda config, registry: Task(), "here": ToyLauncher}
     for kind in ("backbone", "loss", "launcher", "task"):
         for name in registry.names(kind):
             component = registry.get(kind, name).component
@@ -320,6 +327,32 @@ def test_a_launcher_gets_a_job(trace: Trace, monkeypatch: pytest.MonkeyPatch) ->
     assert trace.ran == []
     assert job.run() == 7
     assert len(trace.ran) == 1
+
+
+def test_what_this_machine_lacks_other_machines_may_have(
+    trace: Trace, write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace.missing = ["there is no folder /images"]
+    arguments = ["r.toml", "--launcher", "here"]
+    assert main(arguments) == ExitCode.WRONG_INPUT
+    assert (trace.jobs, capsys.readouterr().err) == ([], "there is no folder /images\n")
+    trace.elsewhere = True
+    assert main(arguments) == 0
+    assert len(trace.jobs) == 1
+    assert "there is no folder /images" in capsys.readouterr().out, "it is said all the same"
+    write("runs/r/recipe.toml", RECIPE + 'output_dir = "runs/r"\nlauncher = { use = "here" }\n')
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["runs/r/recipe.toml"]) == ExitCode.WRONG_INPUT, "they look again, over there"
+    trace.missing = []
+    assert main(["runs/r/recipe.toml"]) == 0
+    assert len(trace.ran) == 1
+
+
+def test_a_script_is_shown_as_it_is(trace: Trace, capsys: pytest.CaptureFixture[str]) -> None:
+    trace.preview = "#!/bin/sh\n\necho here"
+    assert main(["--check", "r.toml", "--launcher=here"]) == 0
+    assert capsys.readouterr().out.endswith("\nlauncher\n#!/bin/sh\n\necho here\n")
 
 
 def test_processes_that_are_already_there_need_no_launcher(

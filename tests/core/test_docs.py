@@ -119,7 +119,9 @@ def test_the_example_plugin_works(
         assert "my_losses.spread" not in sys.modules
         sys.path.insert(0, str(folder / "tests"))
         importlib.import_module("test_spread").test_spread()
+        suite = importlib.import_module("test_contract").TestSpread
+        suite.check(suite.config)
     finally:
         sys.path.remove(str(folder / "tests"))
-        for module in ("my_losses", "my_losses.spread", "test_spread"):
+        for module in ("my_losses", "my_losses.spread", "test_spread", "test_contract"):
             sys.modules.pop(module, None)

@@ -142,7 +142,7 @@ def test_describe(registry: Registry) -> None:
     )
     rows = {field.name: (field.type, field.default, field.doc) for field in found.fields}
     assert rows["depth"] == ("integer", "2", "number of blocks")
-    assert rows["norm"] == ('"layer" or "rms"', '"layer"', "normalisation")
+    assert rows["norm"] == ('"layer" or "rms"', '"layer"', "normalization")
     assert rows["in_chans"][:2] == ('integer or "none"', "none")
 
 

@@ -129,15 +129,15 @@ def test_crops_of_an_image_differ(image):
 
 def test_shared_jitter_gives_every_crop_the_same_colours():
     flat = torch.tensor([[[200]], [[90]], [[30]]], dtype=torch.uint8).expand(3, 64, 64)
-    colours = []
+    colors = []
     for seed in range(20):
         crops = crops_of(build(share_color_jitter=True, horizontal_flips=True), flat, seed)
         # The second global crop may be solarized besides.
         views = (crops["global"][:1], crops["local"])
         pixels = torch.cat([view.movedim(1, -1).reshape(-1, 3) for view in views])
         assert len(torch.unique(pixels, dim=0)) == 1
-        colours.append(tuple(pixels[0].tolist()))
-    assert len(set(colours)) > 10
+        colors.append(tuple(pixels[0].tolist()))
+    assert len(set(colors)) > 10
     apart = crops_of(build(), flat)["local"]
     assert len(torch.unique(apart[:, :, 0, 0], dim=0)) > 1
 

@@ -60,8 +60,8 @@ def test_factors_mean_what_torchvision_means(picture, kind):
 
 
 def test_hue_is_the_round_trip_through_hsv(picture):
-    colours = np.array(list(itertools.product((0, 1, 60, 128, 200, 255), repeat=3)), np.uint8)
-    pixels = np.concatenate([picture.reshape(-1, 3), colours]).T.reshape(3, 1, -1)
+    colors = np.array(list(itertools.product((0, 1, 60, 128, 200, 255), repeat=3)), np.uint8)
+    pixels = np.concatenate([picture.reshape(-1, 3), colors]).T.reshape(3, 1, -1)
     shifts = (-0.5, -0.31, -0.1, 0.0, 0.02, 0.1, 1 / 3, 0.5)
     crops = np.ascontiguousarray(np.stack([pixels] * len(shifts)))
     apply_jitter(crops, one_jitter(HUE, shifts))

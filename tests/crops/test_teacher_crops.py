@@ -51,7 +51,7 @@ def test_it_is_the_students_crop_in_another_size(picture, scale, anchor):
 
 
 def test_distortions_are_the_students(picture):
-    """Crops of another seed differ far more, in boxes as in colours."""
+    """Crops of another seed differ far more, in boxes as in colors."""
     first, other = (crops_of(picture, seed, teacher_scale=0.5) for seed in (1, 2))
     same = np.abs(resize(first["global"], 24).astype(int) - first["teacher"]).mean()
     apart = np.abs(resize(first["global"], 24).astype(int) - other["teacher"]).mean()

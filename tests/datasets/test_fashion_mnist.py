@@ -46,10 +46,10 @@ def test_content(split: str, count: int, checksum: str) -> None:
 
 
 def test_three_channels_repeat_the_grey_value() -> None:
-    grey, colour = build()[17], build(channels=3)[17]
-    assert colour.image.shape == (3, 28, 28)
-    assert all(torch.equal(channel, grey.image[0]) for channel in colour.image)
-    assert colour.label == grey.label
+    grey, color = build()[17], build(channels=3)[17]
+    assert color.image.shape == (3, 28, 28)
+    assert all(torch.equal(channel, grey.image[0]) for channel in color.image)
+    assert color.label == grey.label
 
 
 def test_other_channel_counts_are_refused() -> None:

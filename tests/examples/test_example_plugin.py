@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 NAME = "dinov3_example_plugin"
-FAULTS = ROOT / "tests" / "engine" / "faults_plugin"  # offers an observer that kills a run
+FAULTS = ROOT / "tests" / "support" / "faults_plugin"  # offers an observer that kills a run
 RECIPE = f"{NAME}:fashion_vicreg"
 TINY = (
     "iterations=6",
@@ -207,7 +208,7 @@ def test_two_sharded_processes_learn_the_same(start: Start, whole: Path, tmp_pat
     output = tmp_path / "two"
     done = train(start, output, *TWO)
     assert done.returncode == 0, done.stderr
-    assert "2 x 1 passes x 6 images" in done.stdout
+    assert "2 x 1 x 6 images" in done.stdout
     two, one = learnt(output), learnt(whole)
     assert len(two) == len(one)
     for ours, theirs in zip(two, one, strict=True):
@@ -236,7 +237,7 @@ def test_its_backbone_learns_from_and_teaches_others(
     start: Start, whole: Path, tmp_path: Path
 ) -> None:
     """A conv mixer's student is a ViT, and that ViT's a conv mixer."""
-    recipe = str(ROOT / "tests" / "engine" / "tiny_distill.toml")
+    recipe = str(ROOT / "tests" / "support" / "tiny_distill.toml")
     heads = (  # those of the run that teaches
         "losses.dino.head={ n_prototypes = 32, bottleneck_dim = 8, hidden_dim = 16, n_layers = 2 }",
         "losses.ibot.head={ n_prototypes = 24, bottleneck_dim = 8, hidden_dim = 16, n_layers = 2 }",
@@ -250,3 +251,167 @@ def test_its_backbone_learns_from_and_teaches_others(
     done = start(*command, *backbone, "--output-dir", str(mixer), f"teacher.weights={vit}")
     assert done.returncode == 0, done.stderr
     assert all(line["ibot"] > 0 for line in metrics(mixer))
+
+
+# --------------------------------------------------------------------------- its own trainings
+CLOTHES = """
+[images]
+channels = 1
+mean = [0.5]
+std = [0.25]
+
+[backbone]
+use = "conv_mixer"
+patch_size = 7
+embed_dim = 16
+depth = 2
+
+[optimizer]
+use = "rmsprop"
+lr = 1e-3
+weight_decay = 0.01
+
+[loader]
+workers = 1
+
+[checkpoint]
+every = 2
+
+[observers.journal]
+use = "journal"
+
+[dataset]
+use = "images_and_masks"
+images = "images"
+masks = "masks"
+classes = [CLASSES]
+"""
+HEAD = """
+[transform]
+use = "square"
+size = 28
+flip = 0.5
+
+[head]
+use = "linear_TARGET"
+
+[observers.evaluate]
+use = "evaluate"
+every = 3
+
+[observers.evaluate.evaluations.agreement]
+use = "agreement"
+target = "NAME"
+
+[observers.evaluate.evaluations.agreement.dataset]
+use = "images_and_masks"
+images = "images"
+masks = "masks"
+classes = [CLASSES]
+
+[observers.evaluate.evaluations.agreement.transform]
+use = "square"
+"""
+STEPS = "iterations = 6\nbatch_size = 12\nlog_every = 1\n"
+KILLED = ("observers.killer.use=signal_at", "observers.killer.iteration=5")
+
+
+@pytest.fixture(scope="module")
+def clothes(start: Start, copied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of pictures, masks and archives, and recipes that read them."""
+    folder = tmp_path_factory.mktemp("clothes")
+    done = start(str(copied / "tests" / "clothes.py"), str(folder))
+    assert done.returncode == 0, done.stderr
+    classes = start("-c", "from clothes import CLASSES; print(*CLASSES)", cwd=copied / "tests")
+    assert classes.returncode == 0, classes.stderr
+    listed = ", ".join(f'"{name}"' for name in classes.stdout.split())
+
+    def write(name: str, task: str, text: str) -> None:
+        recipe = f'task = "{task}"\n{STEPS}{CLOTHES}{text}'.replace("CLASSES", listed)
+        (folder / name).write_text(recipe)
+
+    write("class.toml", "train_head", HEAD.replace("TARGET", "class").replace("NAME", "label"))
+    write("mask.toml", "train_head", HEAD.replace("TARGET", "mask").replace("NAME", "mask"))
+    write("contrast.toml", "contrastive", "")
+    return folder
+
+
+def run(start: Start, clothes: Path, recipe: str, *more: str) -> subprocess.CompletedProcess[str]:
+    return start("-m", "dinov3_framework", recipe, *more, cwd=clothes)
+
+
+STREAM = 'dataset={ use = "tar_stream", archives = ["a.tar", "b.tar"] }'
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [
+        ("class.toml", ()),
+        ("mask.toml", ()),
+        ("contrast.toml", ()),
+        ("contrast.toml", (STREAM,)),
+    ],
+    ids=["class", "mask", "contrast", "stream"],
+)
+def test_a_training_is_killed_and_goes_on_to_the_same_bits(
+    start: Start, clothes: Path, recipe: str, more: tuple[str, ...], processes: int
+) -> None:
+    started = TWO if processes == 2 else ()
+    name = f"{recipe[:-5]}{len(more)}_{processes}"
+    done = run(start, clothes, recipe, *more, *started, "--output-dir", f"{name}_whole")
+    assert done.returncode == 0, done.stderr
+    killed = run(start, clothes, recipe, *more, *started, *KILLED, "--output-dir", name)
+    assert killed.returncode != 0
+    resumed = run(start, clothes, recipe, *more, *started, "--output-dir", name)
+    assert resumed.returncode == 0, resumed.stderr
+    assert learnt(clothes / name) == learnt(clothes / f"{name}_whole")
+    ours, theirs = (
+        sorted((clothes / each / "exports").iterdir()) for each in (name, f"{name}_whole")
+    )
+    assert [path.name for path in ours] == [path.name for path in theirs]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(ours, theirs, strict=True))
+    journal = (clothes / name / "journal.txt").read_text().splitlines()
+    assert "begins after iteration 4" in journal
+    assert journal[-1] == "ends"
+    if processes == 2 and not more:
+        one = learnt(clothes / f"{recipe[:-5]}0_1_whole")
+        for two, single in zip(learnt(clothes / name), one, strict=True):
+            assert two["loss"] == pytest.approx(single["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("recipe", "metric"), [("class", "accuracy"), ("mask", "miou")])
+def test_a_trained_head_is_evaluated_by_itself(
+    start: Start, clothes: Path, recipe: str, metric: str
+) -> None:
+    """The task ``evaluate`` finds what the observer of the training found."""
+    whole = clothes / f"{recipe}0_1_whole"
+    if not whole.exists():
+        assert run(start, clothes, f"{recipe}.toml", "--output-dir", str(whole)).returncode == 0
+    text = (clothes / f"{recipe}.toml").read_text()
+    backbone = text[text.index("[images]") : text.index("[optimizer]")]
+    evaluation = text[text.index("[observers.evaluate.evaluations") :]
+    evaluation = evaluation.replace("observers.evaluate.", "")
+    head = f'head = "{whole / "exports" / "head.safetensors"}"\n'
+    (clothes / "evaluate.toml").write_text(f'task = "evaluate"\n{head}{backbone}{evaluation}')
+    output = clothes / f"{recipe}_evaluated"
+    done = run(start, clothes, "evaluate.toml", "--output-dir", str(output))
+    assert done.returncode == 0, done.stderr
+    (record,) = json.loads((output / "results.json").read_text())["records"]
+    trained = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert record["metric"] == metric
+    assert record["value"] == pytest.approx(trained[-1][metric])
+
+
+def test_a_run_in_the_background(start: Start, clothes: Path) -> None:
+    output = clothes / "background"
+    done = run(
+        start, clothes, "contrast.toml", "--output-dir", str(output), "launcher.use=background"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "background.log" in done.stdout
+    for _ in range(600):
+        if (output / "results.json").exists():
+            break
+        time.sleep(0.2)
+    assert learnt(output)[-1]["iteration"] == 6

@@ -202,7 +202,7 @@ def test_other_channels(tmp_path: Path, channels: int) -> None:
     assert [row["path"] for row in rows(tmp_path / "out" / "skipped.csv")] == ["9.npy"]
 
 
-def test_a_backbone_as_it_is_initialised(photographs: Path, tmp_path: Path) -> None:
+def test_a_backbone_as_it_is_initialized(photographs: Path, tmp_path: Path) -> None:
     backbone = {"use": "vit", "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
     task(photographs, None, backbone=backbone, size=16).run(tmp_path)
     assert tensors(tmp_path)["class"].shape == (8, 16)

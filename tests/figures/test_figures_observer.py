@@ -107,7 +107,7 @@ def test_a_dataset_is_opened_at_the_start(run: FakeRun, monkeypatch: pytest.Monk
         run.teacher, "forward_features", lambda images: seen.append(images) or forward(images)
     )
     plots.on_end(run)
-    # Images 1, 3 and 6 of the dataset, normalised, one by one.
+    # Images 1, 3 and 6 of the dataset, normalized, one by one.
     levels = [
         float((each[0, 0].mean() * run.images.std[0] + run.images.mean[0]) * 255) for each in seen
     ]

@@ -22,15 +22,15 @@ from visualize_support import (
     settings,
 )
 
-from dinov3_framework import DataError, RecipeError, Subject, normalize
+from dinov3_framework import DataError, LoadedBackbone, RecipeError, load_recipe_backbone, normalize
 
 
 def scenes(count: int = 4, corrupt: tuple[int, ...] = ()) -> Scenes:
     return Scenes(ScenesConfig(count=count, corrupt=corrupt), channels=3)
 
 
-def subject() -> Subject:
-    return Subject.opened(settings(), registry())
+def subject() -> LoadedBackbone:
+    return load_recipe_backbone(settings(), registry())
 
 
 # --------------------------------------------------------------------------- which

@@ -88,20 +88,20 @@ def test_without_an_inside_the_smaller_side_is_the_foreground(shape: tuple[int, 
 
 
 # --------------------------------------------------------------------------- maps
-def test_the_subject_alone_keeps_its_colours() -> None:
+def test_the_subject_alone_keeps_its_colors() -> None:
     inside = disc(16, 4.0)
     (maps,) = maps_of([features_of(inside)], settings())
     assert np.array_equal(maps.foreground, inside.numpy())
     assert maps.foreground.mean() == pytest.approx(float(inside.float().mean()))
-    grey = (maps.foreground_pca == BACKDROP).all(-1)
-    assert np.array_equal(grey, ~inside.numpy())
+    gray = (maps.foreground_pca == BACKDROP).all(-1)
+    assert np.array_equal(gray, ~inside.numpy())
     assert maps.pca_shares[0] > 0.8
     # The first component of the whole tells the two sides apart, that of the subject does not.
     assert np.ptp(maps.pca[inside.numpy()][:, 0].astype(int)) < 128
     assert np.ptp(maps.foreground_pca[inside.numpy()][:, 0].astype(int)) == 255
 
 
-def test_joint_components_give_equal_patches_equal_colours() -> None:
+def test_joint_components_give_equal_patches_equal_colors() -> None:
     first, second = features_of(disc(16, 4.0)), features_of(disc(16, 6.0))
     second[0, 0] = first[8, 8]
     joint = maps_of([first, second], settings(pca="joint"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import json
 import re
@@ -29,7 +30,7 @@ from visualize_support import (
 )
 
 from dinov3_framework import WEB_IMAGES, DataError, InvalidOption, OutputError, RecipeError
-from dinov3_framework.testing import check_task
+from dinov3_framework.testing import TaskSuite
 
 
 class Page(HTMLParser):
@@ -78,7 +79,7 @@ def test_a_picture_shows_image_and_maps_at_their_aspect(output: Path) -> None:
     height, width = picture.shape[:2]
     assert 640 <= width <= 1900
     assert 300 <= height <= 1500
-    # The grey backdrop of the foreground's map has the outline of the image, 48 x 32.
+    # The gray backdrop of the foreground's map has the outline of the image, 48 x 32.
     rows, columns = np.nonzero((picture == BACKDROP).all(-1))
     aspect = np.ptp(columns) / np.ptp(rows)
     assert aspect == pytest.approx(48 / 32, rel=0.05)
@@ -109,8 +110,8 @@ def test_the_results(output: Path) -> None:
             float(subject_mask(height, width).float().mean()), abs=1e-6
         )
         assert 0.5 < found["explained"][0] <= 1
-        centre, typical = found["marked"]
-        assert (centre["column"], centre["row"]) == (width // 8, height // 8)
+        center, typical = found["marked"]
+        assert (center["column"], center["row"]) == (width // 8, height // 8)
         assert subject_mask(height, width)[typical["row"], typical["column"]]
         assert typical["why"] == "foreground"
         assert 0 < found["page_similarity_error"] < 0.05
@@ -222,7 +223,7 @@ def test_a_backbone_without_layers(tmp_path: Path) -> None:
 
 # --------------------------------------------------------------------------- checks
 def test_the_contract_of_tasks() -> None:
-    check_task(settings(), registry=registry())
+    TaskSuite.check(settings(), registry=registry())
 
 
 def test_the_check_reports(tmp_path: Path) -> None:
@@ -298,6 +299,19 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="figures"):
         task(count=1).run(tmp_path)
     assert not (tmp_path / "results.json").exists()
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    def full(self: Figure, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    with pytest.raises(OutputError, match=r"scene_0\.png cannot be written: disk full") as caught:
+        task(count=1).run(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
 # --------------------------------------------------------------------------- names of files

@@ -10,7 +10,7 @@ import pytest
 from dinov3_launchers import LocalConfig
 from dinov3_launchers.local import LocalLauncher
 
-from dinov3_framework import ExitCode, Job, Registry
+from dinov3_framework import ExitCode, Job, JobHandle, Registry, Resources, UserError
 
 
 def launcher(processes: int | None) -> LocalLauncher:
@@ -28,7 +28,7 @@ def launch(tmp_path: Path, script: str, processes: int = 2) -> int:
     path = tmp_path / "job.py"
     path.write_text(f"import os, signal, sys, time\nrank = int(os.environ['RANK'])\n{script}\n")
     job = Job(command=[sys.executable, str(path), "an argument"], output_dir=tmp_path, run=never)
-    return launcher(processes).launch(job)
+    return launcher(processes).submit(job).wait()
 
 
 # --------------------------------------------------------------------------- how many
@@ -46,13 +46,46 @@ def test_how_many(
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     assert launcher(processes).world_size() == world
-    assert launcher(processes).preview(None) == words
+    job = Job(command=["true"], output_dir=Path(), run=never)
+    assert launcher(processes).preview(job) == words
 
 
 @pytest.mark.parametrize("code", [0, 2, 75])
 def test_one_process_is_this_one(tmp_path: Path, code: int) -> None:
     job = Job(command=["no such program"], output_dir=tmp_path, run=lambda: code)
-    assert launcher(1).launch(job) == code
+    assert launcher(1).submit(job).wait() == code
+
+
+def test_a_job_may_ask_for_its_own_number_of_processes() -> None:
+    job = Job(command=["true"], output_dir=Path(), run=never)
+    assert launcher(1).preview(job, Resources(processes_per_node=3)).startswith("3 processes")
+    with pytest.raises(UserError, match="2 nodes are asked for"):
+        launcher(1).submit(job, Resources(nodes=2))
+
+
+def test_a_job_runs_once_however_often_it_is_waited_for(tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    def job(name: str) -> Job:
+        return Job(command=["true"], output_dir=tmp_path, run=lambda: ran.append(name) or 0)
+
+    first = launcher(1).submit(job("first"))
+    others = [launcher(1).submit(job(name), after=[first]) for name in ("second", "third")]
+    assert ran == [], "a job runs when it is waited for"
+    assert [other.wait() for other in others] == [0, 0]
+    assert ran == ["first", "second", "third"]
+
+
+def test_a_job_in_a_queue_cannot_be_waited_for(tmp_path: Path) -> None:
+    class Queued(JobHandle):
+        id = "41"
+
+        def wait(self) -> int:
+            return 0
+
+    job = Job(command=["true"], output_dir=tmp_path, run=never)
+    with pytest.raises(UserError, match="cannot wait for 41"):
+        launcher(1).submit(job, after=[Queued()])
 
 
 # --------------------------------------------------------------------------- several

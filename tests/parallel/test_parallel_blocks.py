@@ -20,7 +20,7 @@ from dinov3_framework import Problem, RecipeError
 from dinov3_framework.parallel import ParallelConfig, compiling
 from dinov3_framework.parallel.check import network_problems
 from dinov3_framework.parallel.compiling import compiler_complaint
-from dinov3_framework.parallel.sharder import Sharder, initialise
+from dinov3_framework.parallel.sharder import Sharder, initialize
 from dinov3_framework.runtime.processes import process_group
 
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def placed(config: ParallelConfig, backbone: Any = None, **values: Any) -> Any:
             return registry().build(backbone or registry().config_of("backbone", "vit", values))
 
     network = Sharder(config, CPU).place(build())
-    initialise(network, build(), seed=3)
+    initialize(network, build(), seed=3)
     return network.train()
 
 

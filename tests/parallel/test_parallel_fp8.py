@@ -16,7 +16,7 @@ from dinov3_framework import Problem, RecipeError
 from dinov3_framework.parallel import ParallelConfig
 from dinov3_framework.parallel.fp8 import chip_complaint, linear_emulated, linear_on_chip
 from dinov3_framework.parallel.fp8_linears import layer_problems, use_fp8
-from dinov3_framework.parallel.sharder import Sharder, initialise
+from dinov3_framework.parallel.sharder import Sharder, initialize
 from dinov3_framework.runtime.processes import process_group
 from dinov3_framework.training.optimizer import parameter_settings
 
@@ -144,7 +144,7 @@ def placed(config: ParallelConfig, **values: Any) -> Any:
     blueprint = backbone(**values)
     with process_group(CPU, timeout=60):
         network = Sharder(config, CPU).place(backbone(**values))
-        initialise(network, blueprint, seed=3)
+        initialize(network, blueprint, seed=3)
     return network
 
 
@@ -292,7 +292,7 @@ def test_a_chip_that_can_uses_the_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
             blueprint = backbone()
             config = ParallelConfig(fp8=fp8, param_dtype="bf16")
             network: Any = Sharder(config, CPU).place(backbone())
-            initialise(network, blueprint, seed=3)
+            initialize(network, blueprint, seed=3)
             output = features(network)
             output.float().square().mean().backward()
             seen[fp8] = [output.detach(), network.blocks[0].mlp.fc1.weight.grad.full_tensor()]

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from attrs import evolve
 from dinov3_pipeline.references import Reference, references, replaced
+from dinov3_pipeline.task import Pipeline
 from init_from_support import RGB, own_export, vit
 from pipeline_support import CHAIN, KNN, chain_config, checked, write_chain
 from run_support import TINY
 from trainer_support import registry
 
-from dinov3_framework import RecipeError
+from dinov3_framework import DatasetConfig, RecipeError, Registry
 from dinov3_framework.checkpoints import CheckpointConfig
 from dinov3_framework.checkpoints.expected import kept_steps
 from dinov3_framework.cli import main
@@ -22,6 +25,7 @@ from dinov3_framework.recipes.compose import compose
 from dinov3_framework.recipes.plain import unstructure
 from dinov3_framework.recipes.structure import structure_recipe
 from dinov3_framework.recipes.toml_text import to_toml
+from dinov3_framework.runtime.processes import process_group
 
 
 @pytest.fixture
@@ -286,15 +290,15 @@ def test_stages_of_other_tasks_are_checked_too(tmp_path: Path) -> None:
     chain = write_chain(tmp_path, CHAIN + KNN)
     report = checked(chain)
     assert ("weights", f"{tmp_path}/out/last") in report.sections["knn: backbone"]
-    text = mistakes(chain, "stages.knn.recipe.size=30")
-    assert "stages.knn.recipe.size: 30 px are no multiple of the backbone's patch size 7" in text
+    text = mistakes(chain, "stages.knn.recipe.evaluations.knn.size=30")
+    assert "stages.knn.recipe.evaluations.knn.size: 30 px are no multiple of the backbone's" in text
 
 
 def test_what_a_task_cannot_promise_is_checked_in_its_turn(tmp_path: Path) -> None:
     after = '[stages.after.recipe]\nextends = "dinov3_recipes:knn"\nweights = "stage:knn/x"\n'
     chain = write_chain(tmp_path, CHAIN + KNN + after)
     rows = dict(checked(chain).sections["stages"])
-    assert rows["after"] == "knn, from stage:knn/x; to be checked when its turn has come"
+    assert rows["after"] == "evaluate, from stage:knn/x; to be checked when its turn has come"
     text = mistakes(chain, 'stages.after.recipe.backbone.use="vit_small"')
     assert "stages.after.recipe.backbone: weights bring their own backbone" in text
     assert "there is no file" not in text
@@ -327,6 +331,30 @@ def test_a_complete_stage_is_what_the_others_are_checked_against(
     )
     assert report.sections["stages"][0] == ("pretrain", "pretrain: complete")
     assert "pretrain: schedule" not in report.sections
+
+
+# --------------------------------------------------------------------------- its plan
+def test_what_the_check_built_is_not_built_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stages that inherit are built in their turn: what they start from is another by then."""
+    chain = write_chain(tmp_path)
+    output = tmp_path / "out"
+    task = Pipeline(chain_config(chain, f"output_dir={output}"), registry=registry())
+    plan, built, build = task.check(1), [], Registry.build
+    assert list(plan.prepared) == ["pretrain"]
+
+    def counting(self: Registry, config: Any, **runtime: Any) -> Any:
+        if isinstance(config, DatasetConfig):
+            built.append(config)
+        return build(self, config, **runtime)
+
+    monkeypatch.setattr(Registry, "build", counting)
+    with process_group(torch.device("cpu"), timeout=60):
+        output.mkdir()
+        task.run(output, plan)
+    assert (output / "last" / "results.json").exists()
+    assert len(built) == 2  # of the second stage and the last
 
 
 # --------------------------------------------------------------------------- the processes

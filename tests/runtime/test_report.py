@@ -60,7 +60,7 @@ def pixels_of(image: dict[str, str | None]) -> np.ndarray:
 # --------------------------------------------------------------------------- what is on it
 def test_texts_facts_and_tables(tmp_path: Path) -> None:
     rows = [{"name": "a", "loss": 1 / 3}, {"name": "b", "more": None}]
-    record = Record("knn", "accuracy", 76.8, {"crop": "centre"}, "images", "12ab", 0)
+    record = Record("knn", "teacher", "accuracy", 76.8, {"crop": "center"}, "images", "12ab", 0)
     page = written(
         tmp_path,
         Section("Training", ["It went well.", {"iterations": 700, "seed": 0}, rows], "of 3 h"),

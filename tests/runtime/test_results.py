@@ -19,7 +19,7 @@ RECORD = Record(
     evaluation="knn",
     metric="accuracy@10",
     value=76.8,
-    protocol={"crop": "centre", "temperature": 0.07},
+    protocol={"crop": "center", "temperature": 0.07},
     data="fashion_mnist: 1,000 images",
     weights="sha256:12ab",
     seed=3,
@@ -66,7 +66,7 @@ def test_a_record_keeps_what_gives_it_meaning(tmp_path: Path) -> None:
             "data": "fashion_mnist: 1,000 images",
             "weights": "sha256:12ab",
             "seed": "3",
-            "protocol.crop": "centre",
+            "protocol.crop": "center",
             "protocol.temperature": "0.07",
         }
     ]
@@ -128,7 +128,7 @@ def test_records_in_a_table_show_what_tells_them_apart(capsys: pytest.CaptureFix
     other = evolve(RECORD, value=75.1, protocol={"crop": "none", "temperature": 0.07})
     print_results("k-NN", [RECORD, other])
     shown = capsys.readouterr().out
-    for text in ("accuracy@10", "76.8", "75.1", "protocol.crop", "centre", "none"):
+    for text in ("accuracy@10", "76.8", "75.1", "protocol.crop", "center", "none"):
         assert text in shown
     assert "temperature" not in shown
     assert "fashion_mnist" not in shown

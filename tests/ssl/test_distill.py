@@ -18,6 +18,7 @@ from trainer_support import steps
 
 from dinov3_framework import ExitCode, RecipeError, load_backbone
 from dinov3_framework.checkpoints.store import CheckpointStore
+from dinov3_framework.weights.sharded import open_newest
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,18 @@ def problems(*args: Any) -> dict[str, str]:
     with pytest.raises(RecipeError) as caught:
         distill(*args).check(1)
     return {problem.where: f"{problem.message} {problem.hint}" for problem in caught.value.problems}
+
+
+def test_expected_checkpoints_hold_the_teachers_projectors(teacher: Path, tmp_path: Path) -> None:
+    """And every other tensor of a run, but nothing of the teacher's backbone."""
+    folder = tmp_path / "expected"
+    folder.mkdir()
+    assert distill(teacher, HEAD).write_expected_artifacts(folder)
+    found = open_newest(folder / "checkpoints").shapes
+    with student(teacher, tmp_path / "run", HEAD) as ours:
+        assert found == {name: tuple(t.shape) for name, t in ours.tensors().items()}
+    frozen = {name.split(".")[1] for name in found if name.startswith("frozen.")}
+    assert frozen == {"dino_head", "ibot_head"}
 
 
 # --------------------------------------------------------------------------- who learns

@@ -220,8 +220,8 @@ class OtherLastLayer(SoundBackbone):
 
 
 BACKBONES: dict[str, tuple[Callable[..., Any], str]] = {
-    "no backbone": (NoBackbone, "no Backbone"),
-    "raises": (lambda config: 1 / 0, "building it raised ZeroDivisionError"),
+    "no backbone": (NoBackbone, "gave a NoBackbone, no Backbone"),
+    "raises": (lambda config: 1 / 0, "test_meta_device: raised ZeroDivisionError"),
     "real memory": (RealMemory, "takes memory all the same: table"),
     "forgotten buffer": (ForgottenBuffer, "left 'offset' without a finite value"),
     "other randomness": (OtherRandomness, "other values for the same seed.*mask_token"),
@@ -237,9 +237,9 @@ BACKBONES: dict[str, tuple[Callable[..., Any], str]] = {
     "columns first": (ColumnsFirst, "masked patches are seen"),
     "batches meet": (BatchesMeet, "several batches in one pass change"),
     "one batch only": (OneBatchOnly, "must give a list of two dicts"),
-    "full precision only": (FullPrecisionOnly, "parameters in bfloat16 raised RuntimeError"),
+    "full precision only": (FullPrecisionOnly, "test_bfloat16: raised RuntimeError"),
     "own randomness": (OwnRandomness, "in training, the same seed"),
-    "detached": (Detached, "the backward pass raised RuntimeError"),
+    "detached": (Detached, "test_gradient: raised RuntimeError"),
     "wrong layer": (WrongLayer, r"layer_of\('mask_token'\) is \(3, 2\)"),
     "strange block": (StrangeBlock, "no submodule of the backbone"),
     "flat layers": (FlatLayers, r"gives a grid \[2, 16, 8\]"),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.tv_tensors import BoundingBoxes, Mask
 
 from dinov3_framework import (
     Augmentation,
@@ -16,6 +17,7 @@ from dinov3_framework import (
     Dataset,
     DatasetConfig,
     Sample,
+    Target,
     View,
     config,
 )
@@ -230,8 +232,8 @@ AUGMENTATIONS: dict[str, tuple[Callable[..., Any], str]] = {
     "global generator": (GlobalGenerator, "other crops for the same rng"),
     "remembers": (Remembers, "other crops for the same rng"),
     "writes to image": (WritesToImage, "writes into the image"),
-    "no tiny images": (NoTinyImages, r"an image of \[3, 5, 3\] raised"),
-    "unpicklable": (Unpicklable, "pickling raised"),
+    "no tiny images": (NoTinyImages, "test_crops: raised RuntimeError"),
+    "unpicklable": (Unpicklable, "raised .*pickle"),
     "float masks": (FloatMasks, "masks are torch.float32"),
     "masks by place": (MasksByPlace, "masks depend on which rows"),
     "masks all": (MasksAll, "leaves no patch"),
@@ -258,7 +260,7 @@ class ToyDatasetConfig(DatasetConfig):
 class SoundDataset(Dataset):
     """Grey levels by index; every third image is corrupt."""
 
-    n_classes = 4
+    targets = {"label": Target("class", n_classes=4)}  # noqa: RUF012
 
     def __init__(self, config: ToyDatasetConfig, *, channels: int) -> None:
         self.channels = channels
@@ -330,6 +332,59 @@ class Chatty(SoundDataset):
         return "images\nof mine"
 
 
+class OtherTarget(SoundDataset):
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(super().__getitem__(index).image, {"depth": 0.5})
+
+
+class Maps(SoundDataset):
+    """Targets of every kind, as they should be."""
+
+    targets = {  # noqa: RUF012
+        "mask": Target("mask", n_classes=3, ignore_index=255),
+        "depth": Target("map", unit="m"),
+        "boxes": Target("boxes"),
+        "objects": Target("instances"),
+        "age": Target("number"),
+        "caption": Target("text"),
+    }
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(super().__getitem__(index).image, self.made())
+
+    def made(self) -> dict[str, Any]:
+        boxes = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+        return {
+            "mask": Mask(torch.tensor([[0, 1, 2, 255, 0, 0]] * 5)),
+            "depth": Mask(torch.full((5, 6), torch.nan)),
+            "boxes": BoundingBoxes(boxes, format="XYXY", canvas_size=(5, 6)),
+            "objects": Mask(torch.ones(1, 5, 6, dtype=torch.bool)),
+            "age": 3,
+            "caption": "a cat",
+        }
+
+
+class BadMask(Maps):
+    def made(self) -> dict[str, Any]:
+        return super().made() | {"mask": Mask(torch.full((5, 6), 3))}
+
+
+class PlainMask(Maps):
+    def made(self) -> dict[str, Any]:
+        return super().made() | {"mask": torch.zeros(5, 6, dtype=torch.int64)}
+
+
+class SmallMap(Maps):
+    def made(self) -> dict[str, Any]:
+        return super().made() | {"depth": Mask(torch.zeros(5, 5))}
+
+
+class CornerAndSize(Maps):
+    def made(self) -> dict[str, Any]:
+        boxes = BoundingBoxes(torch.zeros(1, 4), format="XYWH", canvas_size=(5, 6))
+        return super().made() | {"boxes": boxes}
+
+
 class Crashes(SoundDataset):
     def __getitem__(self, index: int) -> Sample:
         raise OSError("no such file")
@@ -338,13 +393,18 @@ class Crashes(SoundDataset):
 DATASETS: dict[str, tuple[Callable[..., Any], str]] = {
     "empty": (Empty, "holds no image"),
     "all corrupt": (AllCorrupt, "not one of 16 samples"),
-    "floats": (Floats, "torch.float32"),
-    "grey": (Grey, r"\[1, 5, 6\], not torch.uint8 \[3, H, W\]"),
-    "tensor label": (TensorLabel, "must be an int or None"),
-    "high label": (HighLabel, "is 4, n_classes is 4"),
+    "floats": (Floats, "torch.float32, neither"),
+    "grey": (Grey, r"\[1, 5, 6\], not \[3, H, W\]"),
+    "tensor label": (TensorLabel, "'label' of sample 0 is a Tensor"),
+    "high label": (HighLabel, "'label' of sample 0 is 4, no class, 4 classes"),
+    "other target": (OtherTarget, "has a target 'depth'"),
+    "bad mask": (BadMask, "'mask' of sample 0 is a Mask"),
+    "plain mask": (PlainMask, "'mask' of sample 0 is a Tensor"),
+    "small map": (SmallMap, "'depth' of sample 0"),
+    "corner and size": (CornerAndSize, "'boxes' of sample 0"),
     "tuples": (Tuples, "must be a Sample, is tuple"),
-    "shares": (Shares, "writes into what it gave"),
-    "open file": (OpenFile, "pickling raised"),
+    "shares": (Shares, "when its image is written to"),
+    "open file": (OpenFile, "test_repeatable: raised .*pickle"),
     "chatty": (Chatty, r"describe\(\) must give one line"),
-    "crashes": (Crashes, "reading sample 0 raised OSError"),
+    "crashes": (Crashes, "test_samples: raised OSError"),
 }

@@ -151,7 +151,7 @@ class DrawsElsewhere(SoundLoss):
         return LossResult(super().forward(step).loss * (1 + noise))
 
 
-class Normalises(SoundLoss):
+class Normalizes(SoundLoss):
     """Divides by the spread of the batch, which is 0 where tokens coincide."""
 
     sees_batch = True
@@ -184,26 +184,26 @@ class SecretlySeesBatch(SoundLoss):
 
 
 LOSSES: dict[str, tuple[Callable[..., Any], str]] = {
-    "own parameters": (OwnParameters, "parameters of its own.*center"),
+    "own parameters": (OwnParameters, "parameters of its own.*: center"),
     "misspelt need": (MisspeltNeed, "teacher.global.clas'.*outputs class"),
     "need without anchor": (NeedWithoutAnchor, "the anchor sees nothing"),
     "no student": (NoStudent, "needs nothing of the student"),
     "set of needs": (SetOfNeeds, "needs must be a frozenset"),
     "no anchor": (NoAnchor, "must give an Anchor or None"),
-    "bad projector": (BadProjector, "the projector of loss.*left 'layer.bias' without"),
-    "no projector": (NoProjector, r"build_projector\(\) gave no projector"),
+    "bad projector": (BadProjector, "test_parameters: .*left 'layer.bias' without"),
+    "no projector": (NoProjector, r"build_projector\(\) gives no projector"),
     "undeclared": (Undeclared, "needs do not name: student.global.patches"),
-    "undeclared view": (UndeclaredView, "raised KeyError: 'local'"),
+    "undeclared view": (UndeclaredView, "test_reads: raised KeyError: 'local'"),
     "not scalar": (NotScalar, "floating-point scalar"),
     "bare tensor": (BareTensor, "must give a LossResult"),
     "graph": (Graph, "'kept' holds on to the graph"),
     "detached": (DetachedLoss, "no gradient flows"),
     "stops at tokens": (StopsAtTokens, "no gradient reaches the student's tokens"),
-    "unused projector": (UnusedProjector, "student's projector: layer.weight, layer.bias"),
+    "unused projector": (UnusedProjector, "student's projector.layer.bias, projector.layer.weight"),
     "writes to teacher": (WritesToTeacher, "writes into features.*teacher.global.class"),
     "draws elsewhere": (DrawsElsewhere, "for the same features and the same seed"),
-    "normalises": (Normalises, "tokens that are all equal gave"),
-    "steep root": (SteepRoot, "tokens that are all equal gives a gradient that is not finite"),
-    "float only": (FloatOnly, "in bfloat16 raised RuntimeError"),
+    "normalizes": (Normalizes, "test_equal_tokens: the loss is nan"),
+    "steep root": (SteepRoot, "test_equal_tokens: a gradient is not finite"),
+    "float only": (FloatOnly, "test_bfloat16: raised RuntimeError"),
     "secretly sees batch": (SecretlySeesBatch, "then sees_batch must be True"),
 }

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from dinov3_classify import KnnConfig
+from dinov3_classify.evaluation import KnnEvaluation
 from torch import Tensor, nn
 
 from dinov3_framework.configs import ImagesConfig, config, option
@@ -129,7 +132,14 @@ def registry() -> Registry:
     made = Registry()
     made.add("backbone", Component("tiny", TinyConfig, Tiny), "tests", "tests")
     made.add("dataset", Component("clusters", ClustersConfig, Clusters), "tests", "tests")
+    made.add("evaluation", Component("knn", KnnConfig, KnnEvaluation), "tests", "tests")
     return made
+
+
+def knn(**options: Any) -> KnnConfig:
+    """k-NN on 40 and 20 clusters."""
+    given = {"train": ClustersConfig(count=40), "test": ClustersConfig(count=20, seed=1)}
+    return KnnConfig(**{**given, "k": (1, 5), **options})
 
 
 class FakeRun:
@@ -140,13 +150,14 @@ class FakeRun:
         self.is_main, self.device, self.patch_size = True, torch.device("cpu"), 2
         self.teacher, self.initial = teacher, initial
         self.built = 0
+        self.config = SimpleNamespace(seed=3)
 
     def build(self, config: Any, **runtime: Any) -> Any:
         self.built += 1
         return registry().build(config, **runtime)
 
     def model(self) -> Model:
-        return Model(self.teacher, GREY)
+        return Model(self.teacher, GREY, name="trained teacher")
 
     def initial_model(self) -> Model:
-        return Model(self.initial, GREY)
+        return Model(self.initial, GREY, name="backbone before training")

@@ -233,7 +233,7 @@ def check_gram(t: Noted) -> None:
         assert_close(result.loss, t[name], name)
 
 
-# --------------------------------------------------------------------------- optimisation
+# --------------------------------------------------------------------------- optimization
 def check_schedules(case: Case) -> None:
     expected = case.tensors
     for recipe, run in case.spec["recipes"].items():

@@ -42,7 +42,7 @@ HEADS = {
 
 
 def vit(seed: int = 1, **options: Any) -> VisionTransformer:
-    """A network unlike any that is just initialised."""
+    """A network unlike any that is just initialized."""
     torch.manual_seed(seed)
     backbone = VisionTransformer(VitConfig(**{**TINY, **options})).eval()
     with torch.no_grad():

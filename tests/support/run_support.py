@@ -22,6 +22,7 @@ from dinov3_framework.checkpoints.store import CheckpointStore
 from dinov3_framework.cli import main
 
 HERE = Path(__file__).parent
+PLUGINS = [str(HERE / "faults_plugin"), str(HERE / "heads_plugin")]
 TINY = HERE / "tiny.toml"
 
 
@@ -38,8 +39,8 @@ def command(output: Path, *overrides: str, recipe: Path = TINY) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """One thread a process, and the plugin that breaks things."""
-    paths = [str(HERE / "faults_plugin"), os.environ.get("PYTHONPATH", "")]
+    """One thread a process, the plugin that breaks things and that with small heads."""
+    paths = [*PLUGINS, os.environ.get("PYTHONPATH", "")]
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return kept | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -94,12 +95,12 @@ def run_here(
     """The same in this process, which has imported everything already."""
     torch.set_num_threads(1)
     words = [str(recipe), "--output-dir", str(output), *overrides]
-    sys.path.insert(0, str(HERE / "faults_plugin"))
+    sys.path[:0] = PLUGINS
     try:
         with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as complaints:
             code = main(words)
     finally:
-        sys.path.remove(str(HERE / "faults_plugin"))
+        del sys.path[: len(PLUGINS)]
     return subprocess.CompletedProcess(words, code, out.getvalue(), complaints.getvalue())
 
 

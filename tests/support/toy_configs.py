@@ -36,7 +36,7 @@ class TinyConfig(BackboneConfig):
 
     depth: int = option("number of blocks", default=2, check=positive)
     drop: float = option("share of paths dropped", default=0.0, check=fraction)
-    norm: Literal["layer", "rms"] = option("normalisation", default="layer")
+    norm: Literal["layer", "rms"] = option("normalization", default="layer")
 
 
 @config

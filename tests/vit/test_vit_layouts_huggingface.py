@@ -48,8 +48,8 @@ def settings_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text("utf-8"))  # type: ignore[no-any-return]
 
 
-def recognised(content: Held) -> list[tuple[int, Any]]:
-    found = [(index, layout.recognise(content)) for index, layout in enumerate(LAYOUTS)]
+def recognized(content: Held) -> list[tuple[int, Any]]:
+    found = [(index, layout.recognize(content)) for index, layout in enumerate(LAYOUTS)]
     return [each for each in found if each[1] is not None]
 
 
@@ -80,7 +80,7 @@ def test_what_transformers_writes_is_read(config: VitConfig, tmp_path: Path) -> 
     model.save_pretrained(tmp_path)
     by_file = load_file(tmp_path / "model.safetensors")
     for index, tensors in ((2, by_file), (3, dict(model.state_dict()))):
-        ((found, back),) = recognised(Held(tensors, settings_of(tmp_path)))
+        ((found, back),) = recognized(Held(tensors, settings_of(tmp_path)))
         assert found == index
         assert back == config
         read = restored(LAYOUTS[index], back, tensors).state_dict()
@@ -91,22 +91,22 @@ def test_what_transformers_writes_is_read(config: VitConfig, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("config", [VitSmallConfig(), VitSmallPlusConfig()], ids=["S", "S+"])
 @pytest.mark.parametrize("with_settings", [True, False])
-def test_published_sizes_are_recognised(config: VitConfig, with_settings: bool) -> None:
+def test_published_sizes_are_recognized(config: VitConfig, with_settings: bool) -> None:
     settings = LAYOUT.settings(config, ImagesConfig(), 224)["config.json"]
     with torch.device("meta"):
         model = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**settings))
     tensors = {name.replace("model.layer.", "layer."): t for name, t in model.state_dict().items()}
     content = Held(tensors, settings if with_settings else {})
-    assert recognised(content) == [(2, config)]
+    assert recognized(content) == [(2, config)]
     assert content.was_read == []
 
 
-def test_a_part_of_another_model_is_recognised() -> None:
+def test_a_part_of_another_model_is_recognized() -> None:
     config = VitSmallConfig(depth=1)
     vit = VisionTransformer(config)
     settings = LAYOUT.settings(config, ImagesConfig(), 224)["config.json"]
     whole = {"model_type": "segmenter", "backbone_config": settings}
-    assert LAYOUT.recognise(Held(stored(LAYOUT, vit), whole)) == VitConfig(
+    assert LAYOUT.recognize(Held(stored(LAYOUT, vit), whole)) == VitConfig(
         embed_dim=384, num_heads=6, depth=1, pos_embed_rope_rescale_coords=2.0
     )
 
@@ -184,7 +184,7 @@ QUERY_BIAS = "layer.0.attention.q_proj.bias"
 )
 def test_settings_that_cannot_be_used(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        LAYOUT.recognise(Held(TENSORS, {**FOLDER, **settings}))
+        LAYOUT.recognize(Held(TENSORS, {**FOLDER, **settings}))
 
 
 @pytest.mark.parametrize("removed", [{QUERY_BIAS}, {QUERY_BIAS, "layer.0.attention.v_proj.bias"}])
@@ -193,24 +193,24 @@ def test_biases_that_no_backbone_here_has(removed: set[str]) -> None:
     for name in removed:
         del tensors[name]
     with pytest.raises(CheckpointError, match="some have a bias and some have none"):
-        LAYOUT.recognise(Held(tensors, FOLDER))
+        LAYOUT.recognize(Held(tensors, FOLDER))
 
 
 def test_heads_of_an_unknown_width_need_config_json() -> None:
     with pytest.raises(CheckpointError, match=r"no published backbone is 32 wide; .*config\.json"):
-        LAYOUT.recognise(Held(TENSORS))
+        LAYOUT.recognize(Held(TENSORS))
 
 
 def test_other_models_are_left_alone() -> None:
-    assert recognised(Held(TENSORS, {**FOLDER, "model_type": "sapiens2"})) == []
-    assert recognised(Held({"layer.0.attention.q_proj.weight": torch.empty(8, 8)})) == []
+    assert recognized(Held(TENSORS, {**FOLDER, "model_type": "sapiens2"})) == []
+    assert recognized(Held({"layer.0.attention.q_proj.weight": torch.empty(8, 8)})) == []
 
 
 def test_defaults_of_transformers_are_its_own() -> None:
     """Of settings that a config.json may leave out."""
     theirs = transformers.DINOv3ViTConfig()
     left_out = {"model_type": "dinov3_vit"}
-    config = LAYOUT.recognise(Held(stored(LAYOUT, VisionTransformer(tiny(embed_dim=48))), left_out))
+    config = LAYOUT.recognize(Held(stored(LAYOUT, VisionTransformer(tiny(embed_dim=48))), left_out))
     assert config is not None
     assert config.num_heads == theirs.num_attention_heads
     assert config.pos_embed_rope_rescale_coords == theirs.pos_embed_rescale

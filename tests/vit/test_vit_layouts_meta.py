@@ -1,4 +1,4 @@
-"""Files under the official names: what is recognised in them, from shapes and a few numbers."""
+"""Files under the official names: what is recognized in them, from shapes and a few numbers."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def without_buffers(content: Held) -> Held:
     return Held({n: t for n, t in content.tensors.items() if not n.endswith(dropped)})
 
 
-def recognised(content: Content) -> list[tuple[str, Any]]:
-    found = [(each.format, each.recognise(content)) for each in LAYOUTS]
+def recognized(content: Content) -> list[tuple[str, Any]]:
+    found = [(each.format, each.recognize(content)) for each in LAYOUTS]
     return [(format, config) for format, config in found if config is not None]
 
 
 # --------------------------------------------------------------------------- recognition
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
-def test_presets_are_recognised(preset: type[VitConfig]) -> None:
+def test_presets_are_recognized(preset: type[VitConfig]) -> None:
     content = held(preset())
-    assert recognised(content) == [("meta", preset())]
+    assert recognized(content) == [("meta", preset())]
     assert content.was_read == ["rope_embed.periods"]
 
 
@@ -73,14 +73,14 @@ def test_presets_are_recognised(preset: type[VitConfig]) -> None:
     ],
     ids=label,
 )
-def test_other_backbones_are_recognised(config: VitConfig) -> None:
-    assert recognised(held(config)) == [("meta", config)]
+def test_other_backbones_are_recognized(config: VitConfig) -> None:
+    assert recognized(held(config)) == [("meta", config)]
 
 
-def test_a_swiglu_is_recognised_by_its_width() -> None:
+def test_a_swiglu_is_recognized_by_its_width() -> None:
     """What it was rounded up to is not in the file, and is of no consequence."""
     config = tiny(ffn_layer="swiglu64", ffn_ratio=3.3)
-    ((_, found),) = recognised(held(config))
+    ((_, found),) = recognized(held(config))
     assert (found.ffn_layer, found.ffn_hidden) == ("swiglu", config.ffn_hidden) == ("swiglu", 128)
 
 
@@ -116,22 +116,22 @@ def test_rounded_periods(options: dict[str, Any], dtype: torch.dtype, widened: b
     content = Held(
         {**content.tensors, "rope_embed.periods": periods.float() if widened else periods}
     )
-    assert META.recognise(content) == VitSmallConfig(**options)
+    assert META.recognize(content) == VitSmallConfig(**options)
 
 
 def test_periods_that_were_never_set() -> None:
     periods = torch.full((16,), float("nan"))
     content = held(VitConfig(embed_dim=640, num_heads=10), **{"rope_embed.periods": periods})
-    assert META.recognise(content) == VitConfig(embed_dim=640, num_heads=10)
+    assert META.recognize(content) == VitConfig(embed_dim=640, num_heads=10)
 
 
 # --------------------------------------------------------------------------- parameters alone
 @pytest.mark.parametrize("preset", [VitSmallConfig, Vit7bConfig])
-def test_parameters_alone_are_recognised_by_their_width(preset: type[VitConfig]) -> None:
+def test_parameters_alone_are_recognized_by_their_width(preset: type[VitConfig]) -> None:
     content = without_buffers(held(preset()))
     if preset().qkv_bias:
         content = Held({**content.tensors, "blocks.0.attn.qkv.bias": torch.zeros(3 * 384)})
-    assert recognised(content) == [("meta", preset())]
+    assert recognized(content) == [("meta", preset())]
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -140,7 +140,7 @@ def test_parameters_alone_are_read(masked: bool) -> None:
     vit = random_vit(config)
     tensors = stored(PARAMETERS, vit)
     assert tensors.keys() == {name for name, _ in vit.named_parameters()}
-    found = PARAMETERS.recognise(Held(tensors))
+    found = PARAMETERS.recognize(Held(tensors))
     assert found == config
     assert_same(restored(PARAMETERS, found, tensors), vit)
 
@@ -151,7 +151,7 @@ def test_parameters_alone_of_a_width_that_nobody_published() -> None:
     with pytest.raises(
         CheckpointError, match=r"how many heads .* no published backbone is 32 wide"
     ):
-        PARAMETERS.recognise(content)
+        PARAMETERS.recognize(content)
 
 
 def assert_same(one: VisionTransformer, other: VisionTransformer) -> None:
@@ -200,7 +200,7 @@ def changed(**changes: torch.Tensor | None) -> Held:
 )
 def test_what_no_backbone_here_can_hold(content: Held, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        META.recognise(content)
+        META.recognize(content)
 
 
 @pytest.mark.parametrize(
@@ -220,13 +220,13 @@ def test_what_no_backbone_here_can_hold(content: Held, message: str) -> None:
     ],
 )
 def test_what_is_no_backbone_of_this_family(tensors: dict[str, torch.Tensor]) -> None:
-    assert recognised(Held(tensors)) == []
+    assert recognized(Held(tensors)) == []
 
 
 def test_gaps_are_left_to_the_reader() -> None:
-    """A lost block is recognised as the same backbone, so that it can be reported as missing."""
+    """A lost block is recognized as the same backbone, so that it can be reported as missing."""
     content = Held({n: t for n, t in SMALL.items() if not n.startswith("blocks.5.")})
-    assert META.recognise(content) == VitSmallConfig()
+    assert META.recognize(content) == VitSmallConfig()
 
 
 # --------------------------------------------------------------------------- published
@@ -242,7 +242,7 @@ def test_published_files() -> None:
         assert re.fullmatch(pattern, file.file)
         assert re.fullmatch("[0-9a-f]{8}", file.digest)
         assert file.images == (SATELLITE_IMAGES if weights == "SAT493M" else WEB_IMAGES)
-        assert META.recognise(held(file.config)) == file.config
+        assert META.recognize(held(file.config)) == file.config
     satellites = files["dinov3_vitl16", "SAT493M"]
     assert satellites.file == "dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth"
     assert satellites.config.untie_global_and_local_cls_norm

@@ -46,8 +46,8 @@ def write_folder(folder: Path, vit: VisionTransformer, size: int = 32) -> None:
     save_file(stored(LAYOUT, vit), folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def recognised(content: Held) -> list[tuple[str, Any]]:
-    found = [(layout.format, layout.recognise(content)) for layout in LAYOUTS]
+def recognized(content: Held) -> list[tuple[str, Any]]:
+    found = [(layout.format, layout.recognize(content)) for layout in LAYOUTS]
     return [each for each in found if each[1] is not None]
 
 
@@ -81,7 +81,7 @@ def test_timm_reads_what_is_written_and_back(config: VitConfig, tmp_path: Path) 
             torch.testing.assert_close(model(images), ours[:, 0], rtol=1e-4, atol=1e-5)
 
     settings = json.loads((tmp_path / "config.json").read_text("utf-8"))
-    assert recognised(Held(theirs, settings)) == [("timm", config)]
+    assert recognized(Held(theirs, settings)) == [("timm", config)]
     back = restored(LAYOUT, config, theirs).state_dict()
     expected = {**vit.state_dict(), "mask_token": torch.zeros(1, config.embed_dim)}
     assert back.keys() == expected.keys()
@@ -95,7 +95,7 @@ def test_architectures_are_timms(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
     content = Held(model.state_dict())
-    ((format, config),) = recognised(content)
+    ((format, config),) = recognized(content)
     assert (format, content.was_read) == ("timm", [])
     assert config.num_heads == model.blocks[0].attn.num_heads
     assert config.qkv_bias == name.endswith("_qkvb")
@@ -181,19 +181,19 @@ FOLDER = LAYOUT.settings(PLAIN, ImagesConfig(), 32)["config.json"]
 
 def test_other_architectures_are_left_alone() -> None:
     other = {**FOLDER, "architecture": "vit_base_patch16_rope_reg1_gap_256"}
-    assert recognised(Held(TENSORS, other)) == []
-    assert recognised(Held({**TENSORS, "pos_embed": torch.empty(1, 9, 32)}, FOLDER)) == []
+    assert recognized(Held(TENSORS, other)) == []
+    assert recognized(Held({**TENSORS, "pos_embed": torch.empty(1, 9, 32)}, FOLDER)) == []
 
 
 def test_another_rope_cannot_be_used() -> None:
     arguments = {**FOLDER["model_args"], "rope_rotate_half": False}
     with pytest.raises(CheckpointError, match=r"rope_rotate_half = False; .* have True"):
-        LAYOUT.recognise(Held(TENSORS, {**FOLDER, "model_args": arguments}))
+        LAYOUT.recognize(Held(TENSORS, {**FOLDER, "model_args": arguments}))
 
 
 def test_heads_of_an_unknown_width_need_config_json() -> None:
     with pytest.raises(CheckpointError, match=r"no published backbone is 32 wide; .*config\.json"):
-        LAYOUT.recognise(Held(TENSORS))
+        LAYOUT.recognize(Held(TENSORS))
 
 
 def test_a_published_size_without_biases() -> None:
@@ -201,4 +201,4 @@ def test_a_published_size_without_biases() -> None:
         model = timm.create_model("vit_small_patch16_dinov3")
     settings = {"architecture": "vit_small_patch16_dinov3", "num_classes": 0}
     expected = VitSmallConfig(qkv_bias=False)
-    assert recognised(Held(model.state_dict(), settings)) == [("timm", expected)]
+    assert recognized(Held(model.state_dict(), settings)) == [("timm", expected)]

@@ -17,7 +17,8 @@ from dinov3_framework import (
     Registry,
     load_backbone,
 )
-from dinov3_framework.weights.convert import convert_backbone, formats
+from dinov3_framework.weights import formats
+from dinov3_framework.weights.convert import convert_backbone
 from dinov3_framework.weights.export import export_backbone
 
 SMALL_VIT: dict[str, Any] = {

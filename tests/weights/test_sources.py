@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dinov3_framework.errors import CheckpointError
-from dinov3_framework.weights.sources import Source, is_sharded_folder, open_source
+from dinov3_framework.weights._files import OpenWeights, open_weights
 
 
 def tensors() -> dict[str, Tensor]:
@@ -104,19 +104,10 @@ CONTAINERS = [each for each in WRITERS if each is not write_shards]
 @pytest.mark.parametrize("write", CONTAINERS)
 def test_every_container_gives_the_same_tensors(tmp_path: Path, write: Any) -> None:
     expected = tensors()
-    with open_source(write(tmp_path)) as source:
+    with open_weights(write(tmp_path)) as source:
         assert source.shapes == {name: tuple(t.shape) for name, t in expected.items()}
-        assert source.dtypes == {name: t.dtype for name, t in expected.items()}
         for name, tensor in expected.items():
             torch.testing.assert_close(source.read(name), tensor, rtol=0, atol=0)
-        rows = source.read_rows("embed.weight", 2, 5)
-        torch.testing.assert_close(rows, expected["embed.weight"][2:5], rtol=0, atol=0)
-        assert source.read_rows("embed.weight", 6, 6).shape == (0, 4)
-        for start, stop in ((-1, 2), (0, 7), (4, 3)):
-            with pytest.raises(IndexError, match=r"embed\.weight.*\[6, 4\]"):
-                source.read_rows("embed.weight", start, stop)
-        with pytest.raises(IndexError, match="scale"):
-            source.read_rows("scale", 0, 0)
         with pytest.raises(CheckpointError, match="no tensor 'absent'"):
             source.read("absent")
 
@@ -124,59 +115,55 @@ def test_every_container_gives_the_same_tensors(tmp_path: Path, write: Any) -> N
 @pytest.mark.parametrize("write", [write_safetensors, write_pth, write_legacy])
 def test_what_was_read_does_not_depend_on_the_file(tmp_path: Path, write: Any) -> None:
     path = write(tmp_path)
-    with open_source(path) as source:
+    with open_weights(path) as source:
         whole = source.read("embed.weight")
-        rows = source.read_rows("embed.weight", 1, 3)
         with path.open("r+b") as stream:
             stream.write(b"\xff" * path.stat().st_size)
             stream.flush()
             os.fsync(stream.fileno())
         torch.testing.assert_close(whole, tensors()["embed.weight"])
-        torch.testing.assert_close(rows, tensors()["embed.weight"][1:3])
     whole.zero_()  # writable memory of its own
 
 
 @pytest.mark.parametrize("write", [write_safetensors, write_pth, write_legacy])
 def test_tensors_are_on_the_cpu_wherever_others_are_made(tmp_path: Path, write: Any) -> None:
     path = write(tmp_path)
-    with torch.device("meta"), open_source(path) as source:
+    with torch.device("meta"), open_weights(path) as source:
         whole = source.read("embed.weight")
-        rows = source.read_rows("embed.weight", 0, 2)
     assert whole.sum() == 276
-    assert rows.sum() == 28
 
 
 def test_what_stands_beside_the_tensors(tmp_path: Path) -> None:
-    with open_source(write_safetensors(tmp_path)) as source:
-        assert source.kind == "a safetensors file"
+    with open_weights(write_safetensors(tmp_path)) as source:
+        assert source.description == "a safetensors file"
         assert source.metadata == {"made": "here"}
         assert source.settings == source.preprocessor == {}
     folder = write_folder(tmp_path)
     (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5]}')
-    with open_source(folder) as source:
-        assert source.kind == "a Hugging Face folder"
+    with open_weights(folder) as source:
+        assert source.description == "a Hugging Face folder"
         assert source.settings == {"model_type": "dinov3_vit"}
         assert source.preprocessor == {"image_mean": [0.5]}
     (folder / "config.json").write_text('{"architecture": "vit"}')
-    with open_source(folder) as source:
-        assert source.kind == "a timm folder"
+    with open_weights(folder) as source:
+        assert source.description == "a timm folder"
     (folder / "config.json").unlink()
-    with open_source(folder) as source:
-        assert (source.kind, source.settings) == ("a folder of weights", {})
+    with open_weights(folder) as source:
+        assert (source.description, source.settings) == ("a folder of weights", {})
 
 
 def test_an_open_clip_folder(tmp_path: Path) -> None:
     torch.save(tensors(), tmp_path / "open_clip_pytorch_model.bin")
     (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {}}')
-    with open_source(tmp_path) as source:
+    with open_weights(tmp_path) as source:
         assert source.settings == {"model_cfg": {}}
         assert len(source.shapes) == 4
 
 
 # --------------------------------------------------------------------------- names
-def opened_names(path: Path, content: Any) -> Source:
+def opened_names(path: Path, content: Any) -> OpenWeights:
     torch.save(content, path)
-    with open_source(path) as source:
+    with open_weights(path) as source:
         return source
 
 
@@ -192,14 +179,6 @@ def test_dicts_in_dicts_become_dotted_names(tmp_path: Path) -> None:
     }
     source = opened_names(tmp_path / "x.pth", content)
     assert list(source.shapes) == ["teacher.backbone.x", "teacher.head.y"]
-    assert source.ignored == (
-        "epoch",
-        "best",
-        "args.lr",
-        "args.betas",
-        "optimizer",
-        "by_number.0",
-    )
 
 
 @pytest.mark.parametrize(
@@ -215,7 +194,7 @@ def test_dicts_in_dicts_become_dotted_names(tmp_path: Path) -> None:
 def test_wrappers_leave_no_trace_in_names(tmp_path: Path, stored: str, name: str) -> None:
     assert list(opened_names(tmp_path / "x.pth", {stored: torch.ones(2)}).shapes) == [name]
     save_file({stored: torch.ones(2)}, tmp_path / "x.safetensors")
-    with open_source(tmp_path / "x.safetensors") as source:
+    with open_weights(tmp_path / "x.safetensors") as source:
         assert list(source.shapes) == [name]
         assert source.read(name).sum() == 2
 
@@ -238,14 +217,14 @@ def test_shards_stay_in_their_folder(tmp_path: Path) -> None:
     for place in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "..", 3):
         folder = write_shards(tmp_path / "model", {}, {"scale": place})  # type: ignore[dict-item]
         with pytest.raises(CheckpointError, match=r"'scale' lies at .*, not in this folder"):
-            open_source(folder).__enter__()
+            open_weights(folder).__enter__()
 
 
 def test_a_shard_that_is_missing(tmp_path: Path) -> None:
     folder = write_sharded_folder(tmp_path)
     (folder / "b.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"names b\.safetensors, which is not there"):
-        open_source(folder).__enter__()
+        open_weights(folder).__enter__()
 
 
 @pytest.mark.parametrize("held", [["scale"], ["scale", "none", "embed.bias"]])
@@ -253,24 +232,21 @@ def test_shards_hold_what_the_index_says(tmp_path: Path, held: list[str]) -> Non
     places = dict.fromkeys(("scale", "none"), "a.safetensors")
     folder = write_shards(tmp_path, {"a.safetensors": held}, places)
     with pytest.raises(CheckpointError, match=r"does not hold what .*index\.json says: 1 tensors"):
-        open_source(folder).__enter__()
+        open_weights(folder).__enter__()
 
 
 @pytest.mark.parametrize("index", ["{}", '{"weight_map": {}}', '{"weight_map": ["a"]}'])
 def test_an_index_without_shards(tmp_path: Path, index: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointError, match="names no shards"):
-        open_source(tmp_path).__enter__()
+        open_weights(tmp_path).__enter__()
 
 
 def test_sharded_checkpoints_are_told_from_other_folders(tmp_path: Path) -> None:
-    assert not is_sharded_folder(tmp_path)
     (tmp_path / ".metadata").write_bytes(b"\x80\x02.")
-    assert not is_sharded_folder(tmp_path)
     (tmp_path / "__0_0.distcp").write_bytes(b"")
-    assert is_sharded_folder(tmp_path)
     with pytest.raises(CheckpointError, match="is a sharded checkpoint"):
-        open_source(tmp_path).__enter__()
+        open_weights(tmp_path).__enter__()
 
 
 # --------------------------------------------------------------------------- lightness
@@ -283,9 +259,9 @@ def test_weights_open_without_the_libraries_of_recipes(tmp_path: Path) -> None:
         "for name in ('pluggy', 'cattrs', 'rich', 'PIL', 'safetensors'): sys.modules[name] = None\n"
         "from dinov3_framework.errors import CheckpointError\n"
         "from dinov3_framework.weights import downloads\n"
-        "from dinov3_framework.weights.sources import open_source\n"
-        f"with open_source({str(path)!r}) as source: print(source.read('scale').item())\n"
-        f"try: open_source({str(needs)!r}).__enter__()\n"
+        "from dinov3_framework.weights._files import open_weights\n"
+        f"with open_weights({str(path)!r}) as source: print(source.read('scale').item())\n"
+        f"try: open_weights({str(needs)!r}).__enter__()\n"
         "except CheckpointError as error: print(error)\n"
     )
     done = subprocess.run(

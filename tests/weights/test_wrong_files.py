@@ -23,12 +23,12 @@ from safetensors.torch import save
 from torch import nn
 
 from dinov3_framework.errors import CheckpointError
-from dinov3_framework.weights.sources import open_source
+from dinov3_framework.weights._files import open_weights
 
 
 def refusal(path: Path) -> str:
     """What is said of a file or folder: at most three lines that name it."""
-    with pytest.raises(CheckpointError) as caught, open_source(path):
+    with pytest.raises(CheckpointError) as caught, open_weights(path):
         pass
     text = str(caught.value)
     assert path.name in text
@@ -273,7 +273,7 @@ def test_a_folder_with_a_wrong_config(tmp_path: Path, config: str, message: str)
     (folder / "model.safetensors").write_bytes(save(WEIGHTS))
     (folder / "config.json").write_bytes(config.encode("latin-1"))
     with pytest.raises(CheckpointError) as caught:
-        open_source(folder).__enter__()
+        open_weights(folder).__enter__()
     assert message in str(caught.value)
 
 

@@ -7,7 +7,7 @@ import torch
 from dinov3_example_plugin import ConvMixerConfig, VicRegConfig
 
 from dinov3_framework import ImagesConfig, Registry, UserError
-from dinov3_framework.testing import check_backbone, check_loss
+from dinov3_framework.testing import BackboneSuite, LossSuite
 
 
 def test_the_installed_plugin_is_found() -> None:
@@ -16,14 +16,20 @@ def test_the_installed_plugin_is_found() -> None:
     assert registry.get("loss", "vicreg").distribution == "dinov3-example-plugin"
 
 
-@pytest.mark.parametrize("channels", [None, 1])
-def test_conv_mixer_keeps_the_contract(channels: int | None) -> None:
-    check_backbone(ConvMixerConfig(patch_size=4, embed_dim=16, depth=2, in_chans=channels))
+class TestConvMixer(BackboneSuite):
+    config = ConvMixerConfig(patch_size=4, embed_dim=16, depth=2)
 
 
-@pytest.mark.parametrize("n_layers", [1, 3])
-def test_vicreg_keeps_the_contract(n_layers: int) -> None:
-    check_loss(VicRegConfig(hidden_dim=12, output_dim=10, n_layers=n_layers))
+class TestConvMixerOfGreyImages(BackboneSuite):
+    config = ConvMixerConfig(patch_size=4, embed_dim=16, depth=2, in_chans=1)
+
+
+class TestVicReg(LossSuite):
+    config = VicRegConfig(hidden_dim=12, output_dim=10, n_layers=3)
+
+
+class TestVicRegOfOneLayer(LossSuite):
+    config = VicRegConfig(hidden_dim=12, output_dim=10, n_layers=1)
 
 
 @pytest.mark.parametrize("field", ["kernel_size", "depth", "patch_size"])

@@ -133,7 +133,7 @@ class RmsPropConfig(OptimizerConfig):
 class BackgroundConfig(LauncherConfig):
     """One process in the background, with its output in a file; the caller does not wait."""
 
-    log: str = option("name of the file, in the run's folder", default="background.log")
+    suffix: str = option("what the file's name has after that of the run's folder", default=".log")
 
 
 @config

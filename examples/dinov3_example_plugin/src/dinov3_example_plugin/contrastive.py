@@ -34,12 +34,12 @@ from dinov3_framework import (
     normalize,
 )
 from dinov3_framework.data.loader import BatchMaker, LabelledBatch, Layout
-from dinov3_framework.parallel.sharder import Sharder, initialise, state_of
+from dinov3_framework.parallel.sharder import Sharder, initialize, state_of
 from dinov3_framework.runtime import collectives
 from dinov3_framework.training.task import InitialState, TrainingMethod
 from dinov3_framework.training.trainer import Trainer
-from dinov3_framework.weights.gathered_export import export_gathered
-from dinov3_framework.weights.info import BackboneInfo
+from dinov3_framework.weights.export import export_gathered
+from dinov3_framework.weights.info import ComponentInfo
 
 EXPORT = "exports/backbone.safetensors"
 
@@ -132,7 +132,7 @@ class Contrastive(TrainingMethod):
             blueprint = getattr(prepared, part)
             network = sharder.place(copy.deepcopy(blueprint), trains=trains)
             if draw:
-                initialise(network, blueprint, keyed_seed(self.config.seed, f"init.{part}"))
+                initialize(network, blueprint, keyed_seed(self.config.seed, f"init.{part}"))
             return network
 
         new = state is InitialState.INITIAL
@@ -154,7 +154,7 @@ class Contrastive(TrainingMethod):
     def _backbone(self) -> Any:
         return attrs.evolve(self.config.backbone, in_chans=self.config.images.channels)
 
-    def _info(self) -> BackboneInfo:
+    def _info(self) -> ComponentInfo:
         component, values = self.registry.values_of(self._backbone())
         made = {"task": self.name, "iterations": str(self.config.iterations)}
-        return BackboneInfo(component, values, self.config.images, self.config.size, made)
+        return ComponentInfo(component, values, self.config.images, self.config.size, made)

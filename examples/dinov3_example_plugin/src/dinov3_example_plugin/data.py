@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import to_dtype
 
 from dinov3_example_plugin import (
     ImagesAndMasksConfig,
@@ -31,7 +32,6 @@ from dinov3_framework import (
     Target,
     Transform,
     View,
-    normalize,
 )
 
 _MODES = {1: "L", 3: "RGB"}
@@ -77,7 +77,7 @@ class ImagesAndMasks(Dataset):
         mask = _picture(self._mask(path), path.name, "id")[0]
         counts = torch.bincount(mask.flatten(), minlength=256)
         counts[0] = counts[self.config.ignore_index] = 0
-        if len(counts) > 256 or counts[len(self.config.classes) :].any():
+        if counts[len(self.config.classes) :].any():
             wrong = int(counts[len(self.config.classes) :].nonzero()[0]) + len(self.config.classes)
             raise DataError(f"the mask of {path.name} has class {wrong}, which has no name")
         return Sample(
@@ -142,13 +142,15 @@ class Square(Transform):
     def __init__(
         self, config: SquareConfig, *, images: ImagesConfig, targets: Mapping[str, Target]
     ) -> None:
-        self.images, self.targets, self.size = images, dict(targets), (config.size, config.size)
+        self.targets, self.size = dict(targets), (config.size, config.size)
         resized = v2.Resize(self.size, antialias=True)  # of masks, to the nearest value
         self.change = v2.Compose([resized, v2.RandomHorizontalFlip(config.flip)])
+        self.normalize = v2.Normalize(list(images.mean), list(images.std))
 
     def __call__(self, sample: Sample) -> Sample:
-        image, targets = self.change((tv_tensors.Image(sample.image), dict(sample.targets)))
-        return Sample(normalize(image.as_subclass(Tensor), self.images), targets)
+        image = to_dtype(tv_tensors.Image(sample.image), torch.float32, scale=True)
+        image, targets = self.change((image, dict(sample.targets)))
+        return Sample(self.normalize(image).as_subclass(Tensor), targets)
 
 
 class TwoCrops(Augmentation):

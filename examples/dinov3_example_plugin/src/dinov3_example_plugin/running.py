@@ -53,6 +53,16 @@ class BackgroundJob(JobHandle):
         self.process.terminate()
 
 
+class NotBegun(JobHandle):
+    """A job that did not begin, since one that it was to follow failed with ``code``."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+    def wait(self) -> int:
+        return self.code
+
+
 class Background(Launcher):
     """Starts the command of a job by itself."""
 
@@ -64,15 +74,15 @@ class Background(Launcher):
     ) -> JobHandle:
         for earlier in after:
             if code := earlier.wait():
-                raise RuntimeError(f"job {earlier.id} ended with exit code {code}")
-        job.output_dir.mkdir(parents=True, exist_ok=True)
-        log = job.output_dir / self.config.log
+                return NotBegun(code)
+        log = job.output_dir.with_name(job.output_dir.name + self.config.suffix)
+        log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             process = subprocess.Popen(job.command, stdout=output, stderr=subprocess.STDOUT)
         return BackgroundJob(process, log)
 
     def preview(self, job: Job, resources: Resources | None = None) -> str:
-        return f"one process, with its output in {self.config.log}"
+        return f"one process, with its output in {job.output_dir.name}{self.config.suffix}"
 
 
 class Journal(Observer):
@@ -86,7 +96,7 @@ class Journal(Observer):
         self._write(f"begins after iteration {iteration}")
 
     def on_step(self, run: Run, step: StepRecord) -> Mapping[str, float] | None:
-        self._write(f"iteration {step.iteration}: loss {step.metrics['total_loss']:.4f}")
+        self._write(f"iteration {step.iteration}: loss {step.metrics['loss']:.4f}")
         return None
 
     def on_checkpoint(self, run: Run, iteration: int, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dinov3_framework import (
+    BackboneConfig,
     Component,
     DatasetConfig,
     EvaluationConfig,
@@ -53,6 +54,16 @@ class HeadScoreConfig(EvaluationConfig):
     target: str = option("target that is compared", default="label")
     batch_size: int = option("images at a time", default=8)
     workers: int = option("loader workers", default=0)
+
+
+@config
+class LastLayerConfig(BackboneConfig):
+    """A backbone of two layers that gives the last one alone, in patches of 4 pixels."""
+
+
+@hookimpl
+def dinov3_backbones() -> list[Component]:
+    return [Component("last_layer", LastLayerConfig, "dinov3_toy_heads.data:build_last_layer")]
 
 
 @hookimpl

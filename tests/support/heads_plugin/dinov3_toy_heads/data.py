@@ -23,7 +23,8 @@ from dinov3_framework import (
 from dinov3_framework.contracts.data import target_complaints
 from dinov3_framework.data.predictions import predictions
 from dinov3_framework.runtime import collectives
-from dinov3_toy_heads import HeadScoreConfig, SquaresConfig
+from dinov3_framework.testing.toy_backbone import ToyBackbone
+from dinov3_toy_heads import HeadScoreConfig, LastLayerConfig, SquaresConfig
 
 IGNORED = 255
 
@@ -90,6 +91,12 @@ def build_squares(config: SquaresConfig, *, channels: int) -> Squares | SquareSt
     if not config.there:
         raise DataError("squares: not on this machine")
     return (SquareStream if config.stream else Squares)(config, channels)
+
+
+def build_last_layer(config: LastLayerConfig) -> ToyBackbone:
+    backbone = ToyBackbone(config.in_chans or 3)
+    backbone.n_layers = 2
+    return backbone
 
 
 class HeadScore(Evaluation):

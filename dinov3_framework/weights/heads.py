@@ -1,0 +1,104 @@
+"""Heads in files: what these say of them, and how they are loaded onto a backbone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+
+from dinov3_framework.configs import ImagesConfig
+from dinov3_framework.contracts.data import Target
+from dinov3_framework.contracts.networks import Backbone, Head
+from dinov3_framework.errors import CheckpointError
+from dinov3_framework.registry import Registry
+from dinov3_framework.weights.info import ComponentInfo
+from dinov3_framework.weights.source import WeightSource
+
+
+@attrs.frozen
+class LoadedHead:
+    """A head with what it was trained on."""
+
+    head: Head
+    images: ImagesConfig
+    size: int | None  # pixels, of the images it was trained on, where that is known
+    provenance: Mapping[str, str]
+    name: str  # what it was loaded from
+
+
+def load_head(
+    source: str | Path,
+    backbone: Backbone,
+    *,
+    device: torch.device | str = "cpu",
+    registry: Registry | None = None,
+) -> LoadedHead:
+    """Load a head that was trained on ``backbone``: strictly filled, in eval mode.
+
+    ``source`` is its file or the folder of the run that trained it. Raises ``CheckpointError``
+    where it is missing or damaged, of no plugin, or does not fit the backbone.
+    """
+    with _opened(source, backbone, registry) as (weights, head, provenance):
+        weights.load_state(head, device=device)
+        return LoadedHead(
+            head.eval(), weights.images, weights.size or None, provenance, str(source)
+        )
+
+
+def describe_head(
+    source: str | Path, backbone: Backbone, *, registry: Registry | None = None
+) -> LoadedHead:
+    """As :func:`load_head`, with the head on the meta device: values are not read."""
+    with _opened(source, backbone, registry) as (weights, head, provenance):
+        weights.check_fit(head)
+        return LoadedHead(
+            head.eval(), weights.images, weights.size or None, provenance, str(source)
+        )
+
+
+@contextmanager
+def _opened(
+    source: str | Path, backbone: Backbone, registry: Registry | None
+) -> Iterator[tuple[WeightSource, Any, Mapping[str, str]]]:
+    registry = registry if registry is not None else Registry.load()
+    with WeightSource.open(source, registry, kind="head") as weights:
+        provenance = dict(weights.provenance)
+        try:
+            found = json.loads(provenance.pop("targets"))
+            targets = {name: _target(values) for name, values in found.items()}
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{source} does not say what its head predicts") from error
+        try:
+            head = weights.build(features=backbone.feature_info, targets=targets)
+        except IndexError as error:
+            layers = len(backbone.feature_info)
+            raise CheckpointError(
+                f"{source}: its head needs a layer that the backbone, which has {layers}, lacks"
+            ) from error
+        yield weights, head, provenance
+
+
+def head_info(
+    component: str,
+    config: Mapping[str, Any],
+    images: ImagesConfig,
+    size: int | None,
+    targets: Mapping[str, Target],
+    provenance: Mapping[str, str],
+) -> ComponentInfo:
+    """What the file of a head says of it."""
+    schema = json.dumps({name: attrs.asdict(target) for name, target in targets.items()})
+    known = {**provenance, "targets": schema}
+    return ComponentInfo(component, config, images, size or 0, known, kind="head")
+
+
+def _target(values: Mapping[str, Any]) -> Target:
+    tuples = {"classes": values["classes"] and tuple(values["classes"])}
+    if values["palette"] is not None:
+        tuples["palette"] = tuple(map(tuple, values["palette"]))
+    return Target(**{**values, **tuples})

@@ -1,0 +1,131 @@
+"""Where weights are: paths, folders of runs, URLs, and published names."""
+
+from __future__ import annotations
+
+import re
+from contextlib import ExitStack
+from pathlib import Path
+
+from dinov3_framework.contracts.layouts import Published, PublishedFile
+from dinov3_framework.errors import CheckpointError
+from dinov3_framework.weights import sharded
+from dinov3_framework.weights._files import OpenWeights, open_weights
+from dinov3_framework.weights._recognition import Catalog
+from dinov3_framework.weights.downloads import check_digest, fetch_weights, is_url
+
+EXPORT = "exports/teacher_backbone.safetensors"  # below a run's folder
+TUNED = "exports/backbone.safetensors"  # of a run that trained it with a head
+HEAD = "exports/head.safetensors"
+_EXPORTS = {"backbone": (EXPORT, TUNED), "head": (HEAD,)}  # by kind
+RECIPE = "recipe.toml"
+
+
+def exists(source: str | Path, catalog: Catalog) -> bool:
+    """Whether ``source`` is at least a path that is there, a URL, or a published name."""
+    text = str(source)
+    return Path(text).exists() or is_url(text) or text.partition("@")[0] in catalog.published
+
+
+def find_path(source: str | Path, catalog: Catalog, kind: str = "backbone") -> Path:
+    """The file or folder that is meant, downloaded if need be.
+
+    Raises ``CheckpointError`` for what is neither there nor published, as is what is published of
+    another kind.
+    """
+    text = str(source)
+    path = Path(text).expanduser()
+    if path.exists():
+        return path
+    if is_url(text):
+        return fetch_weights(text)
+    name, _, training_set = text.partition("@")
+    if name not in catalog.published:
+        known = sorted(n for n, published in catalog.published.items() if published.kind == kind)
+        raise CheckpointError(
+            f"there is no file {text}, nor are weights published under this name; published: "
+            f"{', '.join(known) or 'none'}"
+        )
+    published = catalog.published[name]
+    if published.kind != kind:
+        raise CheckpointError(f"{name} is a published {published.kind}, not a {kind}")
+    if published.file(training_set) is None:
+        raise CheckpointError(
+            f"{name} is not published with weights of {training_set!r}; known: "
+            f"{', '.join(published.files)}"
+        )
+    return local_file(published, training_set or None)
+
+
+def published_file(source: str, catalog: Catalog) -> PublishedFile | None:
+    """The published file that a name, or a path or URL that ends in the file's name, stands for."""
+    name, _, training_set = source.partition("@")
+    if name in catalog.published:
+        return catalog.published[name].file(training_set)
+    last = source.partition("?")[0].rpartition("/")[2]
+    files = (file for each in catalog.published.values() for file in each.files.values())
+    return next((file for file in files if file.file == last), None)
+
+
+def local_file(
+    published: Published, weights: str | Path | None = None, *, check_hash: bool = False
+) -> Path:
+    """The file of published weights on this machine, downloaded if need be.
+
+    ``weights`` is the name of a training set, a path or a URL.
+    """
+    text = "" if weights is None else str(weights)
+    if (file := published.file(text)) is not None:
+        url = published.url(file)
+        return fetch_weights(url, check_hash=file.digest if check_hash else None)
+    if is_url(text):
+        return fetch_weights(text, check_hash=_digits(text.partition("?")[0], check_hash))
+    path = Path(text).expanduser()
+    if not path.exists():
+        raise CheckpointError(
+            f"{published.name}: there is no file {text}; weights is a path, a URL or the name of a "
+            f"training set ({', '.join(published.files)})"
+        )
+    if digits := _digits(path.name, check_hash):
+        check_digest(path, digits)
+    return path
+
+
+def _digits(name: str, wanted: bool) -> str | None:
+    """The beginning of a SHA-256 in a file's name (``-08c60483.pth``), if it is to be compared."""
+    if not wanted:
+        return None
+    if (found := re.search(r"-([0-9a-f]{8,64})\.\w+$", name)) is None:
+        raise CheckpointError(
+            f"{name} has no hash in its name to compare with, as in -08c60483.pth; leave "
+            "check_hash out"
+        )
+    return found[1]
+
+
+def open_path(
+    path: Path, stack: ExitStack, *, kind: str, network: str, projectors: bool, thorough: bool
+) -> OpenWeights:
+    """Open a file or folder of any format, a run's folder or a checkpoint, until ``stack`` closes.
+
+    A run's folder stands for its export, or for its newest sound checkpoint where there is no
+    export, or not of this ``network``, or where ``projectors`` are wanted.
+    """
+    if path.is_dir():
+        checkpoints = sharded.checkpoint_in(path)
+        exports = [path / name for name in _EXPORTS[kind] if (path / name).exists()]
+        kept = projectors and checkpoints is not None
+        if exports and network == "teacher" and not kept:
+            # Of a run that is only expected the export is a folder, too.
+            return open_path(
+                exports[0],
+                stack,
+                kind=kind,
+                network=network,
+                projectors=projectors,
+                thorough=thorough,
+            )
+        if sharded.is_checkpoint(path):
+            return sharded.open_checkpoint(path, kind, thorough)
+        if checkpoints is not None:
+            return sharded.open_newest(checkpoints, kind, thorough)
+    return stack.enter_context(open_weights(path))
