@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts.running import Model, Observer, StepRecord
 from dinov3_framework.kinds import DatasetConfig, OptimizerConfig
+from dinov3_framework.runtime.results import write_results
 from dinov3_framework.schedules import Constant
 from dinov3_framework.testing.suite import Suite, some
 from dinov3_framework.testing.toy_backbone import PATCH_SIZE, ToyBackbone
@@ -48,7 +50,8 @@ class ObserverSuite(Suite):
         results = observer.on_end(run)
         named = results is None or isinstance(results, Mapping)
         assert named, f"on_end() must give None or a mapping, gave {results!r}"
-        json.dumps(results)  # what on_end() gives is written as JSON
+        with tempfile.TemporaryDirectory() as folder:
+            write_results(Path(folder), results or {})  # raises for what JSON cannot hold
         observer.on_close(run, None)
         now = backbone.state_dict()
         changed = [name for name, tensor in now.items() if not torch.equal(tensor, before[name])]

@@ -168,7 +168,7 @@ def _batch_rows(config: StudentTrainingConfig, parts: Parts, world: int) -> list
     which = f" in the largest of {variants} resolutions" if variants > 1 else ""
     rows = [
         ("images per step", f"{config.batch_size:,}"),
-        ("split", f"{world} x {config.accumulation_steps} passes x {per_pass} images"),
+        ("split", f"{world} x {config.accumulation_steps} micro-batches x {per_pass} images"),
         ("crops per image", _crops(parts.augmentation.views) + which),
     ]
     if config.accumulation_steps > 1:

@@ -208,7 +208,7 @@ def test_two_sharded_processes_learn_the_same(start: Start, whole: Path, tmp_pat
     output = tmp_path / "two"
     done = train(start, output, *TWO)
     assert done.returncode == 0, done.stderr
-    assert "2 x 1 x 6 images" in done.stdout
+    assert "2 x 1 micro-batches x 6 images" in done.stdout
     two, one = learnt(output), learnt(whole)
     assert len(two) == len(one)
     for ours, theirs in zip(two, one, strict=True):

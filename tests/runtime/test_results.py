@@ -17,6 +17,7 @@ from dinov3_framework.runtime.results import Record, print_results, write_result
 
 RECORD = Record(
     evaluation="knn",
+    model="trained teacher",
     metric="accuracy@10",
     value=76.8,
     protocol={"crop": "center", "temperature": 0.07},
@@ -61,6 +62,7 @@ def test_a_record_keeps_what_gives_it_meaning(tmp_path: Path) -> None:
     assert read_rows(tmp_path) == [
         {
             "evaluation": "knn",
+            "model": "trained teacher",
             "metric": "accuracy@10",
             "value": "76.8",
             "data": "fashion_mnist: 1,000 images",

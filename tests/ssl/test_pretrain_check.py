@@ -41,7 +41,7 @@ def test_a_sound_recipe() -> None:
 
 def test_split_and_what_sees_one_pass() -> None:
     report = check("accumulation_steps=3", world=2)
-    assert row(report, "batch", "split") == "2 x 3 passes x 2 images"
+    assert row(report, "batch", "split") == "2 x 3 micro-batches x 2 images"
     assert row(report, "batch", "see one pass at a time") == "dino, ibot, koleo"
     assert "see one pass at a time" not in dict(check().sections["batch"])
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from dinov3_classify.configs import KnnConfig
+from dinov3_classify import KnnConfig
 from dinov3_crops.configs import MultiCropConfig
 from dinov3_datasets.configs import FashionMnistConfig
 from dinov3_figures.configs import FiguresConfig
+from dinov3_heads import EvaluateWhileTrainingConfig
 from dinov3_launchers import LocalConfig, SlurmConfig
 from dinov3_optimizers import AdamWConfig, SgdConfig
 from dinov3_vit.configs import VitConfig
@@ -138,8 +139,8 @@ class TestSlurm(LauncherSuite):
     launch = False
 
 
-class TestKnn(ObserverSuite):
-    config = KnnConfig(train=FEW, test=FEW)
+class TestEvaluateWhileTraining(ObserverSuite):
+    config = EvaluateWhileTrainingConfig(evaluations={"knn": KnnConfig(train=FEW, test=FEW)})
     images = GREY
 
 
