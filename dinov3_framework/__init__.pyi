@@ -43,7 +43,6 @@ from dinov3_framework.contracts.networks import HeadFeatures as HeadFeatures
 from dinov3_framework.contracts.networks import LossResult as LossResult
 from dinov3_framework.contracts.networks import Projector as Projector
 from dinov3_framework.contracts.networks import Shardable as Shardable
-from dinov3_framework.contracts.optimizers import OptimizerFactory as OptimizerFactory
 from dinov3_framework.contracts.running import Evaluation as Evaluation
 from dinov3_framework.contracts.running import Job as Job
 from dinov3_framework.contracts.running import JobHandle as JobHandle
@@ -55,6 +54,7 @@ from dinov3_framework.contracts.running import Resources as Resources
 from dinov3_framework.contracts.running import Run as Run
 from dinov3_framework.contracts.running import StepRecord as StepRecord
 from dinov3_framework.contracts.running import Task as Task
+from dinov3_framework.contracts.training import OptimizerFactory as OptimizerFactory
 from dinov3_framework.contracts.training import Step as Step
 from dinov3_framework.contracts.training import StepResult as StepResult
 from dinov3_framework.contracts.training import TrainUnit as TrainUnit

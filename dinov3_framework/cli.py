@@ -34,6 +34,8 @@ exit codes: 0 done, 1 a fault of the program, 2 the recipe, the data or the outp
 change first, 3 training diverged, 75 stopped on request (the same command goes on), 130 Ctrl-C
 """
 
+LAUNCHED = "--launched"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
@@ -56,9 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         _complain("interrupted")
         return int(ExitCode.INTERRUPTED)
-    except Exception:
+    except Exception as error:
+        from dinov3_framework.plugins import author_of
+
         traceback.print_exc()
-        _complain("this is a fault of the program, not of your recipe; please report it as it is")
+        author = author_of(error)
+        where = "the program" if author is None else f"a plugin of {author}"
+        _complain(f"this is a fault of {where}, not of your recipe; please report it as it is")
         return int(ExitCode.FAILED)
 
 
@@ -97,6 +103,8 @@ def _parse(argv: Sequence[str], registry: Registry) -> argparse.Namespace:
         metavar="NAME",
         help="leave a plugin out (may be repeated; also DINOV3_BLOCK_PLUGINS=a,b)",
     )
+    # For launchers: the process is one of a job, and must not be submitted again.
+    add(LAUNCHED, action="store_true", help=argparse.SUPPRESS)
     add("--traceback", action="store_true", help="show where an error came from")
     add("--version", action="version", version=f"dinov3-framework {__version__}")
     from dinov3_framework.recipes.compose import is_override
@@ -145,7 +153,7 @@ def _recipe(options: argparse.Namespace, registry: Registry) -> int:
     output_dir = Path(config.output_dir or f"runs/{composed.name}")
     config = replace(config, output_dir=str(output_dir))
     task: Task = registry.build(config, registry=registry)
-    launcher = _launcher(config, registry)
+    launcher = None if options.launched else _launcher(config, registry)
     for flag in registry.flags.values():
         if _given(options, flag.name):
             return _show(_flag(flag, task, launcher, options))
@@ -159,7 +167,8 @@ def _recipe(options: argparse.Namespace, registry: Registry) -> int:
         return int(session.run_task(task, config, registry, output_dir, plan, **chosen))
 
     job = _job(output_dir, options.block_plugin, run)
-    if not _is_launched(options.recipes, output_dir) or _is_elsewhere(config, registry):
+    # The process that launched this one has checked everything, if on a machine like this.
+    if not options.launched or _is_elsewhere(config, registry):
         plan = _check(task, launcher, may_miss=options.check)
         if _rank() in (None, 0):
             code = _show(_plan_text(plan, launcher, job))
@@ -196,12 +205,6 @@ def _launcher(config: TaskConfig, registry: Registry) -> Launcher | None:
         return None
     launcher: Launcher = registry.build(config.launcher)
     return launcher
-
-
-def _is_launched(recipes: Sequence[str], output_dir: Path) -> bool:
-    """Whether a launcher started this process: the one that called it has checked everything."""
-    written = (output_dir / "recipe.toml").resolve()
-    return _rank() is not None and [Path(recipe).resolve() for recipe in recipes] == [written]
 
 
 def _is_elsewhere(config: TaskConfig, registry: Registry) -> bool:
@@ -254,7 +257,7 @@ def _submit(launcher: Launcher, job: Job, config: TaskConfig, registry: Registry
 def _job(output_dir: Path, blocked: Sequence[str], run: Any) -> Job:
     from dinov3_framework.contracts.running import Job
 
-    command = [sys.executable, "-m", "dinov3_framework", str(output_dir / "recipe.toml")]
+    command = [sys.executable, "-m", "dinov3_framework", str(output_dir / "recipe.toml"), LAUNCHED]
     for name in blocked:
         command += ["--block-plugin", name]
     return Job(command=command, output_dir=output_dir, run=run, name=output_dir.name)

@@ -138,6 +138,13 @@ def suggest(name: str, known: Sequence[str], introduction: str = "known") -> str
     return f"{introduction}: {', '.join(known) or 'none'}"
 
 
+def first_few(names: Iterable[object], shown: int = 4, separator: str = ", ") -> str:
+    """The first of some names in one line, and how many there are besides."""
+    texts = [str(name) for name in names]
+    more = f" and {len(texts) - shown:,} more" if len(texts) > shown else ""
+    return separator.join(texts[:shown]) + more
+
+
 def summarize_names(title: str, lines: Iterable[str]) -> str:
     """``lines`` sorted under their number and a title, cut where it gets long; "" for none."""
     lines = sorted(lines)

@@ -294,7 +294,7 @@ _ROWS = (
     Kind(
         "optimizer",
         OptimizerConfig,
-        f"{_CONTRACTS}.optimizers:OptimizerFactory",
+        f"{_CONTRACTS}.training:OptimizerFactory",
         "",
         "Ways of changing parameters by their gradients.",
     ),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import traceback
 from collections.abc import Iterable
 from importlib import metadata
 from types import ModuleType
@@ -22,6 +23,7 @@ from dinov3_framework.errors import PluginError, suggest
 from dinov3_framework.kinds import KINDS
 
 PROJECT = "dinov3_framework"  # also the entry-point group
+DISTRIBUTION = "dinov3-framework"
 BLOCK_VARIABLE = "DINOV3_BLOCK_PLUGINS"
 
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -104,6 +106,19 @@ def find_plugins(block: Iterable[str] = ()) -> FoundPlugins:
                 _load(found, entry, origin)
     _refuse_unknown(block, sorted({name for name, _ in seen}))
     return found
+
+
+def author_of(error: BaseException) -> str | None:
+    """The distribution whose plugin raised ``error``; None where that was the framework's own."""
+    owners = {PROJECT: DISTRIBUTION}
+    for distribution in metadata.distributions():
+        for entry in distribution.entry_points.select(group=PROJECT):
+            owners[entry.module.partition(".")[0]] = distribution.metadata["Name"]
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = [str(frame.f_globals.get("__name__")) for frame in reversed(frames)]
+    packages = [module.partition(".")[0] for module in modules]
+    author = next((owners[package] for package in packages if package in owners), DISTRIBUTION)
+    return None if author == DISTRIBUTION else author
 
 
 def _refuse_unknown(block: Iterable[str], known: list[str]) -> None:

@@ -175,8 +175,8 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dozen small color images in files of two kinds."""
     folder = tmp_path_factory.mktemp("photographs")
     with np.load(ROOT / "plugins/dinov3_datasets/fashion_mnist/train.npz") as arrays:
-        grey = next(array for array in arrays.values() if array.ndim == 3)[:12]
-    for index, pixels in enumerate(grey):
+        gray = next(array for array in arrays.values() if array.ndim == 3)[:12]
+    for index, pixels in enumerate(gray):
         colors = np.stack([pixels, 255 - pixels, pixels // 2], axis=-1)
         image = Image.fromarray(colors).resize((40 + index, 36))
         image.save(folder / f"{index:02}.{'png' if index % 2 else 'jpg'}")

@@ -27,7 +27,12 @@ from dinov3_framework.checkpoints.shard_writer import INDEX
 from dinov3_framework.checkpoints.shards import load_shards, write_shards
 from dinov3_framework.errors import CheckpointError
 from dinov3_framework.runtime import collectives
-from dinov3_framework.runtime.agreement import RankFailure, from_main, gathered, together
+from dinov3_framework.runtime.agreement import (
+    RankFailure,
+    broadcast_from_rank0,
+    gather_from_all_ranks,
+    run_on_all_ranks,
+)
 from dinov3_framework.runtime.durable import no_room, write_and_sync
 
 _log = logging.getLogger(__name__)
@@ -100,12 +105,12 @@ class CheckpointStore:
         """
         aside: Path | None = None
         try:
-            text = together(json.dumps, dict(state), allow_nan=False, indent=1)
-            aside = from_main(self._entries.make_room, step)
+            text = run_on_all_ranks(json.dumps, dict(state), allow_nan=False, indent=1)
+            aside = broadcast_from_rank0(self._entries.make_room, step)
             names = write_shards(aside, tensors)
-            records = gathered(_records, aside, names)
+            records = gather_from_all_ranks(_records, aside, names)
             files = {name: record for part in records for name, record in part.items()}
-            target = from_main(self._commit, step, aside, files, text)
+            target = broadcast_from_rank0(self._commit, step, aside, files, text)
         except RankFailure as failure:
             if aside is not None and collectives.is_main():
                 shutil.rmtree(aside, ignore_errors=True)
@@ -201,12 +206,12 @@ class CheckpointStore:
         """``prepare`` says what to load from a sound checkpoint, or raises to end it all."""
         troubles = []
         try:
-            for path in from_main(self._entries.newest_first):
+            for path in broadcast_from_rank0(self._entries.newest_first):
                 if step not in (None, step_of(path)):
                     continue
                 found, damages = _examine(path)
                 if found is not None:
-                    reader, tensors = together(prepare, found)
+                    reader, tensors = run_on_all_ranks(prepare, found)
                     damages = _load(reader, tensors)
                     if not damages:
                         return Restored(found.manifest.step, found.state, path)
@@ -239,11 +244,13 @@ def _load(reader: SafeReader, tensors: Mapping[str, Tensor]) -> list[str]:
 
 def _examine(path: Path) -> tuple[_Sound | None, list[str]]:
     """The checkpoint, or what is wrong with it; each process reads its share of the bytes."""
-    found, damages = from_main(_open, path)
+    found, damages = broadcast_from_rank0(_open, path)
     if found is None:
         return None, damages
     share = found.manifest.share(collectives.rank(), collectives.world_size())
-    damages = [line for part in gathered(found.manifest.damages, path, share) for line in part]
+    damages = [
+        line for part in gather_from_all_ranks(found.manifest.damages, path, share) for line in part
+    ]
     return (None, damages) if damages else (found, [])
 
 

@@ -1,4 +1,4 @@
-"""What is trained: the unit that a trainer drives, and the batches it gets."""
+"""What is trained: the unit that a trainer drives, its batches, and its optimizer."""
 
 from __future__ import annotations
 
@@ -126,3 +126,21 @@ class TrainUnit(abc.ABC):
     def initial_model(self) -> Model:
         """The same before the first iteration, whole; called on every process."""
         raise NotImplementedError
+
+
+class OptimizerFactory(abc.ABC):
+    """Makes an optimizer of torch's interface, and knows the state that it keeps.
+
+    Learning rates and weight decays of groups are set anew before each step.
+    """
+
+    @abc.abstractmethod
+    def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimizer of parameter groups, dicts with ``params`` as torch takes them."""
+
+    @abc.abstractmethod
+    def initial_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """What the optimizer keeps of a parameter, as it is before the first step.
+
+        It is there from the start, so that a checkpoint is loaded in place.
+        """

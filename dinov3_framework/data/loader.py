@@ -137,19 +137,19 @@ class BatchMaker(abc.ABC, Generic[Item, B]):
 
 
 @frozen
-class LabelledBatch:
+class LabeledBatch:
     """Transformed samples; a ``contracts.training.Batch``."""
 
     samples: SampleBatch
     corrupt: tuple[str, ...] = ()
 
-    def to(self, device: torch.device) -> LabelledBatch:
+    def to(self, device: torch.device) -> LabeledBatch:
         return self.changed(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> LabelledBatch:
+    def pin_memory(self) -> LabeledBatch:
         return self.changed(Tensor.pin_memory)
 
-    def changed(self, change: Callable[[Tensor], Tensor]) -> LabelledBatch:
+    def changed(self, change: Callable[[Tensor], Tensor]) -> LabeledBatch:
         """The same with every tensor changed."""
         samples = SampleBatch(
             _changed(self.samples.images, change), _changed(self.samples.targets, change)
@@ -168,7 +168,7 @@ def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-class TransformedBatches(BatchMaker[Sample, LabelledBatch]):
+class TransformedBatches(BatchMaker[Sample, LabeledBatch]):
     """Batches of samples as a joint transform makes them."""
 
     def __init__(
@@ -189,8 +189,8 @@ class TransformedBatches(BatchMaker[Sample, LabelledBatch]):
 
     def collate(
         self, items: Sequence[Sample], step: int, micro: int, corrupt: tuple[str, ...]
-    ) -> LabelledBatch:
-        return LabelledBatch(self.transform.collate(items), corrupt)
+    ) -> LabeledBatch:
+        return LabeledBatch(self.transform.collate(items), corrupt)
 
     def first_samples(self, count: int) -> Mapping[str, Tensor]:
         items = [self.prepare(self._read(place, []), place, 0) for place in range(count)]

@@ -13,7 +13,7 @@ from dinov3_framework.contracts.data import Dataset, Sample, SampleBatch, Transf
 from dinov3_framework.contracts.running import Model
 from dinov3_framework.data.features import agree_on_skipped
 from dinov3_framework.data.inference import InferenceLoader, evaluating, rank_batches
-from dinov3_framework.data.loader import LabelledBatch
+from dinov3_framework.data.loader import LabeledBatch
 from dinov3_framework.data.tokens import head_features
 from dinov3_framework.errors import DataError
 
@@ -52,7 +52,7 @@ def predictions(
         refused += [f"sample {index}: {error}" for index, error in batch.refused.items()]
         parts = [] if batch.data is None else _parts(batch.data, transform.size is None)
         for part in parts:
-            moved = LabelledBatch(part).to(device).samples
+            moved = LabeledBatch(part).to(device).samples
             yield predict(model, moved.images), moved.targets
         calls = 1 if transform.size is not None else len(batch.indices)
         for _ in range(calls - len(parts)):

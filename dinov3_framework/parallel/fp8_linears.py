@@ -8,17 +8,16 @@ weight and bias. Parameters, their names and what ``init_weights`` sees stay as 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3_framework.errors import Problem
+from dinov3_framework.errors import Problem, first_few
 from dinov3_framework.parallel import ParallelConfig
 from dinov3_framework.parallel.fp8 import MULTIPLE, linear_emulated, linear_on_chip
 
 _PRODUCTS = {"on": linear_on_chip, "emulated": linear_emulated}
-_SHOWN = 4  # names in a message
 
 
 class _Linear(nn.Linear):
@@ -54,13 +53,13 @@ def layer_problems(config: ParallelConfig, backbone: nn.Module) -> Iterator[Prob
     where = "parallel.fp8_filter"
     if not layers:
         names = list(_linears(backbone))
-        there = f"there are {_some(names)}" if names else "it has none"
+        there = f"there are {first_few(names)}" if names else "it has none"
         yield Problem(where, f"{config.fp8_filter!r} is in no linear layer's name", there)
     fixed = [n for n, m in layers.items() if type(m) is not nn.Linear and not hasattr(m, "product")]
     if fixed:
         yield Problem(
             where,
-            f"layers that cannot be told to multiply in float8: {_some(fixed)}",
+            f"layers that cannot be told to multiply in float8: {first_few(fixed)}",
             "leave them out, or have their class call self.product where it calls F.linear",
         )
     odd = [
@@ -71,11 +70,7 @@ def layer_problems(config: ParallelConfig, backbone: nn.Module) -> Iterator[Prob
     if odd and config.fp8 == "on":
         yield Problem(
             where,
-            f"layers whose widths are no multiples of {MULTIPLE}, as float8 wants: {_some(odd)}",
+            f"layers whose widths are no multiples of {MULTIPLE}, as float8 wants: "
+            f"{first_few(odd)}",
             "leave them out, or change the backbone's widths",
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -20,7 +20,7 @@ def mesh_over(
     """A mesh of the processes of ``group``, or of all: [processes], or [replicas, the rest].
 
     To be called by all of them, and those of other groups make as many meshes of theirs. The rows
-    are neighbours by rank, so that with a row per machine parameters are gathered within it.
+    are neighbors by rank, so that with a row per machine parameters are gathered within it.
     ``timeout`` (seconds) holds for the collectives of groups that are made here.
     """
     ranks = dist.get_process_group_ranks(group or dist.group.WORLD)

@@ -27,7 +27,7 @@ from dinov3_framework.parallel.check import machine_problems, parallel_problems
 from dinov3_framework.parallel.compiling import compile_blocks
 from dinov3_framework.parallel.fp8_linears import use_fp8
 from dinov3_framework.parallel.meshes import broadcast_from_first, is_first, mesh_of, mesh_over
-from dinov3_framework.parallel.state_dicts import put
+from dinov3_framework.parallel.state_dicts import load_tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -178,7 +178,7 @@ def fill_from_main(module: nn.Module, whole: nn.Module) -> None:
         full = full.to(target.device)
         if mesh is not None:
             broadcast_from_first(full, mesh)
-        put(target, full)
+        load_tensor(target, full)
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def put(target: Tensor, full: Tensor) -> None:
+def load_tensor(target: Tensor, full: Tensor) -> None:
     """Copy a whole tensor into one that may be sharded; no process talks to another."""
     full = full.to(target.device, target.dtype)
     if isinstance(target, DTensor):

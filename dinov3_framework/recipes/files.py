@@ -12,7 +12,7 @@ from pathlib import Path
 import tomli
 from attrs import frozen
 
-from dinov3_framework.errors import Problem, suggest
+from dinov3_framework.errors import Problem, first_few, suggest
 
 RECIPES_PACKAGE = "dinov3_recipes"
 FORMERLY = "formerly.json"  # in a package: {name of a recipe that went: what to write instead}
@@ -132,8 +132,8 @@ def _not_found(text: str, path: Path, hints: list[str], how: str = "") -> Mistak
     shown = os.path.dirname(text) or "."
     if not os.path.isdir(path.parent):
         hints.append(f"there is no folder {shown}")
-    elif neighbours := [file.name for file in path.parent.glob("*.toml")]:
-        hints.append(f"recipes in {shown}: {_nearest_first(path.name, neighbours)}")
+    elif neighbors := [file.name for file in path.parent.glob("*.toml")]:
+        hints.append(f"recipes in {shown}: {_nearest_first(path.name, neighbors)}")
     if installed := recipes_of(RECIPES_PACKAGE):
         hints.append(f"installed recipes: {_nearest_first(path.stem, installed)}{how}")
     return Mistake(f"no such recipe: {text}", "\n    ".join(hints))
@@ -143,4 +143,4 @@ def _nearest_first(name: str, known: list[str]) -> str:
     """At most ten names."""
     ratio = {other: difflib.SequenceMatcher(None, name, other).ratio() for other in known}
     ordered = sorted(sorted(known), key=lambda other: -ratio[other])
-    return ", ".join(ordered[:10]) + (f" and {len(known) - 10} more" if len(known) > 10 else "")
+    return first_few(ordered, 10)

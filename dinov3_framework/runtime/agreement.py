@@ -12,13 +12,11 @@ from typing import ParamSpec, TypeVar, cast
 import torch
 from attrs import frozen
 
-from dinov3_framework.errors import CheckpointError, ExitCode, PeerError, UserError
+from dinov3_framework.errors import CheckpointError, ExitCode, PeerError, UserError, first_few
 from dinov3_framework.runtime import collectives
 
 T = TypeVar("T")
 P = ParamSpec("P")
-
-_SHOWN = 4  # ranks in a message
 
 
 @frozen
@@ -50,10 +48,8 @@ class RankFailure(Exception):
         if len(texts) == 1 and len(failures) == collectives.world_size():
             super().__init__(texts.pop())
             return
-        shown = [f"rank {failure.rank}: {failure.text}" for failure in self.failures[:_SHOWN]]
-        if len(self.failures) > _SHOWN:
-            shown.append(f"and {len(self.failures) - _SHOWN} more ranks")
-        super().__init__("; ".join(shown))
+        shown = (f"rank {failure.rank}: {failure.text}" for failure in self.failures)
+        super().__init__(first_few(shown, separator="; "))
 
     def for_person(self) -> Exception:
         """What to raise where no more can be said: this rank's own error, or the others'."""
@@ -68,7 +64,7 @@ class RankFailure(Exception):
         return error
 
 
-def together(action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def run_on_all_ranks(action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run ``action`` on every process; the result is this process's own.
 
     To be called by every process. If ``action`` raises on any, every process raises
@@ -87,16 +83,16 @@ def together(action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     raise RankFailure(failures, own) from own
 
 
-def gathered(action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
-    """As :func:`together`, with everyone's results, by rank; they must be picklable and small."""
-    result = together(action, *args, **kwargs)
+def gather_from_all_ranks(action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
+    """As :func:`run_on_all_ranks`, with all results, by rank; they must be picklable and small."""
+    result = run_on_all_ranks(action, *args, **kwargs)
     return cast(list[T], collectives.all_gather_object(result))
 
 
-def from_main(action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def broadcast_from_rank0(action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run ``action`` on rank 0 alone; every process gets its result, or raises as if it had run."""
 
     def on_main() -> T | None:
         return action(*args, **kwargs) if collectives.is_main() else None
 
-    return cast(T, gathered(on_main)[0])
+    return cast(T, gather_from_all_ranks(on_main)[0])

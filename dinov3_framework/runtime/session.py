@@ -109,6 +109,7 @@ def _console() -> Iterator[None]:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter(f"[rank {collectives.rank()}] %(message)s"))
         handler.setLevel(logging.WARNING)
+    level = root.level
     root.setLevel(logging.INFO)
     # Libraries' warnings: into the main process's file, and not once per process on the console.
     with _handled(handler, root), _handled(logging.NullHandler(), _captured()):
@@ -117,6 +118,7 @@ def _console() -> Iterator[None]:
             yield
         finally:
             logging.captureWarnings(False)
+            root.setLevel(level)
 
 
 @contextmanager

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dinov3_framework.contracts.networks import Backbone
-from dinov3_framework.errors import UserError
-from dinov3_framework.testing.suite import NetworkSuite, some
+from dinov3_framework.errors import UserError, first_few
+from dinov3_framework.testing.suite import NetworkSuite
 
 M = TypeVar("M", bound=nn.Module)
 TOKENS = ("x_norm_clstoken", "x_storage_tokens", "x_norm_patchtokens", "x_prenorm")
@@ -78,7 +78,7 @@ class BackboneSuite(NetworkSuite):
         """All outputs by name, in the right shapes, finite."""
         assert isinstance(output, Mapping), f"a batch gives a {type(output).__name__}, no dict"
         missing = [name for name in (*TOKENS, "masks") if name not in output]
-        assert not missing, f"forward_features() leaves out {some(missing)}"
+        assert not missing, f"forward_features() leaves out {first_few(missing)}"
         storage, dim = output["x_storage_tokens"], self.backbone.embed_dim
         assert storage.ndim == 3, "x_storage_tokens must be [B, R, D], also where R is 0"
         height, width = (side // self.backbone.patch_size for side in images.shape[-2:])
@@ -216,9 +216,9 @@ class BackboneSuite(NetworkSuite):
         trained = {n: p.grad for n, p in network.named_parameters() if p.requires_grad}
         missed = [n for n, grad in trained.items() if grad is None]
         missed = [name for name in missed if name not in self.without_gradient]
-        assert not missed, f"no gradient reaches {some(missed)}"
+        assert not missed, f"no gradient reaches {first_few(missed)}"
         bad = [n for n, grad in trained.items() if grad is not None and not grad.isfinite().all()]
-        assert not bad, f"the gradient is not finite: {some(bad)}"
+        assert not bad, f"the gradient is not finite: {first_few(bad)}"
 
     def test_layers(self) -> None:
         """Every parameter is in one of as many layers."""
@@ -248,7 +248,8 @@ class BackboneSuite(NetworkSuite):
         silent = {id(block) for block in blocks} - called
         idle = [name for name, module in self.backbone.named_modules() if id(module) in silent]
         assert not idle, (
-            f"blocks_to_shard() gives modules that forward_features() does not call: {some(idle)}"
+            f"blocks_to_shard() gives modules that forward_features() does not call: "
+            f"{first_few(idle)}"
         )
 
 

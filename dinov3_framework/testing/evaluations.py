@@ -15,7 +15,8 @@ import torch
 from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts.networks import Head
 from dinov3_framework.contracts.running import Evaluation, Model
-from dinov3_framework.testing.suite import Suite, some
+from dinov3_framework.errors import first_few
+from dinov3_framework.testing.suite import Suite
 from dinov3_framework.testing.toy_backbone import PATCH_SIZE, ToyBackbone
 
 
@@ -43,7 +44,7 @@ class EvaluationSuite(Suite):
         evaluation: Evaluation = self.build()
         evaluation.prepare(self.known.build, self.images)
         problems = list(evaluation.problems(self.model))
-        assert not problems, f"cannot measure the model: {some(map(str, problems))}"
+        assert not problems, f"cannot measure the model: {first_few(map(str, problems))}"
         return evaluation
 
     # ------------------------------------------------------------------ promises
@@ -63,7 +64,7 @@ class EvaluationSuite(Suite):
         for network, state in zip(networks, before, strict=True):
             now = network.state_dict()
             changed = [name for name, value in state.items() if not torch.equal(value, now[name])]
-            assert not changed, f"changes the model: {some(changed)}"
+            assert not changed, f"changes the model: {first_few(changed)}"
             assert not network.training, "leaves the model in training mode"
 
     def test_record(self) -> None:
@@ -79,7 +80,7 @@ class EvaluationSuite(Suite):
         names = self.evaluation.run(self.model).keys()
         for what, metrics in self.evaluation.baselines(self.model).items():
             other = _numbers(f"the baseline {what!r}", metrics).keys() - names
-            assert not other, f"the baseline {what!r} has metrics of its own: {some(other)}"
+            assert not other, f"the baseline {what!r} has metrics of its own: {first_few(other)}"
 
 
 def _numbers(what: str, given: Any) -> Mapping[str, float]:

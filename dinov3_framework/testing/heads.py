@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from dinov3_framework.contracts.data import SampleBatch, Target, Transform
 from dinov3_framework.contracts.networks import FeatureInfo, FeatureNeeds, Head, HeadFeatures
-from dinov3_framework.errors import UserError
+from dinov3_framework.errors import UserError, first_few
 from dinov3_framework.testing.backbones import in_bfloat16
-from dinov3_framework.testing.suite import NetworkSuite, some
+from dinov3_framework.testing.suite import NetworkSuite
 from dinov3_framework.testing.transforms import SCHEMA
 from dinov3_framework.training.simulation import made_up_sample
 
@@ -71,7 +71,7 @@ class HeadSuite(NetworkSuite):
         assert all(-count <= layer < count for layer in needs.layers), f"needs {needs.layers}"
         assert targets, "targets is empty: it predicts nothing"
         other = [name for name, target in targets.items() if self.schema.get(name) != target]
-        assert not other, f"targets are not as in the schema: {some(other)}"
+        assert not other, f"targets are not as in the schema: {first_few(other)}"
 
     def test_other_targets(self) -> None:
         """Data without the targets that it learns are a ``UserError``."""
@@ -91,14 +91,14 @@ class HeadSuite(NetworkSuite):
             assert not attached, f"{name!r} holds on to the graph; detach() it"
         result.loss.backward()
         unreached = [name for name, p in head.named_parameters() if p.grad is None]
-        assert not unreached, f"no gradient reaches {some(unreached)}"
+        assert not unreached, f"no gradient reaches {first_few(unreached)}"
         assert any(each.grad is not None for each in tree_leaves(features) if each is not None)
 
     def test_outputs(self) -> None:
         """Outputs are tensors, or dicts, lists and tuples of them, which sharding goes through."""
         leaves = tree_leaves(self.network.eval()(self.made_up_features()))
         other = [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)]
-        assert not other, f"outputs hold {some(other)}, which sharding cannot look into"
+        assert not other, f"outputs hold {first_few(other)}, which sharding cannot look into"
 
     def test_predictions(self) -> None:
         """Predictions have the form that belongs to their target's kind, for any size."""

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from dinov3_framework.contracts.data import Augmentation, View
 from dinov3_framework.contracts.losses import Anchor, Loss, check_needs
 from dinov3_framework.contracts.networks import LossResult, Projector
+from dinov3_framework.errors import first_few
 from dinov3_framework.testing.backbones import in_bfloat16
 from dinov3_framework.testing.steps import VIEWS, DrawnTokens
-from dinov3_framework.testing.suite import NetworkSuite, Suite, some
+from dinov3_framework.testing.suite import NetworkSuite, Suite
 
 
 class _Everything(Augmentation):
@@ -105,7 +106,7 @@ class LossSuite(Suite):
         outcome.result.loss.backward()  # type: ignore[no-untyped-call]
         found = {n: t.grad for n, t in outcome.learning.items() if t.grad is not None}
         bad = [name for name, gradient in found.items() if not gradient.isfinite().all()]
-        assert not bad, f"a gradient is not finite: {some(bad)}"
+        assert not bad, f"a gradient is not finite: {first_few(bad)}"
         return found
 
     # ------------------------------------------------------------------ promises
@@ -126,7 +127,7 @@ class LossSuite(Suite):
     def test_parameters(self) -> None:
         """The loss has none; those of its projector get values, and load."""
         own = [name for name, _ in self.loss.named_parameters()]
-        assert not own, f"has parameters of its own, not in a projector: {some(own)}"
+        assert not own, f"has parameters of its own, not in a projector: {first_few(own)}"
         for name in _ProjectorSuite.promises():
             if self.projectors is not None:
                 self.projectors.keep(name)
@@ -137,10 +138,10 @@ class LossSuite(Suite):
         before = tokens.copies()
         self.gradients(self.run(tokens))
         undeclared = sorted(tokens.reads - self.loss.needs)
-        assert not undeclared, f"reads what its needs do not name: {some(undeclared)}"
+        assert not undeclared, f"reads what its needs do not name: {first_few(undeclared)}"
         after = tokens.copies()
         written = [name for name, value in before.items() if not torch.equal(value, after[name])]
-        assert not written, f"writes into features that other losses see too: {some(written)}"
+        assert not written, f"writes into features that other losses see too: {first_few(written)}"
 
     def test_gradient(self) -> None:
         """Gradient reaches the student's tokens and all of the projector."""
@@ -150,7 +151,7 @@ class LossSuite(Suite):
             "no gradient reaches the student's tokens"
         )
         idle = sorted(n for n in outcome.learning.keys() - found if n.startswith("projector."))
-        assert not idle, f"no gradient reaches the student's {some(idle)}"
+        assert not idle, f"no gradient reaches the student's {first_few(idle)}"
 
     def test_repeatable(self) -> None:
         """The same features and the same seed of torch give the same value."""

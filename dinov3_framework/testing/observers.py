@@ -16,10 +16,11 @@ from torch import Tensor
 
 from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts.running import Model, Observer, StepRecord
+from dinov3_framework.errors import first_few
 from dinov3_framework.kinds import DatasetConfig, OptimizerConfig
 from dinov3_framework.runtime.results import write_results
 from dinov3_framework.schedules import Constant
-from dinov3_framework.testing.suite import Suite, some
+from dinov3_framework.testing.suite import Suite
 from dinov3_framework.testing.toy_backbone import PATCH_SIZE, ToyBackbone
 from dinov3_framework.training import TrainingConfig
 
@@ -55,7 +56,7 @@ class ObserverSuite(Suite):
         observer.on_close(run, None)
         now = backbone.state_dict()
         changed = [name for name, tensor in now.items() if not torch.equal(tensor, before[name])]
-        assert not changed, f"changes the model that it watches: {some(changed)}"
+        assert not changed, f"changes the model that it watches: {first_few(changed)}"
         assert not backbone.training, "leaves the model in training mode"
 
     # ------------------------------------------------------------------ promises

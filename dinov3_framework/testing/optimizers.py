@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov3_framework.contracts.optimizers import OptimizerFactory
+from dinov3_framework.contracts.training import OptimizerFactory
 from dinov3_framework.testing.suite import Suite
 
 _STEPS = 3

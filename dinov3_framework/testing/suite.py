@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
+from dinov3_framework.errors import first_few
 from dinov3_framework.parallel.sharder import initial_values, tensors_of
 from dinov3_framework.registry import Registry
-
-_SHOWN = 5  # names that a message lists
 
 
 class ContractError(AssertionError):
@@ -93,13 +92,6 @@ class Suite:
         return component
 
 
-def some(names: Iterable[str]) -> str:
-    """The first few of some names, and how many there are besides."""
-    listed = list(names)
-    rest = len(listed) - _SHOWN
-    return ", ".join(listed[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
-
-
 class NetworkSuite(Suite):
     """Promises of everything that has weights: backbones, projectors, heads."""
 
@@ -127,7 +119,7 @@ class NetworkSuite(Suite):
     def test_meta_device(self) -> None:
         """Built on the meta device, it takes no memory."""
         real = [name for name, tensor in tensors_of(self.blueprint) if not tensor.is_meta]
-        assert not real, f"built on the meta device, it takes memory all the same: {some(real)}"
+        assert not real, f"built on the meta device, these take memory: {first_few(real)}"
 
     def test_initial_values(self) -> None:
         """``init_weights`` gives every tensor a finite value that torch's seed alone decides."""
@@ -135,7 +127,7 @@ class NetworkSuite(Suite):
         moved = [n for n, t in tensors_of(self.network) if not torch.equal(t, again[n])]
         assert not moved, (
             f"init_weights() gives other values for the same seed of torch's generator: "
-            f"{some(moved)}"
+            f"{first_few(moved)}"
         )
 
     def test_state_dict(self) -> None:
@@ -148,5 +140,5 @@ class NetworkSuite(Suite):
         )
         differing = [n for n in shapes | others if shapes.get(n) != others.get(n)]
         assert not differing, (
-            f"two builds of one config differ in names or shapes of tensors: {some(differing)}"
+            f"two builds of one config differ in names or shapes of tensors: {first_few(differing)}"
         )

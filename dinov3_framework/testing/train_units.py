@@ -15,9 +15,10 @@ from dinov3_framework.checkpoints.store import CheckpointStore
 from dinov3_framework.configs import replace
 from dinov3_framework.contracts.training import Step, StepResult
 from dinov3_framework.data.loader import TrainingLoader
+from dinov3_framework.errors import first_few
 from dinov3_framework.parallel.sharder import MetaSharder
 from dinov3_framework.runtime.processes import process_group
-from dinov3_framework.testing.suite import Suite, some
+from dinov3_framework.testing.suite import Suite
 from dinov3_framework.training.task import InitialState, TrainingTask
 from dinov3_framework.training.trainer import Trainer
 
@@ -47,7 +48,7 @@ class TrainUnitSuite(Suite):
         with torch.random.fork_rng(devices=[]), process_group(torch.device("cpu"), timeout=60):
             task: TrainingTask = self.build()
             plan = task.check(1)
-            assert not plan.missing, f"this machine lacks: {some(plan.missing)}"
+            assert not plan.missing, f"this machine lacks: {first_few(plan.missing)}"
             prepared = plan.prepared.prepared
             trainer = task.trainer(prepared, plan.prepared.dataset, folder)
             if not trainer.resume():
@@ -63,7 +64,7 @@ class TrainUnitSuite(Suite):
         for _ in range(steps):
             bad = trainer.step(batches).check.nonfinite
             trainer.done += 1
-            assert not bad, f"in step {trainer.done} not finite: {some(bad)}"
+            assert not bad, f"in step {trainer.done} not finite: {first_few(bad)}"
 
     def forward(self, trainer: Trainer) -> StepResult:
         """What ``forward`` gives for the first micro-batch of the next step."""
@@ -108,18 +109,18 @@ class TrainUnitSuite(Suite):
                 for name, tensor in module.state_dict(keep_vars=True).items()
                 if _place(tensor) not in held
             ]
-            assert not absent, f"state() leaves out of its networks: {some(absent)}"
+            assert not absent, f"state() leaves out of its networks: {first_few(absent)}"
             moved = [n for n in state if n not in again or _place(state[n]) != _place(again[n])]
-            assert not moved, f"state() gives copies, into which nothing is loaded: {some(moved)}"
+            assert not moved, f"state() gives copies, not what is loaded: {first_few(moved)}"
             taken = [name for name in state if name.startswith("optimizer.")]
-            assert not taken, f"state() has names that are the optimizer's: {some(taken)}"
+            assert not taken, f"state() has names that are the optimizer's: {first_few(taken)}"
         shapes = {name: list(tensor.shape) for name, tensor in state.items()}
         task: TrainingTask = self.build()
         prepared, sharder = task.check(1).prepared.prepared, MetaSharder(task.config.parallel)
         absent_unit = task.method.unit(prepared, sharder, InitialState.ABSENT, None)
         expected = {name: list(tensor.shape) for name, tensor in absent_unit.state().items()}
         odd = [n for n in shapes | expected if shapes.get(n) != expected.get(n)]
-        assert not odd, f"on the meta device, names or shapes of state() differ: {some(odd)}"
+        assert not odd, f"on the meta device, names or shapes of state() differ: {first_few(odd)}"
 
     def test_skipped_step(self, tmp_path: Path) -> None:
         """``changed_by_forward`` names all that a forward pass changes."""
@@ -133,7 +134,7 @@ class TrainUnitSuite(Suite):
                 for tensor, value in kept:
                     tensor.copy_(value)
             changed = _changed(before, trainer.tensors())
-            assert not changed, f"forward() changes what nothing puts back: {some(changed)}"
+            assert not changed, f"forward() changes what nothing puts back: {first_few(changed)}"
 
     def test_memory_roles(self, tmp_path: Path) -> None:
         """``memory_roles`` has a role for every tensor of the state."""
@@ -141,7 +142,7 @@ class TrainUnitSuite(Suite):
             roles = trainer.unit.memory_roles()
             held = {_place(tensor) for tensors in roles.values() for tensor in tensors}
             absent = [n for n, t in trainer.unit.state().items() if _place(t) not in held]
-            assert not absent, f"memory_roles() leaves out of state(): {some(absent)}"
+            assert not absent, f"memory_roles() leaves out of state(): {first_few(absent)}"
 
     def test_model(self, tmp_path: Path) -> None:
         """What is evaluated is in eval mode."""
@@ -164,7 +165,7 @@ class TrainUnitSuite(Suite):
             assert trainer.done == 1, "does not go on from its checkpoint"
             self.train(trainer, _STEPS - 1)
             changed = _changed(whole, trainer.tensors())
-            assert not changed, f"a resumed run has other values of {some(changed)}"
+            assert not changed, f"a resumed run has other values of {first_few(changed)}"
 
 
 def _place(tensor: Tensor) -> tuple[int, torch.Size]:

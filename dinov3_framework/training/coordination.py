@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from dinov3_framework.checkpoints.store import CheckpointStore
-from dinov3_framework.runtime.agreement import RankFailure, from_main, together
+from dinov3_framework.runtime.agreement import RankFailure, broadcast_from_rank0, run_on_all_ranks
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ class NullCoordinator:
     def next(self, items: Iterator[T]) -> T:
         """This process's next item; if any process gets none, all end here and nobody waits."""
         try:
-            return together(next, items)
+            return run_on_all_ranks(next, items)
         except RankFailure as failure:
             raise failure.for_process() from failure.own
 
@@ -41,7 +41,7 @@ class NullCoordinator:
 
     def resumable_steps(self, store: CheckpointStore) -> list[int]:
         """Iterations that all of them could go on after, the newest first."""
-        steps: list[int] = from_main(store.steps)
+        steps: list[int] = broadcast_from_rank0(store.steps)
         return steps[::-1]
 
     def resume(self, trainer: Any) -> bool:

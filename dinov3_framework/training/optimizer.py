@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dinov3_framework.contracts.networks import Shardable
-from dinov3_framework.contracts.optimizers import OptimizerFactory
+from dinov3_framework.contracts.training import OptimizerFactory
 from dinov3_framework.kinds import OptimizerConfig
 from dinov3_framework.schedules import Schedule
 

@@ -38,7 +38,7 @@ from dinov3_framework.recipes.plain import unstructure
 from dinov3_framework.recipes.toml_text import to_toml
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
-from dinov3_framework.runtime.agreement import RankFailure, together
+from dinov3_framework.runtime.agreement import RankFailure, run_on_all_ranks
 from dinov3_framework.runtime.output import RECIPE
 from dinov3_framework.runtime.processes import pick_device
 from dinov3_framework.runtime.results import Record, print_results, write_results
@@ -93,8 +93,8 @@ class TrainingMethod(abc.ABC):
 
     def images(self) -> ImagesConfig:
         """What images are; by default as the recipe says."""
-        images: ImagesConfig = self.config.images
-        return images
+        config: TrainingConfig = self.config
+        return config.images
 
     # ------------------------------------------------------------------ checking
     def config_problems(self, world_size: int) -> list[Problem]:
@@ -333,7 +333,7 @@ class TrainingTask(Task):
     def _load_dataset(self) -> Dataset | StreamDataset:
         try:
             with collectives.within(None):  # of runs side by side, all processes read it
-                return together(self._dataset)
+                return run_on_all_ranks(self._dataset)
         except RankFailure as failure:
             raise failure.for_process() from failure.own
 

@@ -17,7 +17,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from dinov3_framework.errors import CheckpointError
+from dinov3_framework.errors import CheckpointError, first_few
 from dinov3_framework.weights import _file_diagnosis as diagnosis
 
 _DEEPEST = 32  # levels of dicts in dicts; a dict that holds itself would have no end
@@ -82,9 +82,9 @@ def _check_zip(path: Path) -> bool:
             "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')"
         )
     if "data.pkl" not in inner:
-        shown = ", ".join(sorted(names)[:4]) + (", ..." if len(names) > 4 else "")
         raise CheckpointError(
-            f"{path} is a zip archive that torch.save did not write: it holds {shown or 'nothing'}"
+            f"{path} is a zip archive that torch.save did not write: it holds "
+            f"{first_few(sorted(names)) or 'nothing'}"
             "\nif weights are among these, unpack it and give their file"
         )
     # Whoever repacked the archive may have compressed it. torch would map the compressed bytes and
@@ -167,10 +167,9 @@ def _refusal(path: Path, error: Exception) -> CheckpointError:
     if any("DTensor" in each or "ShardedTensor" in each for each in classes):
         return CheckpointError(_split(path, classes))
     if classes:
-        shown = ", ".join(classes[:4]) + (", ..." if len(classes) > 4 else "")
         return CheckpointError(
-            f"{path} asks for {shown} besides tensors, and a pickle that does so can run any "
-            f"code: refused, nothing in it was run\n{_advice(classes, strings)}"
+            f"{path} asks for {first_few(classes)} besides tensors, and a pickle that does so can "
+            f"run any code: refused, nothing in it was run\n{_advice(classes, strings)}"
         )
     text = str(error).strip().partition("\n")[0]
     if isinstance(error, EOFError) or "EOF" in text or "Weights only" in text or not asks:

@@ -9,7 +9,7 @@ from attrs import frozen
 
 from dinov3_framework.configs import WEB_IMAGES, ImagesConfig
 from dinov3_framework.contracts.layouts import Layout, Published, PublishedFile, Shape
-from dinov3_framework.errors import CheckpointError
+from dinov3_framework.errors import CheckpointError, first_few
 from dinov3_framework.weights._files import OpenWeights
 
 _SIZE = 224  # pixels, of the published evaluations
@@ -91,8 +91,7 @@ def _parts(candidate: Candidate) -> set[str]:
 
 
 def _unknown(opened: OpenWeights, layouts: Sequence[Layout], kind: str) -> str:
-    names = sorted(opened.shapes)
-    shown = ", ".join(names[:4]) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "")
+    shown = first_few(sorted(opened.shapes))
     model = opened.settings.get("model_type") or opened.settings.get("architecture")
     says = f" (its config.json says {model!r})" if model else ""
     formats = ", ".join(sorted({layout.format for layout in layouts})) or "(none)"

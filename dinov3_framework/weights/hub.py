@@ -32,15 +32,15 @@ class PlainCatalog:
 
     @classmethod
     def of(cls, *packages: str) -> PlainCatalog:
-        """What packages have under ``components.COMPONENTS``, ``layouts.LAYOUTS`` and
-        ``published.PUBLISHED``."""
+        """What packages have under ``components.COMPONENTS`` and ``.PUBLISHED``, and
+        ``layouts.LAYOUTS``."""
 
-        def all_of(module: str) -> list[Any]:
+        def all_of(module: str, name: str) -> list[Any]:
             modules = [importlib.import_module(f"{package}.{module}") for package in packages]
-            return [each for found in modules for each in getattr(found, module.upper())]
+            return [each for found in modules for each in getattr(found, name)]
 
-        published = {each.name: each for each in all_of("published")}
-        return cls(all_of("components"), all_of("layouts"), published)
+        published = {each.name: each for each in all_of("components", "PUBLISHED")}
+        return cls(all_of("components", "COMPONENTS"), all_of("layouts", "LAYOUTS"), published)
 
     def build(self, config: Any, /, **runtime: Any) -> Any:
         for component in self.components:

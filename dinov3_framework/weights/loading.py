@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import attrs
 import torch
 
 from dinov3_framework.configs import ImagesConfig, replace
 from dinov3_framework.errors import Problem, RecipeError
-from dinov3_framework.kinds import BackboneTaskConfig
+from dinov3_framework.kinds import BackboneConfig
 from dinov3_framework.randomness import keyed_seed
 from dinov3_framework.registry import Registry
-from dinov3_framework.runtime.agreement import RankFailure, together
+from dinov3_framework.runtime.agreement import RankFailure, run_on_all_ranks
 from dinov3_framework.runtime.processes import pick_device
 from dinov3_framework.weights.loaded import LoadedBackbone
 from dinov3_framework.weights.locations import exists, published_file
@@ -111,7 +111,7 @@ def load_sharded(
             return _loaded(source, weights, placed, registry)
 
     try:
-        return together(load)
+        return run_on_all_ranks(load)
     except RankFailure as failure:
         raise failure.for_process() from failure.own
 
@@ -132,8 +132,21 @@ def _loaded(
 
 
 # --------------------------------------------------------------------------- of a recipe
+class BackboneChoice(Protocol):
+    """The keys of a recipe that name its backbone, as a ``BackboneTaskConfig`` has them."""
+
+    @property
+    def weights(self) -> str | None: ...
+    @property
+    def backbone(self) -> BackboneConfig | None: ...
+    @property
+    def images(self) -> ImagesConfig | None: ...
+    @property
+    def seed(self) -> int: ...
+
+
 def describe_recipe_backbone(
-    config: BackboneTaskConfig, registry: Registry, *, simulated: bool = False
+    config: BackboneChoice, registry: Registry, *, simulated: bool = False
 ) -> LoadedBackbone:
     """The backbone of a recipe for its check, on the meta device: names and shapes are right.
 
@@ -159,7 +172,7 @@ def describe_recipe_backbone(
 
 
 def load_recipe_backbone(
-    config: BackboneTaskConfig,
+    config: BackboneChoice,
     registry: Registry,
     device: str = "auto",
     *,
@@ -189,13 +202,13 @@ def load_recipe_backbone(
     return attrs.evolve(described, backbone=backbone.eval())
 
 
-def _refuse_contradictions(config: BackboneTaskConfig, registry: Registry) -> None:
+def _refuse_contradictions(config: BackboneChoice, registry: Registry) -> None:
     """Raise for what can be wrong with the choice of a backbone before any file is opened."""
     if problems := _problems(config, registry):
         raise RecipeError(problems)
 
 
-def _problems(config: BackboneTaskConfig, registry: Registry) -> list[Problem]:
+def _problems(config: BackboneChoice, registry: Registry) -> list[Problem]:
     weights, backbone, images = config.weights, config.backbone, config.images
     if weights is None and backbone is None:
         hint = "give weights (a path) or a [backbone] to initialize at random"

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from attrs import frozen
 
 from dinov3_framework.contracts.layouts import Shape
-from dinov3_framework.errors import Problem, summarize_names
+from dinov3_framework.errors import Problem, first_few, summarize_names
 from dinov3_framework.recipes.toml_text import inline
 
 Shapes = Mapping[str, Shape]
@@ -92,11 +92,10 @@ def _typos(
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             beginnings = dict.fromkeys(".".join(name.split(".")[:2]) for name in names)
-            shown = ", ".join(list(beginnings)[:8]) + (", ..." if len(beginnings) > 8 else "")
             yield Problem(
                 f"{table}.{key}",
                 f"{pattern!r} matches no tensor of {owner}",
-                f"its names begin with {shown or '(there are none)'}",
+                f"its names begin with {first_few(beginnings, 8) or '(there are none)'}",
             )
 
 

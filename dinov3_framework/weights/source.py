@@ -16,7 +16,7 @@ from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts.layouts import Layout, Renamed, Rule, Shape
 from dinov3_framework.contracts.networks import Backbone
 from dinov3_framework.errors import CheckpointError, UserError, summarize_names
-from dinov3_framework.parallel.state_dicts import put
+from dinov3_framework.parallel.state_dicts import load_tensor
 from dinov3_framework.runtime import collectives
 from dinov3_framework.weights._files import OpenWeights
 from dinov3_framework.weights._recognition import (
@@ -305,10 +305,10 @@ class WeightSource:
         """
         state = module.state_dict()
         for name, tensor in self.tensors(blueprint):
-            put(state[name], tensor)
+            load_tensor(state[name], tensor)
         buffers = dict(module.named_buffers())
         for name, tensor in _computed_buffers(blueprint, state).items():
-            put(buffers[name], tensor)
+            load_tensor(buffers[name], tensor)
 
     # ------------------------------------------------------------------ projectors
     @property

@@ -35,7 +35,7 @@ def knn_classify(
 ) -> dict[int, float]:
     """Accuracy in 0..1 for each number of neighbors in ``k``.
 
-    Neighbours are the training features of highest cosine similarity s. Of the max(k) nearest,
+    Neighbors are the training features of highest cosine similarity s. Of the max(k) nearest,
     each votes for its class with softmax(s / temperature), taken over these max(k); accuracy@k
     counts the votes of the first k. Of classes with equal votes the lowest wins.
 

@@ -87,7 +87,7 @@ class ConvNeXt(Backbone):
         the result.
 
         Raises ``UserError`` for images that do not fit this model, and for masks: convolutions mix
-        neighbouring pixels from the first layer on, so that no patch can be replaced by a token.
+        neighboring pixels from the first layer on, so that no patch can be replaced by a token.
         A list of None, one for each batch, is no mask.
         """
         alone = isinstance(images, Tensor)

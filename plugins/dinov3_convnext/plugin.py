@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dinov3_convnext.components import COMPONENTS, LAYOUTS, PUBLISHED
+from dinov3_convnext.components import COMPONENTS, PUBLISHED
+from dinov3_convnext.layouts import LAYOUTS
 from dinov3_framework import Component, Layout, Published, hookimpl
 
 

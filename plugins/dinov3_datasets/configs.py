@@ -66,10 +66,10 @@ class ImageFolderConfig(DatasetConfig):
 
 @config
 class FashionMnistConfig(DatasetConfig):
-    """Small Fashion-MNIST: 28 x 28 grey images of clothes in 10 classes, part of this package.
+    """Small Fashion-MNIST: 28 x 28 gray images of clothes in 10 classes, part of this package.
 
     The first 500 images per class of the training set and the first 100 of the test set. Built
-    for 3 channels, the grey value is repeated.
+    for 3 channels, the gray value is repeated.
     """
 
     split: Literal["train", "test"] = option(

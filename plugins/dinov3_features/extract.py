@@ -29,7 +29,7 @@ from dinov3_framework.data.inference import (
 from dinov3_framework.data.tokens import TokenReader
 from dinov3_framework.errors import DataError
 from dinov3_framework.runtime import collectives
-from dinov3_framework.runtime.agreement import RankFailure, from_main, together
+from dinov3_framework.runtime.agreement import RankFailure, broadcast_from_rank0, run_on_all_ranks
 from dinov3_framework.runtime.stopping import StopFlag
 
 # Below the framework's logger, whose handlers write run.log.
@@ -64,7 +64,7 @@ class Extraction:
         finite, ``OutputError`` if a part cannot be written, ``StopRequested`` after a signal; what
         happens on one process ends all of them.
         """
-        todo = from_main(self.store.missing)
+        todo = broadcast_from_rank0(self.store.missing)
         world, rank = collectives.world_size(), collectives.rank()
         mine = {part: self._split(part) for part in todo[rank::world]}
         loader = InferenceLoader(
@@ -98,7 +98,7 @@ class Extraction:
             # In turns, so that nobody waits in a collective for longer than a part takes.
             for turn in range(-(-len(todo) // world)):
                 try:
-                    together(make, turns[turn])
+                    run_on_all_ranks(make, turns[turn])
                 except RankFailure as failure:
                     raise failure.for_process() from failure.own
 

@@ -21,7 +21,7 @@ from dinov3_framework.parallel.sharder import Sharder
 from dinov3_framework.parallel.state_dicts import full_tensors
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
-from dinov3_framework.runtime.agreement import RankFailure, from_main
+from dinov3_framework.runtime.agreement import RankFailure, broadcast_from_rank0
 from dinov3_framework.runtime.processes import pick_device
 from dinov3_framework.runtime.results import write_results
 from dinov3_framework.weights.loaded import LoadedBackbone
@@ -86,8 +86,8 @@ class FeaturesTask(Task):
         tensors = full_tensors(subject.backbone)
         partition = Partition.of(dataset, config.rows_per_part, tensors)
         store = PartStore(output_dir, partition)
-        from_main(store.prepare)
-        left = len(from_main(store.missing))
+        broadcast_from_rank0(store.prepare)
+        left = len(broadcast_from_rank0(store.missing))
         if left < partition.parts:
             done = partition.parts - left
             log.info("Going on: %d of %d parts are there.", done, partition.parts)

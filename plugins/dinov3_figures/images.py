@@ -26,7 +26,7 @@ from dinov3_framework import (
 )
 from dinov3_framework.errors import suggest
 from dinov3_framework.runtime import collectives
-from dinov3_framework.runtime.agreement import RankFailure, gathered
+from dinov3_framework.runtime.agreement import RankFailure, gather_from_all_ranks
 
 # Below the framework's logger, whose handlers write run.log.
 log = logging.getLogger("dinov3_framework.plots")
@@ -125,7 +125,7 @@ def look(
         return [_look_at(subject, dataset, each, config) for each in choice[rank::world]]
 
     try:
-        shares = gathered(own_share)
+        shares = gather_from_all_ranks(own_share)
     except RankFailure as failure:
         raise failure.for_process() from failure.own
     # Picture p is the (p // world)-th of process p % world.

@@ -29,7 +29,7 @@ from dinov3_framework import (
     normalize,
 )
 from dinov3_framework.runtime import collectives
-from dinov3_framework.runtime.agreement import RankFailure, together
+from dinov3_framework.runtime.agreement import RankFailure, run_on_all_ranks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,7 +76,7 @@ class Plots(Observer):
         path = run.output_dir / "figures/patch_pca.png"
         try:
             # A model may be sharded: either all processes go on to call it, or none does.
-            images = together(self._images, run)
+            images = run_on_all_ranks(self._images, run)
         except RankFailure as failure:
             _warn(path, str(failure))
             return

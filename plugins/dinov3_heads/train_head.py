@@ -30,7 +30,7 @@ from dinov3_framework import (
     keyed_seed,
     load_recipe_backbone,
 )
-from dinov3_framework.data.loader import LabelledBatch, Layout, TransformedBatches
+from dinov3_framework.data.loader import LabeledBatch, Layout, TransformedBatches
 from dinov3_framework.data.tokens import head_features, layers_complaint
 from dinov3_framework.errors import problems_at
 from dinov3_framework.parallel.sharder import Sharder, initialize
@@ -69,8 +69,7 @@ class TrainHead(TrainingMethod):
     @cached_property
     def described(self) -> LoadedBackbone:
         """The backbone on the meta device, with all that is known of it."""
-        config: Any = self.config  # has the keys of a BackboneTaskConfig
-        return describe_recipe_backbone(config, self.registry, simulated=self.simulated)
+        return describe_recipe_backbone(self.config, self.registry, simulated=self.simulated)
 
     def images(self) -> ImagesConfig:
         return self.described.images
@@ -80,20 +79,22 @@ class TrainHead(TrainingMethod):
         targets = {} if dataset is None else dict(dataset.targets)
         problems: list[Problem] = []
 
-        def build(key: str, **runtime: Any) -> Any:
+        def build(key: str, part: Any, **runtime: Any) -> Any:
             try:
-                return self.registry.build(getattr(self.config, key), **runtime)
+                return self.registry.build(part, **runtime)
             except UserError as error:
                 problems.extend(problems_at(key, error))
             except IndexError:
                 known = f"this backbone has 0 to {backbone.n_layers - 1}"
                 problems.append(Problem(key, f"asks for a layer that is not there; {known}"))
 
-        transform = build("transform", images=self.images(), targets=targets)
+        transform = build("transform", self.config.transform, images=self.images(), targets=targets)
         head = None
         if dataset is not None:
             with torch.device("meta"):
-                head = build("head", features=backbone.feature_info, targets=targets)
+                head = build(
+                    "head", self.config.head, features=backbone.feature_info, targets=targets
+                )
         if problems:
             raise RecipeError(problems)
         return HeadParts(backbone, transform, head, targets)
@@ -211,8 +212,8 @@ class TrainHead(TrainingMethod):
         return keyed_seed(self.config.seed, "init.head")
 
     def _loaded(self, sharder: Sharder, *, trains: bool) -> Any:
-        config: Any = self.config
-        return load_recipe_backbone(config, self.registry, sharder=sharder, trains=trains).backbone
+        loaded = load_recipe_backbone(self.config, self.registry, sharder=sharder, trains=trains)
+        return loaded.backbone
 
     def batches(
         self, prepared: HeadParts, dataset: Dataset | StreamDataset, layout: Layout
@@ -230,9 +231,9 @@ class TrainHead(TrainingMethod):
             )
         self._head(prepared)
         made_up = made_up_sample(prepared.targets, size, self.images().channels)
-        batch = LabelledBatch(prepared.transform.collate([prepared.transform(made_up)] * count))
+        batch = LabeledBatch(prepared.transform.collate([prepared.transform(made_up)] * count))
 
-        def empty() -> LabelledBatch:
+        def empty() -> LabeledBatch:
             return batch.changed(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
 
         yield SimulatedBatch(make=empty, rows=[("images of a micro-batch", f"{count:,}")])
@@ -260,10 +261,15 @@ class TrainHead(TrainingMethod):
 
     def usage(self, export: Path) -> str:
         run = export.parents[1]
-        weights = run if self.config.tune_backbone else self.config.weights or "..."
+        weights = run if self.config.tune_backbone else self.config.weights
+        # A backbone without weights is drawn again, from the same table and seed.
+        source = f'weights = "{weights}"\n  head = "{run}"'
+        if weights is None:
+            source = f'seed = {self.config.seed}\n  head = "{run}"\n\n  [backbone]'
+            source += "  # and [images], as in this recipe"
         return (
             "Evaluate the head, with a table [evaluations.NAME] for each evaluation in a recipe:\n"
-            f'\n  task = "evaluate"\n  weights = "{weights}"\n  head = "{run}"\n'
+            f'\n  task = "evaluate"\n  {source}\n'
         )
 
 

@@ -18,7 +18,7 @@ from dinov3_framework import (
     StepResult,
     TrainUnit,
 )
-from dinov3_framework.data.loader import LabelledBatch
+from dinov3_framework.data.loader import LabeledBatch
 from dinov3_framework.data.tokens import head_features
 from dinov3_framework.parallel.sharder import state_of, tensors_of
 from dinov3_framework.parallel.state_dicts import require_same
@@ -54,7 +54,7 @@ class HeadUnit(TrainUnit):
         for network in self.networks.values():
             network.train()  # an evaluation left them in eval mode
 
-    def forward(self, batch: LabelledBatch, step: Step) -> StepResult:
+    def forward(self, batch: LabeledBatch, step: Step) -> StepResult:
         images, targets = batch.samples.images, batch.samples.targets
         if not isinstance(images, Tensor):
             raise DataError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 from dinov3_framework import ExitCode, Job, JobHandle, Launcher, Resources, UserError
-from dinov3_launchers import SBATCH, SlurmConfig
+from dinov3_launchers import SlurmConfig
 
 if TYPE_CHECKING:
     import submitit
@@ -84,12 +84,20 @@ class SlurmLauncher(Launcher):
                 return 1  # a script can be shown where there is no Slurm
 
         config, asked = self.config, resources or Resources()
-        flags = {flag: getattr(config, option) for flag, option in SBATCH.items()} | {
+        flags = {
             "nodes": asked.nodes or config.nodes,
-            "ntasks": None,
             "ntasks-per-node": asked.processes_per_node or self._processes_per_node(),
             "gpus-per-node": config.gpus_per_node or None,
+            "cpus-per-task": config.cpus_per_process,
+            "mem": config.memory,
             "time": None if config.hours is None else math.ceil(config.hours * 60),
+            "partition": config.partition,
+            "account": config.account,
+            "qos": config.qos,
+            "constraint": config.constraint,
+            "exclude": config.exclude,
+            "nice": config.nice,
+            "comment": config.comment,
             "signal": f"USR2@{config.shutdown_timeout}",
             "requeue": config.requeue or None,
             "no-requeue": not config.requeue or None,

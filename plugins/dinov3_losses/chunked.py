@@ -20,8 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from dinov3_framework import StepOutputs
 from dinov3_losses.configs import PrototypeLossConfig
-from dinov3_losses.precision import full_precision
-from dinov3_losses.running import RunningLogSumExp
+from dinov3_losses.numerics import RunningLogSumExp, full_precision
 from dinov3_losses.sinkhorn import balance, check_temperature
 
 

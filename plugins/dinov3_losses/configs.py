@@ -89,13 +89,11 @@ class IbotConfig(PrototypeLossConfig):
 
 @config
 class KoLeoConfig(LossConfig):
-    """Spreads the class tokens of a batch: the log-distance of each to its nearest neighbour."""
+    """Spreads the class tokens of a batch: the log-distance of each to its nearest neighbor."""
 
-    topk: int = option(
-        "nearest neighbours that each sample is held from", default=1, check=positive
-    )
+    topk: int = option("nearest neighbors that each sample is held from", default=1, check=positive)
     distributed: bool = option(
-        "look for neighbours among the samples of all processes", default=False
+        "look for neighbors among the samples of all processes", default=False
     )
     group_size: int | None = option(
         "with distributed: look in groups of this many consecutive samples of the global batch, a "

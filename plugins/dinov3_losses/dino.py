@@ -12,7 +12,7 @@ from torch import Tensor
 from dinov3_framework import Loss, LossResult, Projector, StepOutputs, UserError
 from dinov3_losses.chunked import ChunkedCrossEntropy
 from dinov3_losses.configs import DinoConfig
-from dinov3_losses.precision import full_precision
+from dinov3_losses.numerics import full_precision
 from dinov3_losses.projector import PrototypeProjector
 from dinov3_losses.sinkhorn import sinkhorn_knopp
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dinov3_framework import Anchor, Loss, LossResult, StepOutputs, UserError, ViewFeatures
 from dinov3_losses.configs import GramConfig
-from dinov3_losses.precision import full_precision
+from dinov3_losses.numerics import full_precision
 
 
 class GramLoss(Loss):

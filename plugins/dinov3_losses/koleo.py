@@ -9,7 +9,7 @@ from torch import Tensor
 from dinov3_framework import Loss, LossResult, StepOutputs, UserError
 from dinov3_framework.runtime import collectives
 from dinov3_losses.configs import KoLeoConfig
-from dinov3_losses.precision import full_precision
+from dinov3_losses.numerics import full_precision
 
 EPSILON = 1e-8
 
@@ -37,7 +37,7 @@ class KoLeoLoss(Loss):
         return LossResult(mean * len(tokens), {"mean": mean.detach()})
 
     def _candidates(self, tokens: Tensor) -> tuple[Tensor, int]:
-        """Tokens [G, n, D] to look for neighbours among, and where in them our own B begin."""
+        """Tokens [G, n, D] to look for neighbors among, and where in them our own B begin."""
         if not self.config.distributed:
             return tokens, 0
         batch = tokens.shape[1]
@@ -58,19 +58,19 @@ def koleo_loss(tokens: Tensor, candidates: Tensor, first: int = 0, topk: int = 1
     """Mean of -log(distance) between unit tokens [G, B, D] and their ``topk`` nearest candidates.
 
     ``candidates`` [G, n, D] holds, per crop, the tokens themselves from place ``first`` on; a token
-    is not its own neighbour. Where there are fewer others than ``topk``, all of them count; where
+    is not its own neighbor. Where there are fewer others than ``topk``, all of them count; where
     there is none, the loss is 0. Tokens that coincide have a large but finite loss and gradient.
     """
     crops, batch, dim = tokens.shape
-    neighbours = min(topk, candidates.shape[1] - 1)
-    if neighbours == 0:
+    neighbors = min(topk, candidates.shape[1] - 1)
+    if neighbors == 0:
         return (tokens * 0).sum()
     with torch.no_grad():
         cosines = tokens @ candidates.mT  # [G, B, n]
         own = torch.arange(batch, device=tokens.device)
         cosines[:, own, own + first] = -torch.inf
-        nearest = cosines.topk(neighbours, dim=-1).indices  # [G, B, k]
+        nearest = cosines.topk(neighbors, dim=-1).indices  # [G, B, k]
     index = nearest.flatten(1)[..., None].expand(-1, -1, dim)
-    chosen = candidates.gather(1, index).view(crops, batch, neighbours, dim)
+    chosen = candidates.gather(1, index).view(crops, batch, neighbors, dim)
     distances = F.pairwise_distance(tokens[:, :, None], chosen, eps=EPSILON)
     return -(distances + EPSILON).log().mean()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dinov3_framework import UserError
 from dinov3_framework.runtime import collectives
-from dinov3_losses.running import RunningLogSumExp
+from dinov3_losses.numerics import RunningLogSumExp
 
 
 @torch.no_grad()

@@ -17,9 +17,9 @@ from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts.layouts import Shape
 from dinov3_framework.contracts.networks import Backbone
 from dinov3_framework.errors import CheckpointError, Problem, RecipeError
-from dinov3_framework.parallel.state_dicts import put
+from dinov3_framework.parallel.state_dicts import load_tensor
 from dinov3_framework.registry import Registry
-from dinov3_framework.runtime.agreement import RankFailure, together
+from dinov3_framework.runtime.agreement import RankFailure, run_on_all_ranks
 from dinov3_framework.weights.info import ComponentInfo
 from dinov3_framework.weights.locations import published_file
 from dinov3_framework.weights.source import WeightSource
@@ -132,9 +132,9 @@ def fill_frozen(
             for name, module in (projectors or {}).items():
                 state = {f"{name}.{inside}": t for inside, t in module.state_dict().items()}
                 for inside, tensor in source.projector_tensors(state):
-                    put(state[inside], tensor)
+                    load_tensor(state[inside], tensor)
 
     try:
-        together(fill)
+        run_on_all_ranks(fill)
     except RankFailure as failure:
         raise failure.for_process() from failure.own

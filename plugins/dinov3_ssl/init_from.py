@@ -18,7 +18,7 @@ from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts.layouts import Shape
 from dinov3_framework.contracts.networks import Backbone
 from dinov3_framework.errors import CheckpointError, Problem, RecipeError
-from dinov3_framework.parallel.state_dicts import put
+from dinov3_framework.parallel.state_dicts import load_tensor
 from dinov3_framework.registry import Registry
 from dinov3_framework.weights.matching import Match, match, patterns_for
 from dinov3_framework.weights.source import WeightSource
@@ -57,14 +57,14 @@ class InitialWeights:
         names = self.match.of(part)
         state = module.state_dict()
         for name, tensor in self._tensors(names):
-            put(state[_inside(name)], tensor)
+            load_tensor(state[_inside(name)], tensor)
         buffers = dict(module.named_buffers())
         drawn = [*map(_inside, names.new), *(name for name in buffers if name not in state)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             initial = initial_tensors(blueprint, drawn)
         for name, tensor in initial.items():
-            put(state[name] if name in state else buffers[name], tensor)
+            load_tensor(state[name] if name in state else buffers[name], tensor)
 
     def _tensors(self, names: Match) -> Iterator[tuple[str, Tensor]]:
         ours = [_inside(name) for name in names.loaded if name.startswith(BACKBONE)]

@@ -18,7 +18,7 @@ from dinov3_framework.parallel import sharder as parallel
 from dinov3_framework.parallel.sharder import Sharder
 from dinov3_framework.randomness import keyed_seed
 from dinov3_framework.registry import Registry
-from dinov3_framework.runtime.agreement import RankFailure, together
+from dinov3_framework.runtime.agreement import RankFailure, run_on_all_ranks
 from dinov3_ssl.frozen import FrozenWeights, described, fill_frozen
 
 
@@ -166,7 +166,7 @@ class Networks:
                     first.fill(name, module, whole[name], self._seed(name))
 
         try:
-            together(fill)
+            run_on_all_ranks(fill)
         except RankFailure as failure:
             raise failure.for_process() from failure.own
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dinov3_framework import Component, Layout, Published, hookimpl
-from dinov3_vit.components import COMPONENTS
+from dinov3_vit.components import COMPONENTS, PUBLISHED
 from dinov3_vit.layouts import LAYOUTS
-from dinov3_vit.published import PUBLISHED
 
 
 @hookimpl

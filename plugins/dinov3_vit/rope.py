@@ -206,7 +206,7 @@ class RotaryPositions(nn.Module):
         return RotaryTable(cos, sin)
 
     def _coordinates(self, height: int, width: int) -> Tensor:
-        """Rows and columns of patch centres, float32 [P, 2], in [-1, 1] along a whole side."""
+        """Rows and columns of patch centers, float32 [P, 2], in [-1, 1] along a whole side."""
         lengths = {
             "min": (min(height, width),) * 2,
             "max": (max(height, width),) * 2,

@@ -21,10 +21,10 @@ def features(cls: Any, labels: Any) -> Features:
 
 def clouds(count: int, seed: int, classes: int = 5, dim: int = 8) -> Features:
     """Overlapping clouds, so that votes are contested."""
-    centres = np.random.default_rng(0).normal(0, 1, (classes, dim))
+    centers = np.random.default_rng(0).normal(0, 1, (classes, dim))
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, count)
-    return features(centres[labels] + rng.normal(0, 1.2, (count, dim)), labels)
+    return features(centers[labels] + rng.normal(0, 1.2, (count, dim)), labels)
 
 
 def brute_force(
@@ -43,8 +43,8 @@ def brute_force(
         weights /= weights.sum()
         for count in k:
             votes = np.zeros(classes)
-            for neighbour, weight in zip(nearest[:count], weights, strict=False):
-                votes[int(train.labels[neighbour])] += weight
+            for neighbor, weight in zip(nearest[:count], weights, strict=False):
+                votes[int(train.labels[neighbor])] += weight
             right[count] += int(votes.argmax() == truth)
     return {count: hits / len(test.cls) for count, hits in right.items()}
 
@@ -80,7 +80,7 @@ def at_angles(*degrees: float) -> np.ndarray:
     return np.stack([np.cos(radians), np.sin(radians)], axis=1)
 
 
-def test_by_hand_one_near_neighbour_against_two_far_ones() -> None:
+def test_by_hand_one_near_neighbor_against_two_far_ones() -> None:
     train = features(at_angles(10, 40, 45), [0, 1, 1])
     test = features(at_angles(0), [0])
     # cosines 0.985, 0.766, 0.707: at T = 0.07 the first weighs e^(0.22 / 0.07) = 23 times the

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from attrs import field, frozen
-from dinov3_convnext.components import LAYOUTS, PUBLISHED
+from dinov3_convnext.components import PUBLISHED
 from dinov3_convnext.configs import PRESETS, ConvNextConfig, ConvNextTinyConfig
-from dinov3_convnext.layouts import HuggingFaceLayout, MetaLayout, TimmLayout
+from dinov3_convnext.layouts import LAYOUTS, HuggingFaceLayout, MetaLayout, TimmLayout
 from dinov3_convnext.network import ConvNeXt
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from dinov3_framework import CheckpointError, ImagesConfig, Layout
 
 SMALL: dict[str, Any] = {"depths": (1, 2, 1, 1), "dims": (8, 12, 16, 24)}
 IMAGES = ImagesConfig(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
-GREY = ImagesConfig(channels=1, mean=(0.3,), std=(0.2,))
+GRAY = ImagesConfig(channels=1, mean=(0.3,), std=(0.2,))
 
 
 @frozen
@@ -137,7 +137,7 @@ def test_from_hugging_face(transformers: Any, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("spec", [IMAGES, GREY])
+@pytest.mark.parametrize("spec", [IMAGES, GRAY])
 def test_to_hugging_face(transformers: Any, spec: ImagesConfig, tmp_path: Path) -> None:
     layout, channels = HuggingFaceLayout(), spec.channels
     model = convnext(in_chans=channels)
@@ -209,7 +209,7 @@ def test_from_timm(timm: Any, ls_init_value: float | None) -> None:
     ("spec", "options"),
     [
         (IMAGES, {"layer_scale_init_value": None}),
-        (GREY, {}),
+        (GRAY, {}),
         (ImagesConfig(channels=5, mean=(0.1,) * 5, std=(0.2,) * 5), {}),
     ],
 )

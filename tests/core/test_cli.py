@@ -141,7 +141,7 @@ def test_several_recipes_are_one_run_of_the_first_ones_name(
     assert main(words) == 0
     (job,) = trace.jobs
     assert job.output_dir == Path("runs/r"), "as with overrides: the same run on other machines"
-    assert job.command[-1] == "runs/r/recipe.toml"
+    assert job.command[3] == "runs/r/recipe.toml"
     job.run()
     ((config, _),) = trace.ran
     assert (config.iterations, config.seed, config.backbone.depth) == (8, 9, 3)
@@ -194,6 +194,27 @@ def test_a_fault_of_the_program_shows_its_traceback(
     err = capsys.readouterr().err
     assert "ZeroDivisionError: division by zero" in err
     assert err.splitlines()[-1].startswith("this is a fault of the program")
+
+
+def test_a_fault_of_a_plugin_names_its_distribution(
+    trace: Trace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "hats.py").write_text("def wear(hats):\n    return hats['top']\n")
+    told = tmp_path / "fine_hats-1.0.dist-info"
+    told.mkdir()
+    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: fine-hats\nVersion: 1.0\n")
+    (told / "entry_points.txt").write_text("[dinov3_framework]\nhats = hats:parts\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import hats  # type: ignore[import-not-found]
+
+    with pytest.raises(KeyError) as caught:
+        hats.wear({})
+    trace.run_error = caught.value
+    assert main(["r.toml"]) == ExitCode.FAILED
+    assert "a fault of a plugin of fine-hats" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_ctrl_c(trace: Trace, capsys: pytest.CaptureFixture[str]) -> None:
@@ -317,7 +338,7 @@ def test_a_launcher_gets_a_job(trace: Trace, monkeypatch: pytest.MonkeyPatch) ->
     assert main(arguments) == 7
     (job,) = trace.jobs
     assert job.command == [
-        *[sys.executable, "-m", "dinov3_framework", "runs/r/recipe.toml"],
+        *[sys.executable, "-m", "dinov3_framework", "runs/r/recipe.toml", "--launched"],
         *["--block-plugin", "a", "--block-plugin", "b"],
     ]
     assert blocked == [["a", "b"]]
@@ -343,9 +364,10 @@ def test_what_this_machine_lacks_other_machines_may_have(
     write("runs/r/recipe.toml", RECIPE + 'output_dir = "runs/r"\nlauncher = { use = "here" }\n')
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    assert main(["runs/r/recipe.toml"]) == ExitCode.WRONG_INPUT, "they look again, over there"
+    launched = trace.jobs[0].command[3:]
+    assert main(launched) == ExitCode.WRONG_INPUT, "they look again, over there"
     trace.missing = []
-    assert main(["runs/r/recipe.toml"]) == 0
+    assert main(launched) == 0
     assert len(trace.ran) == 1
 
 
@@ -373,24 +395,31 @@ def test_processes_that_are_already_there_need_no_launcher(
     assert capsys.readouterr().err == "[rank 3] no images\n"
 
 
-def test_launched_processes_do_not_check_again(
+@pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "2", "RANK": "0"}])
+def test_launched_processes_run_and_are_neither_checked_nor_launched_again(
     trace: Trace,
     write: Write,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    environment: dict[str, str],
 ) -> None:
-    write("runs/r/recipe.toml", RECIPE + 'output_dir = "runs/r"\n')
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    assert main(["runs/r/recipe.toml"]) == 0
-    assert (trace.worlds, len(trace.ran)) == ([], 1)
+    """Whatever environment their launcher gives them: else each would start the next."""
+    assert main(["r.toml", "--launcher", "here"]) == 0
+    (job,) = trace.jobs
+    write("runs/r/recipe.toml", RECIPE + 'output_dir = "runs/r"\nlauncher = { use = "here" }\n')
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    trace.worlds.clear()
+    capsys.readouterr()
+    assert main(job.command[3:]) == 0
+    assert (trace.worlds, len(trace.ran), len(trace.jobs)) == ([], 1, 1)
     assert capsys.readouterr().out == ""
-    write("over.toml", "iterations = 8")
-    assert main(["runs/r/recipe.toml", "over.toml"]) == 0
-    assert trace.worlds == [2], "with an overlay it is another recipe"
-    monkeypatch.delenv("RANK")
+
+
+def test_by_hand_a_runs_recipe_is_checked_like_any(trace: Trace, write: Write) -> None:
+    write("runs/r/recipe.toml", RECIPE + 'output_dir = "runs/r"\nlauncher = { use = "here" }\n')
     assert main(["runs/r/recipe.toml"]) == 0
-    assert trace.worlds == [2, 1], "by hand it is checked like any recipe"
+    assert (trace.worlds, len(trace.jobs)) == ([1], 1)
 
 
 # --------------------------------------------------------------------------- as a program

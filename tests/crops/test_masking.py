@@ -77,14 +77,14 @@ def test_tiny_grids(grid):
         assert made.sum() == count
 
 
-def neighbours_agree(mask: np.ndarray) -> float:
+def neighbors_agree(mask: np.ndarray) -> float:
     return float(np.mean(mask[:, 1:] == mask[:, :-1]))
 
 
 def test_masks_are_blocks_not_salt():
     rng = np.random.default_rng(0)
-    blocks = [neighbours_agree(block_mask(rng, MaskingConfig(), GRID, 60)) for _ in range(50)]
-    salt = [neighbours_agree(rng.permutation(196).reshape(GRID, GRID) < 60) for _ in range(50)]
+    blocks = [neighbors_agree(block_mask(rng, MaskingConfig(), GRID, 60)) for _ in range(50)]
+    salt = [neighbors_agree(rng.permutation(196).reshape(GRID, GRID) < 60) for _ in range(50)]
     assert np.mean(blocks) > 0.85
     assert np.mean(salt) < 0.65
 

@@ -230,7 +230,7 @@ def test_boxes_have_the_asked_area_and_aspect_ratio():
         (400, 10, (193, 0, 13, 10)),
     ],
 )
-def test_boxes_fall_back_to_the_centre(height, width, box):
+def test_boxes_fall_back_to_the_center(height, width, box):
     boxes = random_boxes(np.random.default_rng(0), 5, height, width, (0.9, 1.0), (3 / 4, 4 / 3))
     np.testing.assert_array_equal(boxes, [box] * 5)
 

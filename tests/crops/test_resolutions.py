@@ -58,7 +58,7 @@ def test_steps_are_shared_out_by_the_ratios():
     seen, wanted = np.bincount(chosen, minlength=5), steps * np.array(RATIOS)
     # A chi-square of four degrees of freedom is below this with probability 1 - 1e-3.
     assert (np.square(seen - wanted) / wanted).sum() < 18.5
-    # Steps are independent of each other: neighbours are equal as often as by chance.
+    # Steps are independent of each other: neighbors are equal as often as by chance.
     equal = np.mean(np.equal(chosen[1:], chosen[:-1]))
     assert equal == pytest.approx(np.square(RATIOS).sum(), abs=0.02)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from classify_support import GREY, Memory, grey_images, tiny
+from classify_support import GRAY, Memory, gray_images, tiny
 from process_groups import run_processes
 from torch import Tensor
 
@@ -25,7 +25,7 @@ def by_hand(images: list[Tensor | None], size: int | None = None) -> Tensor:
     for image in images:
         if image is not None:
             shown = image if size is None else evaluation_image(image, size)
-            rows.append(backbone(normalize(shown[None], GREY)))
+            rows.append(backbone(normalize(shown[None], GRAY)))
     return torch.cat(rows).detach()
 
 
@@ -38,10 +38,10 @@ def assert_same(found: Features, expected: Tensor, labels: list[int] | None) -> 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 10, 100])
 def test_they_stand_in_the_datasets_order(batch_size: int) -> None:
-    images, labels = grey_images(10), [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
+    images, labels = gray_images(10), [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
     backbone = tiny()
     found = extract_features(
-        backbone, Memory(images, labels), images=GREY, size=None, batch_size=batch_size
+        backbone, Memory(images, labels), images=GRAY, size=None, batch_size=batch_size
     )
     assert_same(found, by_hand(images), labels)
     assert found.skipped == 0
@@ -50,17 +50,17 @@ def test_they_stand_in_the_datasets_order(batch_size: int) -> None:
 
 
 def test_images_are_brought_to_size() -> None:
-    images = [*grey_images(2, size=9), *grey_images(2, seed=1, size=4)]
-    found = extract_features(tiny(), Memory(images), images=GREY, size=4)
+    images = [*gray_images(2, size=9), *gray_images(2, seed=1, size=4)]
+    found = extract_features(tiny(), Memory(images), images=GRAY, size=4)
     assert_same(found, by_hand(images, size=4), None)
 
 
 def test_corrupt_samples_are_left_out_counted_and_named(caplog: pytest.LogCaptureFixture) -> None:
-    images = grey_images(6)
+    images = gray_images(6)
     images[0] = images[4] = None
     with caplog.at_level(logging.WARNING):
         found = extract_features(
-            tiny(), Memory(images, [0, 1, 2, 3, 4, 5]), images=GREY, size=None, batch_size=2
+            tiny(), Memory(images, [0, 1, 2, 3, 4, 5]), images=GRAY, size=None, batch_size=2
         )
     assert_same(found, by_hand(images), [1, 2, 3, 5])
     assert found.skipped == 2
@@ -71,44 +71,44 @@ def test_corrupt_samples_are_left_out_counted_and_named(caplog: pytest.LogCaptur
 def test_modes_are_restored_as_they_were_even_after_an_error() -> None:
     backbone = tiny().train()
     backbone.linear.eval()
-    first = extract_features(backbone, Memory(grey_images(3)), images=GREY, size=None)
+    first = extract_features(backbone, Memory(gray_images(3)), images=GRAY, size=None)
     assert [backbone.training, backbone.linear.training, backbone.dropout.training] == [
         True,
         False,
         True,
     ]
-    again = extract_features(backbone, Memory(grey_images(3)), images=GREY, size=None)
+    again = extract_features(backbone, Memory(gray_images(3)), images=GRAY, size=None)
     assert torch.equal(first.cls, again.cls)  # dropout was off
     with pytest.raises(RuntimeError, match="shape"):
-        extract_features(backbone, Memory(grey_images(3, size=5)), images=GREY, size=None)
+        extract_features(backbone, Memory(gray_images(3, size=5)), images=GRAY, size=None)
     assert backbone.dropout.training
 
 
 def test_a_bf16_backbone_gives_float32_features() -> None:
-    images = grey_images(5)
-    found = extract_features(tiny().bfloat16(), Memory(images), images=GREY, size=None)
+    images = gray_images(5)
+    found = extract_features(tiny().bfloat16(), Memory(images), images=GRAY, size=None)
     torch.testing.assert_close(found.cls, by_hand(images), rtol=0.05, atol=0.3)
     assert found.cls.dtype == torch.float32
 
 
 def test_loader_workers_change_nothing() -> None:
-    images = grey_images(7)
+    images = gray_images(7)
     images[2] = None
     dataset = Memory(images, list(range(7)))
-    alone = extract_features(tiny(), dataset, images=GREY, size=None, batch_size=2)
-    found = extract_features(tiny(), dataset, images=GREY, size=None, batch_size=2, workers=2)
+    alone = extract_features(tiny(), dataset, images=GRAY, size=None, batch_size=2)
+    found = extract_features(tiny(), dataset, images=GRAY, size=None, batch_size=2, workers=2)
     assert_same(found, alone.cls, [0, 1, 3, 4, 5, 6])
     assert found.skipped == 1
 
 
 def test_raw_pixels_are_the_normalized_pixels() -> None:
-    images = grey_images(5)
+    images = gray_images(5)
     images[1] = None
-    found = raw_pixels(Memory(images, [1, 2, 3, 4, 5]), GREY, None, batch_size=2)
+    found = raw_pixels(Memory(images, [1, 2, 3, 4, 5]), GRAY, None, batch_size=2)
     kept = torch.stack([image for image in images if image is not None])
-    assert_same(found, normalize(kept, GREY).flatten(1), [1, 3, 4, 5])
+    assert_same(found, normalize(kept, GRAY).flatten(1), [1, 3, 4, 5])
     assert found.skipped == 1
-    resized = raw_pixels(Memory(grey_images(2, size=9)), GREY, 6)
+    resized = raw_pixels(Memory(gray_images(2, size=9)), GRAY, 6)
     assert resized.cls.shape == (2, 36)
 
 
@@ -118,24 +118,24 @@ def test_raw_pixels_are_the_normalized_pixels() -> None:
         (Memory([]), 4, "no images to evaluate"),
         (Memory([None, None]), 4, "none of 2 samples can be decoded, the first: image 0: half"),
         (Memory([None, None]), None, "not one sample can be decoded"),
-        (Memory([*grey_images(3), *grey_images(1, size=6)]), None, r"sample 3 has shape \[1, 6, 6"),
+        (Memory([*gray_images(3), *gray_images(1, size=6)]), None, r"sample 3 has shape \[1, 6, 6"),
         (Memory([torch.zeros(3, 4, 4, dtype=torch.uint8)]), 4, "sample 0: .* 3 channels"),
-        (Memory(grey_images(3), [1, None, 1]), None, "1 of 3 samples have no label"),
+        (Memory(gray_images(3), [1, None, 1]), None, "1 of 3 samples have no label"),
     ],
 )
 def test_datasets_that_cannot_be_evaluated(dataset: Memory, size: int | None, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        extract_features(tiny(), dataset, images=GREY, size=size, batch_size=2)
+        extract_features(tiny(), dataset, images=GRAY, size=size, batch_size=2)
 
 
 def test_images_of_another_channel_count_than_said() -> None:
     with pytest.raises(DataError, match="1 channels, the backbone takes 3"):
-        raw_pixels(Memory(grey_images(2)), ImagesConfig(), 4)
+        raw_pixels(Memory(gray_images(2)), ImagesConfig(), 4)
 
 
 def uneven() -> tuple[list[Tensor | None], list[int | None]]:
     """Eleven images, one of them corrupt: no multiple of processes or batch."""
-    images = grey_images(11)
+    images = gray_images(11)
     images[5] = None
     return images, [index % 3 for index in range(11)]
 
@@ -145,12 +145,12 @@ def on_some() -> dict[str, Any]:
     images, labels = uneven()
     backbone = tiny()
     dataset = Memory(images, labels)
-    found = extract_features(backbone, dataset, images=GREY, size=None, batch_size=2)
-    pixels = raw_pixels(dataset, GREY, None, batch_size=4)
+    found = extract_features(backbone, dataset, images=GRAY, size=None, batch_size=2)
+    pixels = raw_pixels(dataset, GRAY, None, batch_size=4)
     # Only one process reads the image of another size, and all must hear of it.
-    misfit = Memory([*images[:3], *grey_images(1, size=6)])
+    misfit = Memory([*images[:3], *gray_images(1, size=6)])
     try:
-        extract_features(backbone, misfit, images=GREY, size=None, batch_size=1)
+        extract_features(backbone, misfit, images=GRAY, size=None, batch_size=1)
         error = "none"
     except DataError as caught:
         error = str(caught)
@@ -174,7 +174,7 @@ def test_processes_share_the_work_and_all_get_everything(tmp_path: Path, world: 
         torch.testing.assert_close(result["cls"], by_hand(images))
         assert result["labels"].tolist() == [labels[i] for i in range(11) if i != 5]
         assert result["skipped"] == 1
-        torch.testing.assert_close(result["pixels"], normalize(kept, GREY).flatten(1))
+        torch.testing.assert_close(result["pixels"], normalize(kept, GRAY).flatten(1))
         assert result["error"].startswith("sample 3 has shape [1, 6, 6]")
         assert result["calls"] == results[0]["calls"]
     assert sum(sum(result["calls"]) for result in results) < 2 * (11 + 4)  # shared, not repeated

@@ -215,7 +215,7 @@ def test_what_is_no_image(name: str, wrong: Any) -> None:
         fit(name, 16)(wrong)
 
 
-def test_the_transform_goes_from_a_file_to_normalised_floats(tmp_path: Path) -> None:
+def test_the_transform_goes_from_a_file_to_normalized_floats(tmp_path: Path) -> None:
     rgb = ImagesConfig(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     Image.new("RGB", (33, 40), (51, 102, 153)).save(tmp_path / "a.png")
     transform = EvaluationTransform(ImageFit(rgb, 8, "crop", 16))

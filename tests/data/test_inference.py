@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from classify_support import GREY, Memory, grey_images
+from classify_support import GRAY, Memory, gray_images
 from torch import Tensor
 
 from dinov3_framework import CorruptSampleError, DataError, Dataset, RecipeError, Sample
@@ -98,9 +98,9 @@ def test_what_is_wrong_with_samples_is_reported_and_not_raised() -> None:
 
 # --------------------------------------------------------------------------- what becomes of them
 def test_images_are_fitted_and_targets_go_along() -> None:
-    images = [*grey_images(2, size=9), *grey_images(1, size=20), *grey_images(1, size=9)]
+    images = [*gray_images(2, size=9), *gray_images(1, size=20), *gray_images(1, size=9)]
     dataset = Memory(images, [3, 1, 4, 1])
-    fit = ImageFit(GREY, 4, "pad")
+    fit = ImageFit(GRAY, 4, "pad")
     (batch,) = InferenceLoader(
         dataset, FitSamples(fit), [range(4)], collate=FittedImages.collate, workers=1
     )

@@ -62,7 +62,7 @@ def test_samples_stand_anywhere() -> None:
     assert ((counts - expected) ** 2 / expected).sum() < 140  # p = 5e-5
 
 
-def test_neighbours_do_not_stay_together() -> None:
+def test_neighbors_do_not_stay_together() -> None:
     size = 4000
     numbers = np.array(order(ShuffledStream(size, seed=2), 0))
     correlation = np.corrcoef(numbers[:-1], numbers[1:])[0, 1]

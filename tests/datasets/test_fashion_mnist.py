@@ -45,11 +45,11 @@ def test_content(split: str, count: int, checksum: str) -> None:
     assert digest.hexdigest() == checksum
 
 
-def test_three_channels_repeat_the_grey_value() -> None:
-    grey, color = build()[17], build(channels=3)[17]
+def test_three_channels_repeat_the_gray_value() -> None:
+    gray, color = build()[17], build(channels=3)[17]
     assert color.image.shape == (3, 28, 28)
-    assert all(torch.equal(channel, grey.image[0]) for channel in color.image)
-    assert color.label == grey.label
+    assert all(torch.equal(channel, gray.image[0]) for channel in color.image)
+    assert color.label == gray.label
 
 
 def test_other_channel_counts_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Folders of images: what is found, how it is labelled, what is refused."""
+"""Folders of images: what is found, how it is labeled, what is refused."""
 
 from __future__ import annotations
 

@@ -121,8 +121,8 @@ def test_the_report_on_several(
     assert cli.main([str(MULTI), *words]) == 0
     out = "\n".join(" ".join(line.split()) for line in capsys.readouterr().out.splitlines())
     for part in (
-        "images per step 20, all of which every student sees",
-        "of the teacher 8 x 1 micro-batches x 3 at most",
+        "images per step 20, all of which each of them sees",
+        "shown to the teacher 8 x 1 micro-batches x 3 at most",
         "of wide 4 x 1 micro-batches x 5",
         "of conv 2 x 1 micro-batches x 10",
         "narrow: memory of a process",

@@ -76,7 +76,7 @@ def test_stopped_and_killed_it_goes_on(
     started.process.send_signal(signal.SIGTERM)
     done = started.finish()
     assert done.returncode == ExitCode.REQUEUE, done.stderr
-    assert "of 30 parts are written, the same command goes on" in done.stderr
+    assert "of 30 parts; the state is saved, the same command goes on" in done.stderr
 
     started = start(output, *given, *launcher, recipe=RECIPE)
     wait_for_parts(started, output, more=1)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from classify_support import GREY, ClustersConfig, TinyConfig, knn, registry, tiny
+from classify_support import GRAY, ClustersConfig, TinyConfig, knn, registry, tiny
 from dinov3_heads import EvaluateConfig
 from dinov3_heads.evaluate import Evaluate
 from heads_support import RECIPE, SEGMENTATION, TUNED
@@ -34,7 +34,7 @@ def weights(tmp_path: Path) -> str:
         tiny(1).state_dict(),
         component="tiny",
         config={"size": 4},
-        images=GREY,
+        images=GRAY,
         size=4,
         provenance={"iterations": "7"},
     )
@@ -77,7 +77,7 @@ def test_the_hash_is_that_of_the_values(tmp_path: Path, weights: str) -> None:
         tiny(1).state_dict(),
         component="tiny",
         config={"size": 4},
-        images=GREY,
+        images=GRAY,
         size=4,
         provenance={},
     )
@@ -94,7 +94,7 @@ def test_a_randomly_initialized_backbone_repeats_with_its_seed(tmp_path: Path) -
     names = ("a", "b", "c")
     hard = {"knn": knn(test=ClustersConfig(count=400, seed=1))}
     for name, seed in zip(names, (0, 0, 1), strict=True):
-        task(backbone=TinyConfig(), images=GREY, seed=seed, evaluations=hard).run(tmp_path / name)
+        task(backbone=TinyConfig(), images=GRAY, seed=seed, evaluations=hard).run(tmp_path / name)
     first, again, other = (
         json.loads((tmp_path / name / "results.json").read_text())["evaluations"]["knn"][1]
         for name in names
@@ -117,7 +117,7 @@ def test_the_check_reports_and_writes_nothing(tmp_path: Path, weights: str) -> N
     assert data == "clusters, 40 images; classified: clusters, 20 images"
     assert processes == ("processes", "2")
     assert not report.missing
-    described = task(backbone=TinyConfig(), images=GREY).check(1)
+    described = task(backbone=TinyConfig(), images=GRAY).check(1)
     assert ("weights", "random, seed 0") in described.sections["backbone"]
     assert sorted(tmp_path.iterdir()) == before
 
@@ -136,7 +136,7 @@ def test_data_that_are_not_here_are_missing_and_not_wrong(weights: str, tmp_path
         ({}, "there is no backbone to look at"),
         ({"weights": "gone.safetensors"}, "weights: there is no file gone.safetensors"),
         ({"backbone": TinyConfig()}, r"weights bring their own backbone"),
-        ({"images": GREY}, "weights know what images"),
+        ({"images": GRAY}, "weights know what images"),
         ({"evaluations": {}}, "evaluations: there is nothing to measure"),
         ({"evaluations": {"knn": knn(k=(1, 41))}}, "evaluations.knn.k: 41 neighbors"),
         ({"evaluations": {"a": knn(size=5)}}, "evaluations.a.size: 5 px are no multiple"),
@@ -150,18 +150,18 @@ def test_recipes_that_cannot_work(weights: str, options: dict[str, Any], message
 
 def test_channels_are_set_once() -> None:
     with pytest.raises(RecipeError, match=r"backbone.in_chans: is 3, but images.channels is 1"):
-        task(backbone=TinyConfig(in_chans=3), images=GREY).check(1)
+        task(backbone=TinyConfig(in_chans=3), images=GRAY).check(1)
     color = task(backbone=TinyConfig(in_chans=3), images=ImagesConfig())
     assert ("parameters", "288") in color.check(1).sections["backbone"]
 
 
 def test_every_mistake_at_once() -> None:
     with pytest.raises(RecipeError) as caught:
-        task(weights="gone", backbone=TinyConfig(), images=GREY).check(1)
+        task(weights="gone", backbone=TinyConfig(), images=GRAY).check(1)
     assert [problem.where for problem in caught.value.problems] == ["backbone", "images", "weights"]
-    wrong = {"a": knn(k=(41,)), "b": knn(test=ClustersConfig(labelled=False))}
+    wrong = {"a": knn(k=(41,)), "b": knn(test=ClustersConfig(labeled=False))}
     with pytest.raises(RecipeError) as caught:
-        task(backbone=TinyConfig(), images=GREY, evaluations=wrong).check(1)
+        task(backbone=TinyConfig(), images=GRAY, evaluations=wrong).check(1)
     places = [problem.where for problem in caught.value.problems]
     assert places == ["evaluations.a.k", "evaluations.b.test"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from classify_support import GREY, ClustersConfig, FakeRun, knn, registry, tiny
+from classify_support import GRAY, ClustersConfig, FakeRun, knn, registry, tiny
 from dinov3_heads import EvaluateWhileTrainingConfig
 from dinov3_heads.observer import EvaluateWhileTraining
 
@@ -107,7 +107,7 @@ def test_several_evaluations_have_their_names_before_their_metrics(run: FakeRun)
     ("options", "message"),
     [
         ({"k": (1, 41)}, r"evaluations.knn.k: 41 neighbors are asked for, the training set has 40"),
-        ({"train": ClustersConfig(labelled=False)}, "knn.train: k-NN needs labels; clusters"),
+        ({"train": ClustersConfig(labeled=False)}, "knn.train: k-NN needs labels; clusters"),
         ({"test": ClustersConfig(names=("a", "b", "c", "e"))}, "d, e in one of them only"),
     ],
 )
@@ -121,10 +121,10 @@ def test_data_that_do_not_fit_fail_at_the_start(
 def test_a_check_tells_what_is_missing_and_what_does_not_fit_the_model() -> None:
     build = registry().build
     with pytest.raises(DataError, match=r"evaluations.knn: clusters: not on this machine"):
-        observer(knn=knn(test=ClustersConfig(there=False))).check(build, GREY)
+        observer(knn=knn(test=ClustersConfig(there=False))).check(build, GRAY)
     with pytest.raises(RecipeError, match="evaluations: there is nothing to measure"):
-        EvaluateWhileTraining(EvaluateWhileTrainingConfig(evaluations={})).check(build, GREY)
+        EvaluateWhileTraining(EvaluateWhileTrainingConfig(evaluations={})).check(build, GRAY)
     odd = observer(knn=knn(size=5))
-    odd.check(build, GREY)
+    odd.check(build, GRAY)
     with pytest.raises(RecipeError, match=r"evaluations.knn.size: 5 px are no multiple"):
-        odd.check_model(Model(tiny(), GREY))
+        odd.check_model(Model(tiny(), GRAY))

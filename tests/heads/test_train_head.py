@@ -17,7 +17,10 @@ from dinov3_framework.weights.heads import load_head
 pytestmark = pytest.mark.slow
 
 KILL = ("observers.kill.use=signal_at", "observers.kill.signal=SIGKILL")
-LONG = ("iterations=60", "observers.score.every=60", "checkpoint.every=60", "log_every=20")
+LONG = (
+    *("iterations=120", "dataset.count=300", "log_every=20"),
+    *("observers.score.every=120", "checkpoint.every=120"),
+)
 TWO = ("launcher.use=local", "launcher.processes=2")
 BF16 = ("parallel.param_dtype=bf16",)
 
@@ -59,7 +62,7 @@ def test_the_export_stands_alone(learned: Path) -> None:
     assert loaded.head.targets["label"].classes == ("a", "b", "c", "d")
     assert loaded.images.channels == 1
     assert loaded.size == 28
-    assert loaded.provenance["iterations"] == "60"
+    assert loaded.provenance["iterations"] == "120"
     for name, value in loaded.head.state_dict().items():
         assert torch.equal(value, state[name])
 
@@ -68,7 +71,7 @@ def test_a_frozen_backbone_is_in_no_checkpoint_and_not_exported(
     learned: Path, tmp_path: Path
 ) -> None:
     assert [path.name for path in (learned / "exports").iterdir()] == ["head.safetensors"]
-    names = saved(learned, 60, tmp_path)
+    names = saved(learned, 120, tmp_path)
     assert {name.partition(".")[0] for name in names} == {"head", "optimizer"}
 
 

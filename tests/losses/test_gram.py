@@ -73,7 +73,7 @@ def test_negative_similarities() -> None:
     assert only == pytest.approx((1 + 1) / 4)
 
 
-def test_without_normalisation() -> None:
+def test_without_normalization() -> None:
     student, anchor = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 3.0]])
     assert gram_loss(student, anchor) == 0
     assert gram_loss(student, anchor, normalized=False) == (4 - 9) ** 2

@@ -50,7 +50,7 @@ def test_descent_spreads() -> None:
     assert torch.pdist(after).min() > 2 * torch.pdist(before).min()
 
 
-def test_one_sample_has_no_neighbour() -> None:
+def test_one_sample_has_no_neighbor() -> None:
     cls = randn(2, 1, 8).requires_grad_()
     loss, mean = run(cls)
     loss.backward()
@@ -79,13 +79,13 @@ def test_finite_in_corner_cases(special: str, dtype: torch.dtype) -> None:
     assert cls.grad.isfinite().all()
 
 
-def test_a_token_is_not_its_own_neighbour() -> None:
-    # Of two opposite tokens, each is as far from the other as can be, yet its only neighbour.
+def test_a_token_is_not_its_own_neighbor() -> None:
+    # Of two opposite tokens, each is as far from the other as can be, yet its only neighbor.
     cls = torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]])
     assert run(cls)[0].item() == pytest.approx(-math.log(2), rel=1e-5)
 
 
-def test_fewer_samples_than_neighbours() -> None:
+def test_fewer_samples_than_neighbors() -> None:
     cls = randn(1, 3, 8)
     assert run(cls, topk=9)[0] == run(cls, topk=2)[0]
 

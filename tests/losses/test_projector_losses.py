@@ -58,7 +58,7 @@ def test_projector_names_and_shapes() -> None:
     ]
 
 
-def test_projector_normalises_before_the_prototypes() -> None:
+def test_projector_normalizes_before_the_prototypes() -> None:
     head = projector()
     tokens = randn(3, 5)
     embedding = head.mlp(tokens)

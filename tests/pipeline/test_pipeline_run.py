@@ -56,7 +56,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted chain of four stages, with an observer in the second."""
     folder = tmp_path_factory.mktemp("whole")
-    watched = f'{CHAIN}{KNN}\n[stages.adapt.recipe.observers.knn]\nuse = "knn"\nevery = 4\n'
+    watched = f'{CHAIN}{KNN}\n[stages.adapt.recipe.observers.score]\nuse = "evaluate"\nevery = 4\n'
+    watched += '[stages.adapt.recipe.observers.score.evaluations.knn]\nuse = "knn"\n'
     watched += 'train = { use = "fashion_mnist", split = "test" }\n'
     watched += 'test = { use = "fashion_mnist", split = "test" }\n'
     assert start(write_chain(folder, watched), folder / "out") == 0
@@ -139,8 +140,8 @@ def test_a_stage_that_is_added_is_run(whole: Path) -> None:
     assert start(recipe, whole) == 0
     assert "Stage last (3 of 5) is complete and is skipped." in (whole / "run.log").read_text()
     results = json.loads((whole / "results.json").read_text())["stages"]
-    figures = [[row["knn@10"] for row in results[name]["knn"]] for name in ("again", "knn")]
-    assert figures[0] == figures[1]
+    again, before_it = (results[name]["evaluations"]["knn"] for name in ("again", "knn"))
+    assert [row["knn@10"] for row in again] == [row["knn@10"] for row in before_it]
     assert (whole / "last" / "results.json").stat().st_mtime_ns == before
 
 

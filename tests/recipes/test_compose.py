@@ -231,7 +231,7 @@ def test_a_circle_is_shown(write: Write) -> None:
     assert text.startswith("c.toml: extends:")
 
 
-def test_a_missing_base_names_its_neighbours(write: Write) -> None:
+def test_a_missing_base_names_its_neighbors(write: Write) -> None:
     write("base.toml", "x = 1")
     write("top.toml", 'extends = ["bas.toml", "nowhere/base.toml"]')
     text = mistakes("top.toml")

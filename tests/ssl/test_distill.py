@@ -127,10 +127,10 @@ def test_a_backbone_alone_gets_new_projectors_aloud(teacher: Path, tmp_path: Pat
 
 def test_new_prototypes_tell_tokens_apart_however_close_they_are() -> None:
     torch.manual_seed(0)
-    centre = torch.randn(48)
+    center = torch.randn(48)
     config = ProjectorConfig(n_prototypes=512, bottleneck_dim=32, hidden_dim=64)
     for spread in (1.0, 0.1):
-        tokens = centre + spread * torch.randn(400, 48)
+        tokens = center + spread * torch.randn(400, 48)
         projector = PrototypeProjector(config, 48)
         assert projector.fit(tokens)
         with torch.no_grad():

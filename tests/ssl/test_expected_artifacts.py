@@ -16,7 +16,7 @@ from dinov3_framework.weights.sharded import open_newest
 GRAM = (
     "losses.gram.use=gram",
     "augmentation.anchor_size=28",
-    "losses.centre.use=centre",
+    "losses.center.use=center",
     "checkpoint.every=2",
 )
 

@@ -154,9 +154,9 @@ def test_training_only_settings_may_differ(tmp_path: Path) -> None:
         assert_same(whole(ours.unit.placed.teacher["backbone"]), vit().state_dict())
 
 
-def test_grey_images_whose_scale_the_weights_do_not_say(tmp_path: Path) -> None:
-    torch.save(vit(in_chans=1).state_dict(), tmp_path / "grey.pth")
-    weights = f"init_from.weights={tmp_path / 'grey.pth'}"
+def test_gray_images_whose_scale_the_weights_do_not_say(tmp_path: Path) -> None:
+    torch.save(vit(in_chans=1).state_dict(), tmp_path / "gray.pth")
+    weights = f"init_from.weights={tmp_path / 'gray.pth'}"
     with trainer(tmp_path / "new", weights, 'init_from.differing=["images"]') as ours:
         assert_same(whole(ours.unit.placed.teacher["backbone"]), vit(in_chans=1).state_dict())
 

@@ -214,15 +214,15 @@ def test_other_images(tmp_path: Path) -> None:
     pretrain(*overrides, 'init_from.differing=["images"]').check(1)
 
 
-def test_colour_for_grey(tmp_path: Path) -> None:
+def test_colour_for_gray(tmp_path: Path) -> None:
     found = problems(f"init_from.weights={own_export(tmp_path, vit())}")
     assert found.keys() == {"images", "init_from"}
     assert "patch_embed.proj.weight: [32, 3, 7, 7] in the weights" in found["init_from"][0]
 
 
-def test_grey_weights_that_do_not_say_their_scale(tmp_path: Path) -> None:
-    torch.save(vit(in_chans=1).state_dict(), tmp_path / "grey.pth")
-    message, hint = problems(f"init_from.weights={tmp_path / 'grey.pth'}")["init_from.weights"]
+def test_gray_weights_that_do_not_say_their_scale(tmp_path: Path) -> None:
+    torch.save(vit(in_chans=1).state_dict(), tmp_path / "gray.pth")
+    message, hint = problems(f"init_from.weights={tmp_path / 'gray.pth'}")["init_from.weights"]
     assert "nothing says how their values are scaled" in message
     assert 'init_from.differing = ["images"]' in hint
 

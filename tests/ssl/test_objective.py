@@ -175,9 +175,9 @@ def test_projecting_without_a_projector_is_said(tmp_path: Path) -> None:
 
 
 def test_state_is_the_losses_buffers(tmp_path: Path) -> None:
-    with trainer(tmp_path, "losses.c.use=centre") as ours:
-        assert set(ours.unit.objective.named_state()) == {"losses.c.centre"}
-        assert "losses.c.centre" in ours.tensors()
+    with trainer(tmp_path, "losses.c.use=center") as ours:
+        assert set(ours.unit.objective.named_state()) == {"losses.c.center"}
+        assert "losses.c.center" in ours.tensors()
 
 
 def test_a_loss_weight_may_be_a_schedule() -> None:

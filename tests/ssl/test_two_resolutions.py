@@ -194,10 +194,10 @@ class Tables:
         for grid, angles in self.made:
             period, patches = float(self.rope.periods[-1]), angles[self.rope.n_unturned :]
             rows, columns = (patches[:, place] * period / (2 * math.pi) for place in (3, 7))
-            centres = 2 * (torch.arange(grid) + 0.5) / grid - 1
-            factor = float(rows[-1] / centres[-1])
-            torch.testing.assert_close(rows, factor * centres.repeat_interleave(grid))
-            torch.testing.assert_close(columns, factor * centres.repeat(grid))
+            centers = 2 * (torch.arange(grid) + 0.5) / grid - 1
+            factor = float(rows[-1] / centers[-1])
+            torch.testing.assert_close(rows, factor * centers.repeat_interleave(grid))
+            torch.testing.assert_close(columns, factor * centers.repeat(grid))
             found.append((grid, round(factor, 5)))
         return found
 

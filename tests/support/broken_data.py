@@ -258,7 +258,7 @@ class ToyDatasetConfig(DatasetConfig):
 
 
 class SoundDataset(Dataset):
-    """Grey levels by index; every third image is corrupt."""
+    """Gray levels by index; every third image is corrupt."""
 
     targets = {"label": Target("class", n_classes=4)}  # noqa: RUF012
 
@@ -291,7 +291,7 @@ class Floats(SoundDataset):
         return Sample(super().__getitem__(index).image.float())
 
 
-class Grey(SoundDataset):
+class Gray(SoundDataset):
     def __getitem__(self, index: int) -> Sample:
         return Sample(super().__getitem__(index).image[:1])
 
@@ -394,7 +394,7 @@ DATASETS: dict[str, tuple[Callable[..., Any], str]] = {
     "empty": (Empty, "holds no image"),
     "all corrupt": (AllCorrupt, "not one of 16 samples"),
     "floats": (Floats, "torch.float32, neither"),
-    "grey": (Grey, r"\[1, 5, 6\], not \[3, H, W\]"),
+    "gray": (Gray, r"\[1, 5, 6\], not \[3, H, W\]"),
     "tensor label": (TensorLabel, "'label' of sample 0 is a Tensor"),
     "high label": (HighLabel, "'label' of sample 0 is 4, no class, 4 classes"),
     "other target": (OtherTarget, "has a target 'depth'"),

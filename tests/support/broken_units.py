@@ -71,7 +71,7 @@ class Network(SoundBackbone):
             self.seen.zero_()
 
 
-class Grey(Transform):
+class Gray(Transform):
     """4 by 4 pixels, all of the sample's mean."""
 
     def __call__(self, sample: Sample) -> Sample:
@@ -137,7 +137,7 @@ class SoundMethod(TrainingMethod):
     def batches(
         self, prepared: Network, dataset: Dataset | StreamDataset, layout: Layout
     ) -> TransformedBatches:
-        return TransformedBatches(dataset, Grey(), layout, self.config.seed, 0)
+        return TransformedBatches(dataset, Gray(), layout, self.config.seed, 0)
 
 
 def _method(unit: type[SoundUnit]) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ from dinov3_framework.kinds import BackboneConfig, Component, DatasetConfig
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
 
-GREY = ImagesConfig(channels=1, mean=(0.5,), std=(0.25,))
+GRAY = ImagesConfig(channels=1, mean=(0.5,), std=(0.25,))
 
 
 class Memory(Dataset):
@@ -48,7 +48,7 @@ class Memory(Dataset):
         return Sample(image, {} if label is None else {"label": label})
 
 
-def grey_images(count: int, seed: int = 0, size: int = 4) -> list[Tensor | None]:
+def gray_images(count: int, seed: int = 0, size: int = 4) -> list[Tensor | None]:
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (count, 1, size, size)).astype(np.uint8)
     return list(torch.from_numpy(pixels))
@@ -93,11 +93,11 @@ def tiny(seed: int = 0, **options: Any) -> Tiny:
 
 @config
 class ClustersConfig(DatasetConfig):
-    """Grey images of four classes, each noise around a pattern of its own."""
+    """Gray images of four classes, each noise around a pattern of its own."""
 
     count: int = option("images", default=40)
     seed: int = option("seed of the noise", default=0)
-    labelled: bool = option("whether there are labels", default=True)
+    labeled: bool = option("whether there are labels", default=True)
     there: bool = option("whether this machine has it", default=True)
     names: tuple[str, ...] = option("names of the classes", default=("a", "b", "c", "d"))
 
@@ -114,15 +114,15 @@ class Clusters(Dataset):
         noise = rng.normal(0, 40, (config.count, channels, 4, 4))
         pixels = (patterns[self.labels] + noise).clip(0, 255).astype(np.uint8)
         self.images = torch.from_numpy(pixels)
-        self.labelled = config.labelled
-        if config.labelled:
+        self.labeled = config.labeled
+        if config.labeled:
             self.targets = {"label": Target("class", classes=config.names)}
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:
-        return Sample(self.images[index], {"label": self.labels[index]} if self.labelled else {})
+        return Sample(self.images[index], {"label": self.labels[index]} if self.labeled else {})
 
     def describe(self) -> str:
         return f"clusters, {len(self)} images"
@@ -146,7 +146,7 @@ class FakeRun:
     """A run of four iterations whose teacher can be exchanged."""
 
     def __init__(self, output_dir: Path, teacher: Backbone, initial: Backbone) -> None:
-        self.output_dir, self.images, self.total_iterations = output_dir, GREY, 4
+        self.output_dir, self.images, self.total_iterations = output_dir, GRAY, 4
         self.is_main, self.device, self.patch_size = True, torch.device("cpu"), 2
         self.teacher, self.initial = teacher, initial
         self.built = 0
@@ -157,7 +157,7 @@ class FakeRun:
         return registry().build(config, **runtime)
 
     def model(self) -> Model:
-        return Model(self.teacher, GREY, name="trained teacher")
+        return Model(self.teacher, GRAY, name="trained teacher")
 
     def initial_model(self) -> Model:
-        return Model(self.initial, GREY, name="backbone before training")
+        return Model(self.initial, GRAY, name="backbone before training")

@@ -7,6 +7,7 @@ nothing of a config's ``depth``, and ``getattr`` over all fields nothing at all.
 from __future__ import annotations
 
 import ast
+import importlib
 import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -196,11 +197,14 @@ def _within(path: str, module: str, line: int) -> tuple[str, str] | None:
 def unread_fields(cls: type, reads: Iterable[Read], core: str) -> list[str]:
     """Fields of a config that neither ``core`` nor the config's own package reads.
 
-    A read counts if the object is known to be of the class or a base of it; what a base of
-    ``core`` declares, such as a loss's weight, is for any package to read. Inside the class itself
+    A read counts if the object is known to be of the class, a base of it or a protocol of ``core``
+    that it meets; what a base of ``core`` declares, such as a loss's weight, is for any package to
+    read. Inside the class itself
     it counts if it happens in a method or property that somebody else reads in turn.
     """
     line = {f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__}
+    receivers = {read.receiver for read in reads if read.receiver.startswith(f"{core}.")}
+    line |= {receiver for receiver in receivers if _meets(cls, receiver)}
     packages = {core, *(base.__module__.partition(".")[0] for base in cls.__mro__)}
     ours = [
         read
@@ -218,6 +222,20 @@ def unread_fields(cls: type, reads: Iterable[Read], core: str) -> list[str]:
     while more := {name for method, name in inside if method in live} - live:
         live |= more
     return sorted(attribute.name for attribute in attrs.fields(cls) if attribute.name not in live)
+
+
+@cache
+def _meets(cls: type, receiver: str) -> bool:
+    """Whether a config class has the properties that the protocol of a full name asks for."""
+    module, _, name = receiver.rpartition(".")
+    try:
+        protocol = getattr(importlib.import_module(module), name, None)
+    except ImportError:  # a class in a class
+        return False
+    if not getattr(protocol, "_is_protocol", False):
+        return False
+    asked = {name for name, member in vars(protocol).items() if isinstance(member, property)}
+    return bool(asked) and asked <= {attribute.name for attribute in attrs.fields(cls)}
 
 
 def with_nested(cls: type) -> Iterator[type]:

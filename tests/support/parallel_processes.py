@@ -11,7 +11,7 @@ import torch.distributed as dist
 from checkpoint_processes import whole
 from dinov3_ssl.networks import Networks
 from torch import Tensor
-from trainer_support import pretrain, steps, trainer_of
+from trainer_support import pretrain, save, steps, trainer_of
 
 from dinov3_framework.parallel import ParallelConfig
 from dinov3_framework.parallel.meshes import mesh_of
@@ -28,12 +28,12 @@ def started(output: Path, *overrides: str) -> Trainer:
     return trainer_of(task, output)
 
 
-def learn(output: Path, count: int, *overrides: str, save: bool = False) -> dict[str, Any]:
+def learn(output: Path, count: int, *overrides: str, kept: bool = False) -> dict[str, Any]:
     """Some steps from where a run was left: its figures, and all of its state, whole."""
     ours = started(output, *overrides)
     ours.resume()
     begun, figures = ours.done, steps(ours, count)
-    if save:
+    if kept:
         save(ours)
     mesh = mesh_of(ours.unit.placed.student["backbone"])
     return {
@@ -50,7 +50,7 @@ def four(folder: Path, recipe: tuple[str, ...]) -> dict[str, Any]:
     replicas = ("parallel.replicas=2",)
     return {
         "sharded": learn(folder / "sharded", 2, *recipe),
-        "replicated": learn(folder / "replicated", 2, *recipe, *replicas, save=True),
+        "replicated": learn(folder / "replicated", 2, *recipe, *replicas, kept=True),
         "whole": learn(folder / "whole", 2, *recipe, "parallel.replicas=4"),
         "full": learn(folder / "full", 2, *recipe, "parallel.checkpointing=full"),
         "selective": learn(folder / "selective", 2, *recipe, "parallel.checkpointing=selective"),

@@ -16,7 +16,7 @@ from dinov3_framework.parallel.state_dicts import full_state_dict
 from dinov3_framework.registry import Registry
 from dinov3_framework.weights.export import export_backbone
 
-GREY = ImagesConfig(channels=1, mean=(0.25,), std=(0.5,))
+GRAY = ImagesConfig(channels=1, mean=(0.25,), std=(0.5,))
 
 
 @config

@@ -32,7 +32,7 @@ from dinov3_framework.testing import (
 
 VIT: dict[str, Any] = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 HEAD = {"n_prototypes": 32, "bottleneck_dim": 8, "hidden_dim": 16}
-GREY = ImagesConfig(channels=1, mean=(0.3,), std=(0.3,))
+GRAY = ImagesConfig(channels=1, mean=(0.3,), std=(0.3,))
 FEW = FashionMnistConfig(split="test")
 
 
@@ -111,7 +111,7 @@ class TestMultiCrop(AugmentationSuite):
         self.config = structured("augmentation", "multi_crop", **sizes, **request.param)
 
 
-class TestMultiCropOfGreyImages(AugmentationSuite):
+class TestMultiCropOfGrayImages(AugmentationSuite):
     config = MultiCropConfig(global_size=16, local_size=8, local_crops=2)
     channels = 1
 
@@ -120,7 +120,7 @@ class TestFashionMnist(DatasetSuite):
     config = FEW
 
 
-class TestFashionMnistInGrey(DatasetSuite):
+class TestFashionMnistInGray(DatasetSuite):
     config = FEW
     channels = 1
 
@@ -141,12 +141,12 @@ class TestSlurm(LauncherSuite):
 
 class TestEvaluateWhileTraining(ObserverSuite):
     config = EvaluateWhileTrainingConfig(evaluations={"knn": KnnConfig(train=FEW, test=FEW)})
-    images = GREY
+    images = GRAY
 
 
 class TestFigures(ObserverSuite):
     config = FiguresConfig(dataset=FEW)
-    images = GREY
+    images = GRAY
 
 
 PRETRAIN = {

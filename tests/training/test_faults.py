@@ -87,7 +87,7 @@ def test_out_of_memory_on_one_rank(tmp_path: Path) -> None:
     done = two_processes(tmp_path / "run", *loss("trouble", what="out_of_memory", rank=1))
     assert done.returncode == ExitCode.WRONG_INPUT, done.stderr
     text = "\n".join(lines_of(done))
-    assert "[rank 1] out of memory with 6 images per process and pass" in text
+    assert "[rank 1] out of memory with 6 images per process and micro-batch" in text
 
 
 @pytest.mark.slow

@@ -84,28 +84,28 @@ def test_sound_steps_between_start_the_count_anew(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------- buffers
-CENTRE = ("losses.centre.use=centre",)
+CENTER = ("losses.center.use=center",)
 
 
 def test_a_losss_buffer_is_restored_with_the_rest(tmp_path: Path) -> None:
-    with trainer(tmp_path, *CENTRE, "losses.centre.poisoned=[2]") as ours:
+    with trainer(tmp_path, *CENTER, "losses.center.poisoned=[2]") as ours:
         steps(ours, 1)
         before = snapshot(ours, ["losses."])
-        assert before["losses.centre.centre"] > 0
+        assert before["losses.center.center"] > 0
         steps(ours, 1)
         assert changed(before, ours) == set()
         steps(ours, 1)
-        assert changed(before, ours) == {"losses.centre.centre"}
-        assert ours.tensors()["losses.centre.centre"].isfinite()
+        assert changed(before, ours) == {"losses.center.center"}
+        assert ours.tensors()["losses.center.center"].isfinite()
 
 
 def test_a_losss_buffer_is_saved_and_resumed(tmp_path: Path) -> None:
-    with trainer(tmp_path, *CENTRE) as ours:
+    with trainer(tmp_path, *CENTER) as ours:
         steps(ours, 2)
         save(ours)
         before = snapshot(ours)
         expected = steps(ours, 1)
-    with trainer(tmp_path, *CENTRE) as resumed:
+    with trainer(tmp_path, *CENTER) as resumed:
         assert changed(before, resumed)
         resumed.resume()
         assert resumed.done == 2

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from dinov3_vit.components import PUBLISHED
 from dinov3_vit.configs import PRESETS, Vit7bConfig, VitConfig, VitLargeConfig, VitSmallConfig
 from dinov3_vit.layouts import LAYOUTS, MetaLayout
-from dinov3_vit.published import PUBLISHED
 from dinov3_vit.recognition import ratio_of
 from dinov3_vit.transformer import VisionTransformer
 from layout_support import Held, label, random_vit, restored, stored, tiny
@@ -257,7 +257,7 @@ def test_layouts_need_attrs_alone() -> None:
         "for name in ('torch', 'numpy', 'pluggy', 'cattrs', 'timm', 'transformers'):\n"
         "    sys.modules[name] = None\n"
         "from dinov3_vit.layouts import LAYOUTS\n"
-        "from dinov3_vit.published import PUBLISHED\n"
+        "from dinov3_vit.components import PUBLISHED\n"
         "print(len(LAYOUTS), len(PUBLISHED))\n"
     )
     done = subprocess.run(

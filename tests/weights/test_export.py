@@ -13,7 +13,7 @@ import torch
 from disks import small_disk
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_backbone import GREY, Tiny, TinyConfig, build, export, pictures, tiny_registry
+from tiny_backbone import GRAY, Tiny, TinyConfig, build, export, pictures, tiny_registry
 
 from dinov3_framework.contracts.networks import Backbone
 from dinov3_framework.errors import CheckpointError
@@ -31,12 +31,12 @@ def registry() -> Registry:
 def test_round_trip(tmp_path: Path, registry: Registry) -> None:
     values = {"embed_dim": 5, "scales": [0.5, 3.0], "in_chans": 1}
     backbone = build(registry, **values)
-    path = export(tmp_path / "exports" / "tiny.safetensors", backbone, GREY, **values)
+    path = export(tmp_path / "exports" / "tiny.safetensors", backbone, GRAY, **values)
     loaded = load_backbone(path, registry=registry)
     assert isinstance(loaded.backbone, Tiny)
     assert loaded.backbone.scales == (0.5, 3.0)
     assert not loaded.backbone.training
-    assert (loaded.images, loaded.size) == (GREY, 16)
+    assert (loaded.images, loaded.size) == (GRAY, 16)
     assert loaded.provenance == {"run": "a test", "iterations": "7"}
     wanted = backbone.state_dict()
     assert loaded.backbone.state_dict().keys() == wanted.keys()
@@ -168,7 +168,7 @@ def export_vit(path: Path, registry: Registry) -> Backbone:
         full_state_dict(backbone),
         component="vit",
         config=VIT,
-        images=GREY,
+        images=GRAY,
         size=28,
         provenance={},
     )

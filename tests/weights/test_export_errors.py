@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_backbone import GREY, build, export, tiny_registry
+from tiny_backbone import GRAY, build, export, tiny_registry
 from torch import Tensor
 
 from dinov3_framework.errors import CheckpointError
@@ -89,7 +89,7 @@ def legacy() -> bytes:
         (struct.pack("<Q", 1 << 20) + b'{"a":', "truncated"),
     ],
 )
-def test_other_files_are_recognised(tmp_path: Path, content: bytes, message: str) -> None:
+def test_other_files_are_recognized(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=message) as error:
@@ -136,6 +136,6 @@ def test_backbones_that_cannot_be_built(tmp_path: Path, registry: Registry) -> N
     rewrite(path, lambda _, metadata: metadata.update(config='{"embed_dimm": 6}'))
     with pytest.raises(CheckpointError, match="embed_dimm"):
         load_backbone(path, registry=registry)
-    export(path, build(registry), in_chans=3, images=GREY)
+    export(path, build(registry), in_chans=3, images=GRAY)
     with pytest.raises(CheckpointError, match="takes 3 channels, its images have 1"):
         load_backbone(path, registry=registry)

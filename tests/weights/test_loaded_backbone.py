@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_backbone import GREY, build, export, pictures, tiny_registry
+from tiny_backbone import GRAY, build, export, pictures, tiny_registry
 
 from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts.networks import Backbone
@@ -32,8 +32,8 @@ def loaded(tmp_path: Path, registry: Registry) -> LoadedBackbone:
 
 
 @pytest.fixture
-def grey(tmp_path: Path, registry: Registry) -> LoadedBackbone:
-    path = export(tmp_path / "grey", build(registry, in_chans=1), GREY)
+def gray(tmp_path: Path, registry: Registry) -> LoadedBackbone:
+    path = export(tmp_path / "gray", build(registry, in_chans=1), GRAY)
     return load_backbone(path, registry=registry)
 
 
@@ -75,19 +75,19 @@ def test_sizes(loaded: LoadedBackbone) -> None:
             loaded.features(big, size=size)
 
 
-def test_channels(tmp_path: Path, loaded: LoadedBackbone, grey: LoadedBackbone) -> None:
+def test_channels(tmp_path: Path, loaded: LoadedBackbone, gray: LoadedBackbone) -> None:
     flat = pictures(1, channels=1)[0]
     rgb = flat.expand(3, 16, 16)
     torch.testing.assert_close(loaded.features(flat), loaded.features(rgb))
-    torch.testing.assert_close(grey.features(flat), grey.features(rgb.contiguous()))
+    torch.testing.assert_close(gray.features(flat), gray.features(rgb.contiguous()))
     array = flat[0].numpy()
-    torch.testing.assert_close(grey.features(array), grey.features(flat))
+    torch.testing.assert_close(gray.features(array), gray.features(flat))
     color = Image.fromarray(pictures(1)[0].permute(1, 2, 0).numpy())
     color.save(tmp_path / "color.png")
     expected = torch.from_numpy(np.array(color.convert("L")))[None]
-    torch.testing.assert_close(grey.features(tmp_path / "color.png"), grey.features(expected))
+    torch.testing.assert_close(gray.features(tmp_path / "color.png"), gray.features(expected))
     deep = Image.fromarray(array.astype(np.uint16) * 256)
-    torch.testing.assert_close(grey.features(deep), grey.features(flat))
+    torch.testing.assert_close(gray.features(deep), gray.features(flat))
 
 
 def test_other_channels(tmp_path: Path, registry: Registry) -> None:

@@ -73,7 +73,7 @@ def test_the_student_is_there_too(run: Path, registry: Registry) -> None:
     assert all(torch.equal(tensors[f"student.backbone.{k}"], v) for k, v in student.items())
 
 
-def test_a_checkpoint_without_its_recipe_is_recognised(copied: Path, registry: Registry) -> None:
+def test_a_checkpoint_without_its_recipe_is_recognized(copied: Path, registry: Registry) -> None:
     exported = load_backbone(copied, registry=registry)
     alone = copied.parent / "alone"
     (copied / "checkpoints/step_00000002").rename(alone)

@@ -45,7 +45,7 @@ from dinov3_framework.testing import (
     TransformSuite,
 )
 
-GREY = ImagesConfig(channels=1, mean=(0.5,), std=(0.25,))
+GRAY = ImagesConfig(channels=1, mean=(0.5,), std=(0.25,))
 SCHEMA = {
     "label": Target("class", classes=CLASSES),
     "mask": Target("mask", classes=CLASSES, ignore_index=255),
@@ -119,14 +119,14 @@ class TestContrastive(TrainUnitSuite):
             iterations=4,
             batch_size=8,
             dataset=pairs(clothes),
-            images=GREY,
+            images=GRAY,
             optimizer=RmsPropConfig(lr=Constant(value=1e-3), weight_decay=Constant(value=0.01)),
             backbone=ConvMixerConfig(patch_size=7, embed_dim=16, depth=2),
         )
 
 
 class TestAgreement(EvaluationSuite):
-    images = GREY
+    images = GRAY
 
     @pytest.fixture(autouse=True)
     def _config(self, clothes: Path) -> None:

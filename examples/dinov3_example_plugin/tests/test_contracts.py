@@ -20,7 +20,7 @@ class TestConvMixer(BackboneSuite):
     config = ConvMixerConfig(patch_size=4, embed_dim=16, depth=2)
 
 
-class TestConvMixerOfGreyImages(BackboneSuite):
+class TestConvMixerOfGrayImages(BackboneSuite):
     config = ConvMixerConfig(patch_size=4, embed_dim=16, depth=2, in_chans=1)
 
 

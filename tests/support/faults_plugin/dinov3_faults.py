@@ -43,7 +43,7 @@ class TroubleConfig(LossConfig):
 
 
 @config
-class CentreConfig(LossConfig):
+class CenterConfig(LossConfig):
     """A loss with a state: the distance to a running mean of what it has seen."""
 
     poisoned: tuple[int, ...] = option("iterations (from 1) in which it is NaN", default=())
@@ -99,7 +99,7 @@ def dinov3_losses() -> list[Component]:
         _component("poison", PoisonConfig, "Poison"),
         _component("scaled_mean", ScaledMeanConfig, "ScaledMean"),
         _component("trouble", TroubleConfig, "Trouble"),
-        _component("centre", CentreConfig, "Centre"),
+        _component("center", CenterConfig, "Center"),
     ]
 
 

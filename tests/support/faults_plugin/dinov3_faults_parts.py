@@ -8,7 +8,7 @@ import time
 
 import torch
 from dinov3_faults import (
-    CentreConfig,
+    CenterConfig,
     FlakyConfig,
     PauseConfig,
     PoisonConfig,
@@ -89,21 +89,21 @@ class Trouble(Loss):
         return LossResult((step.student["global"].cls * 0).sum())
 
 
-class Centre(Loss):
+class Center(Loss):
     needs = frozenset({"student.global.class", "teacher.global.class"})
 
-    def __init__(self, config: CentreConfig) -> None:
+    def __init__(self, config: CenterConfig) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("centre", torch.zeros(()))
+        self.register_buffer("center", torch.zeros(()))
 
     def forward(self, step: StepOutputs) -> LossResult:
         mean = step.teacher["global"].cls.float().mean()
         mean = collectives.all_reduce_sum(mean.clone()) / collectives.world_size()
         poison = float("nan") if step.iteration + 1 in self.config.poisoned else 1.0
-        self.centre.lerp_(mean * poison + step.iteration + 1, 0.5)
-        loss = ((step.student["global"].cls - self.centre) ** 2).mean()
-        return LossResult(loss, {"centre": self.centre.clone()})
+        self.center.lerp_(mean * poison + step.iteration + 1, 0.5)
+        loss = ((step.student["global"].cls - self.center) ** 2).mean()
+        return LossResult(loss, {"center": self.center.clone()})
 
 
 class ScaledMean(Loss):

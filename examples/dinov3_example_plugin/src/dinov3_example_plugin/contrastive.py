@@ -33,7 +33,7 @@ from dinov3_framework import (
     keyed_seed,
     normalize,
 )
-from dinov3_framework.data.loader import BatchMaker, LabelledBatch, Layout
+from dinov3_framework.data.loader import BatchMaker, LabeledBatch, Layout
 from dinov3_framework.parallel.sharder import Sharder, initialize, state_of
 from dinov3_framework.runtime import collectives
 from dinov3_framework.training.task import InitialState, TrainingMethod
@@ -44,7 +44,7 @@ from dinov3_framework.weights.info import ComponentInfo
 EXPORT = "exports/backbone.safetensors"
 
 
-class TwoViews(BatchMaker[Tensor, LabelledBatch]):
+class TwoViews(BatchMaker[Tensor, LabeledBatch]):
     """Batches [B, 2, C, S, S] of two random views of each image."""
 
     def __init__(self, config: ContrastiveConfig, dataset: Any, layout: Layout) -> None:
@@ -60,8 +60,8 @@ class TwoViews(BatchMaker[Tensor, LabelledBatch]):
 
     def collate(
         self, items: Sequence[Tensor], step: int, micro: int, corrupt: tuple[str, ...]
-    ) -> LabelledBatch:
-        return LabelledBatch(SampleBatch(torch.stack(list(items)), {}), corrupt)
+    ) -> LabeledBatch:
+        return LabeledBatch(SampleBatch(torch.stack(list(items)), {}), corrupt)
 
 
 def contrastive_loss(first: Tensor, second: Tensor, temperature: float) -> Tensor:
@@ -84,7 +84,7 @@ class ContrastiveUnit(TrainUnit):
     def before_step(self, step: Step) -> None:
         self.backbone.train()  # an evaluation left it in eval mode
 
-    def forward(self, batch: LabelledBatch, step: Step) -> StepResult:
+    def forward(self, batch: LabeledBatch, step: Step) -> StepResult:
         views = batch.samples.images.flatten(0, 1)  # type: ignore[union-attr]
         first, second = self.expander(self.backbone(views)).unflatten(0, (-1, 2)).unbind(1)
         loss = contrastive_loss(first, second, self.config.temperature)

@@ -1,4 +1,4 @@
-"""Sums of exponentials of what comes a slice of its columns at a time."""
+"""Numbers of losses: float32 whatever networks run in, and sums of what comes in slices."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from typing import Self
 import torch
 from attrs import define
 from torch import Tensor
+
+
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """A context without autocast, on the tensor's kind of device."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 @define
