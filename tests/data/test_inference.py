@@ -146,7 +146,7 @@ def test_other_errors_arrive_as_they_are(workers: int) -> None:
     ("trouble", "words"),
     [
         (lambda: os.kill(os.getpid(), signal.SIGKILL), "worker died"),
-        (lambda: time.sleep(60), "no batch came within 1 s"),
+        pytest.param(*(lambda: time.sleep(60), "no batch came within 1 s"), marks=pytest.mark.slow),
     ],
     ids=["killed", "hangs"],
 )

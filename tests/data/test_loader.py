@@ -207,7 +207,9 @@ class Crop(Plain):
     ("trouble", "words"),
     [
         ("kill_at", r"a loader worker died \(killed, or out of memory\)"),
-        ("hang_at", r"no batch came within loader.timeout = 2 s"),
+        pytest.param(
+            *("hang_at", r"no batch came within loader.timeout = 2 s"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_worker_that_dies_or_hangs_is_named_with_its_sample(trouble: str, words: str) -> None:

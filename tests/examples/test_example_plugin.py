@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_support import started
 
 ROOT = Path(__file__).parents[2]
 NAME = "dinov3_example_plugin"
@@ -65,15 +66,7 @@ def start(copied: Path) -> Start:
     }
 
     def start(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *arguments],
-            env=environment,
-            cwd=cwd,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        return started([sys.executable, *arguments], env=environment, cwd=cwd).finish()
 
     return start
 
@@ -122,7 +115,7 @@ def test_its_own_tests_pass(start: Start, copied: Path) -> None:
 
 
 def test_it_is_listed_and_described(start: Start) -> None:
-    listed = start("-m", "dinov3_framework", "--list")
+    listed = start("-u", "-m", "dinov3_framework", "--list")  # a new Python, and no fork
     assert listed.returncode == 0, listed.stderr
     assert "conv_mixer" in listed.stdout
     described = start("-m", "dinov3_framework", "--describe", "loss", "vicreg")
@@ -357,13 +350,13 @@ STREAM = 'dataset={ use = "tar_stream", archives = ["a.tar", "b.tar"] }'
 def test_a_training_is_killed_and_goes_on_to_the_same_bits(
     start: Start, clothes: Path, recipe: str, more: tuple[str, ...], processes: int
 ) -> None:
-    started = TWO if processes == 2 else ()
+    launched = TWO if processes == 2 else ()
     name = f"{recipe[:-5]}{len(more)}_{processes}"
-    done = run(start, clothes, recipe, *more, *started, "--output-dir", f"{name}_whole")
+    done = run(start, clothes, recipe, *more, *launched, "--output-dir", f"{name}_whole")
     assert done.returncode == 0, done.stderr
-    killed = run(start, clothes, recipe, *more, *started, *KILLED, "--output-dir", name)
+    killed = run(start, clothes, recipe, *more, *launched, *KILLED, "--output-dir", name)
     assert killed.returncode != 0
-    resumed = run(start, clothes, recipe, *more, *started, "--output-dir", name)
+    resumed = run(start, clothes, recipe, *more, *launched, "--output-dir", name)
     assert resumed.returncode == 0, resumed.stderr
     assert learnt(clothes / name) == learnt(clothes / f"{name}_whole")
     ours, theirs = (

@@ -50,9 +50,11 @@ class Forked:
         stdout: Any = None,
         stderr: Any = None,
         start_new_session: bool = False,
+        cwd: str | Path | None = None,
     ) -> None:
         self.returncode: int | None = None
-        request = {**what, "env": dict(env), "cwd": os.getcwd(), "session": start_new_session}
+        folder = os.path.abspath(cwd or os.getcwd())
+        request = {**what, "env": dict(env), "cwd": folder, "session": start_new_session}
         payload = pickle.dumps((sys.path, pickle.dumps(request)))
         streams = [
             default if given is None else given.fileno()

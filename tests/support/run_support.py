@@ -66,22 +66,19 @@ class Started:
         return subprocess.CompletedProcess([], code, *texts)
 
 
-def start(
-    output: Path, *overrides: str, recipe: Path = TINY, start_new_session: bool = False
-) -> Started:
+def start(output: Path, *overrides: str, recipe: Path = TINY, **options: Any) -> Started:
     """Begin a run. Its ranks, if it starts any, are forks as well."""
+    words = command(output, *overrides, recipe=recipe)
+    # Processes of the run are known by this name: see processes_with.
+    return started(words, quote(str(output), safe=""), env=environment(), **options)
+
+
+def started(words: list[str], name: str = "run", **options: Any) -> Started:
+    """A command, begun; by a fork if it is one of the framework."""
     folder = Path(tempfile.mkdtemp(prefix="run-"))
-    # Processes of the run are known by these names: see processes_with.
-    files = tuple(folder / f"{quote(str(output), safe='')}.{name}" for name in ("out", "err"))
+    files = (folder / f"{name}.out", folder / f"{name}.err")
     with files[0].open("w") as out, files[1].open("w") as err:
-        process = popen(
-            command(output, *overrides, recipe=recipe),
-            env=environment(),
-            stdout=out,
-            stderr=err,
-            start_new_session=start_new_session,
-        )
-    return Started(process, (files[0], files[1]))
+        return Started(popen(words, stdout=out, stderr=err, **options), files)
 
 
 def run(output: Path, *overrides: str, recipe: Path = TINY) -> subprocess.CompletedProcess[str]:
