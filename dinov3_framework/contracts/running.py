@@ -24,7 +24,8 @@ Rows = Sequence[tuple[str, str]]  # (label, value)
 class Job:
     """What a launcher is to get done."""
 
-    command: Sequence[str]  # runs one process of the job, found by its environment variables
+    # Runs one process of the job and submits nothing; torchrun's variables say which one it is.
+    command: Sequence[str]
     output_dir: Path
     run: Callable[[], int]  # the same, in this process
     name: str = "dinov3"

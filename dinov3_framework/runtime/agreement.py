@@ -64,6 +64,20 @@ class RankFailure(Exception):
         return error
 
 
+class OwnErrors:
+    """A context in which a :class:`RankFailure` becomes what this process ends with.
+
+    Not a generator: one of those errors may be a ``StopIteration``.
+    """
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RankFailure):
+            raise error.for_process() from error.own
+
+
 def run_on_all_ranks(action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run ``action`` on every process; the result is this process's own.
 

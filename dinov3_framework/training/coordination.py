@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from dinov3_framework.checkpoints.store import CheckpointStore
-from dinov3_framework.runtime.agreement import RankFailure, broadcast_from_rank0, run_on_all_ranks
+from dinov3_framework.runtime.agreement import OwnErrors, broadcast_from_rank0, run_on_all_ranks
 
 T = TypeVar("T")
 
@@ -23,10 +23,8 @@ class NullCoordinator:
 
     def next(self, items: Iterator[T]) -> T:
         """This process's next item; if any process gets none, all end here and nobody waits."""
-        try:
+        with OwnErrors():
             return run_on_all_ranks(next, items)
-        except RankFailure as failure:
-            raise failure.for_process() from failure.own
 
     def any_stop(self, stop: bool) -> bool:
         """Whether a process of another run was asked to stop; this run's own step reduces its."""

@@ -38,7 +38,7 @@ from dinov3_framework.recipes.plain import unstructure
 from dinov3_framework.recipes.toml_text import to_toml
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
-from dinov3_framework.runtime.agreement import RankFailure, run_on_all_ranks
+from dinov3_framework.runtime.agreement import OwnErrors, run_on_all_ranks
 from dinov3_framework.runtime.output import RECIPE
 from dinov3_framework.runtime.processes import pick_device
 from dinov3_framework.runtime.results import Record, print_results, write_results
@@ -331,11 +331,8 @@ class TrainingTask(Task):
         trainer.close(None)
 
     def _load_dataset(self) -> Dataset | StreamDataset:
-        try:
-            with collectives.within(None):  # of runs side by side, all processes read it
-                return run_on_all_ranks(self._dataset)
-        except RankFailure as failure:
-            raise failure.for_process() from failure.own
+        with OwnErrors(), collectives.within(None):  # of runs side by side, all processes read it
+            return run_on_all_ranks(self._dataset)
 
     def trainer(self, prepared: Any, dataset: Dataset | StreamDataset, output_dir: Path) -> Trainer:
         """Everything in its place, before the first step; called by every process."""
@@ -345,10 +342,8 @@ class TrainingTask(Task):
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every,
         )
-        try:
+        with OwnErrors():
             restored = bool(self.coordinator.resumable_steps(store))
-        except RankFailure as failure:
-            raise failure.for_process() from failure.own
         sharder = Sharder(config.parallel, device, collectives.current_group())
         state = InitialState.RESTORED if restored else InitialState.INITIAL
         unit = self.method.unit(prepared, sharder, state, output_dir)

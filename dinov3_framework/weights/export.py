@@ -14,7 +14,7 @@ from dinov3_framework.contracts.layouts import Shape
 from dinov3_framework.errors import CheckpointError, summarize_names
 from dinov3_framework.parallel.state_dicts import full_tensors, official_name
 from dinov3_framework.runtime import collectives
-from dinov3_framework.runtime.agreement import RankFailure, run_on_all_ranks
+from dinov3_framework.runtime.agreement import OwnErrors, run_on_all_ranks
 from dinov3_framework.runtime.durable import no_room, written_aside
 from dinov3_framework.weights.info import ComponentInfo
 from dinov3_framework.weights.tensor_file import write_tensor_file
@@ -64,10 +64,8 @@ def export_gathered(path: Path, backbone: nn.Module, info: ComponentInfo) -> Non
             for _ in tensors:  # the others have a part in gathering, whatever the writer met
                 pass
 
-    try:
+    with OwnErrors():
         run_on_all_ranks(write)
-    except RankFailure as failure:
-        raise failure.for_process() from failure.own
 
 
 def export_tensors(

@@ -14,7 +14,7 @@ from dinov3_framework.errors import Problem, RecipeError
 from dinov3_framework.kinds import BackboneConfig
 from dinov3_framework.randomness import keyed_seed
 from dinov3_framework.registry import Registry
-from dinov3_framework.runtime.agreement import RankFailure, run_on_all_ranks
+from dinov3_framework.runtime.agreement import OwnErrors, run_on_all_ranks
 from dinov3_framework.runtime.processes import pick_device
 from dinov3_framework.weights.loaded import LoadedBackbone
 from dinov3_framework.weights.locations import exists, published_file
@@ -110,10 +110,8 @@ def load_sharded(
             weights.load_shards(placed, blueprint)
             return _loaded(source, weights, placed, registry)
 
-    try:
+    with OwnErrors():
         return run_on_all_ranks(load)
-    except RankFailure as failure:
-        raise failure.for_process() from failure.own
 
 
 def _loaded(

@@ -29,7 +29,7 @@ from dinov3_framework.data.inference import (
 from dinov3_framework.data.tokens import TokenReader
 from dinov3_framework.errors import DataError
 from dinov3_framework.runtime import collectives
-from dinov3_framework.runtime.agreement import RankFailure, broadcast_from_rank0, run_on_all_ranks
+from dinov3_framework.runtime.agreement import OwnErrors, broadcast_from_rank0, run_on_all_ranks
 from dinov3_framework.runtime.stopping import StopFlag
 
 # Below the framework's logger, whose handlers write run.log.
@@ -97,10 +97,8 @@ class Extraction:
 
             # In turns, so that nobody waits in a collective for longer than a part takes.
             for turn in range(-(-len(todo) // world)):
-                try:
+                with OwnErrors():
                     run_on_all_ranks(make, turns[turn])
-                except RankFailure as failure:
-                    raise failure.for_process() from failure.own
 
     def _split(self, part: int) -> list[range]:
         indices, size = self.store.partition.indices(part), self.batch_size

@@ -21,7 +21,7 @@ from dinov3_framework.parallel.sharder import Sharder
 from dinov3_framework.parallel.state_dicts import full_tensors
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
-from dinov3_framework.runtime.agreement import RankFailure, broadcast_from_rank0
+from dinov3_framework.runtime.agreement import OwnErrors, broadcast_from_rank0
 from dinov3_framework.runtime.processes import pick_device
 from dinov3_framework.runtime.results import write_results
 from dinov3_framework.weights.loaded import LoadedBackbone
@@ -72,10 +72,8 @@ class FeaturesTask(Task):
 
     # ------------------------------------------------------------------ running
     def run(self, output_dir: Path, plan: Plan | None = None) -> None:
-        try:
+        with OwnErrors():
             self._run(output_dir, plan)
-        except RankFailure as failure:
-            raise failure.for_process() from failure.own
 
     def _run(self, output_dir: Path, plan: Plan | None) -> None:
         config = self.config

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import attrs
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dinov3_figures.configs import VisualizeConfig
 from dinov3_framework import (
@@ -24,9 +23,10 @@ from dinov3_framework import (
     Sample,
     normalize,
 )
+from dinov3_framework.data.images import resize
 from dinov3_framework.errors import suggest
 from dinov3_framework.runtime import collectives
-from dinov3_framework.runtime.agreement import RankFailure, gather_from_all_ranks
+from dinov3_framework.runtime.agreement import OwnErrors, gather_from_all_ranks
 
 # Below the framework's logger, whose handlers write run.log.
 log = logging.getLogger("dinov3_framework.plots")
@@ -99,13 +99,6 @@ def seen_shape(height: int, width: int, size: int | None, side: str, patch: int)
     return rows * patch, columns * patch
 
 
-def resized(image: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A uint8 image [C, H, W] at another size, bicubic with antialias."""
-    if image.shape[-2:] == shape:
-        return image
-    return F.interpolate(image[None], shape, mode="bicubic", antialias=True)[0]
-
-
 # --------------------------------------------------------------------------- looking
 def look(
     subject: LoadedBackbone,
@@ -124,10 +117,8 @@ def look(
     def own_share() -> list[Seen | None]:
         return [_look_at(subject, dataset, each, config) for each in choice[rank::world]]
 
-    try:
+    with OwnErrors():
         shares = gather_from_all_ranks(own_share)
-    except RankFailure as failure:
-        raise failure.for_process() from failure.own
     # Picture p is the (p // world)-th of process p % world.
     every = [shares[place % world][place // world] for place in range(len(choice))]
     seen = [each for each in every if each is not None]
@@ -156,7 +147,7 @@ def _look_at(
             f"px, {patches:,} patches, of which {_MOST_PATCHES:,} at most are taken; lower size, "
             'or set side = "longer"'
         )
-    image = resized(image, shape)
+    image = resize(image, *shape)
     features = patch_grid(subject.backbone, normalize(image, spec), config.layer)
     return Seen(name, _class_name(dataset, sample.label), original, image, features)
 

@@ -15,7 +15,7 @@ from dinov3_framework.errors import DataError
 from dinov3_framework.kinds import InnerRun
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
-from dinov3_framework.runtime.agreement import RankFailure, broadcast_from_rank0
+from dinov3_framework.runtime.agreement import OwnErrors, broadcast_from_rank0
 from dinov3_framework.runtime.inner_runs import naming_stage
 from dinov3_framework.runtime.output import RESULTS, RunComplete
 from dinov3_framework.runtime.processes import wait_for_all
@@ -64,10 +64,8 @@ class Pipeline(Task):
     def _stage(self, run: InnerRun, folder: Path, where: str, plan: Plan | None) -> None:
         task: Task = self.registry.build(run.config, registry=self.registry)
         if run.inherited:
-            try:
+            with OwnErrors():
                 broadcast_from_rank0(self._check_again, task, folder)
-            except RankFailure as failure:
-                raise failure.for_process() from failure.own
         if not (folder / RESULTS).exists():
             log.info("%s: %s", where, folder)
         try:

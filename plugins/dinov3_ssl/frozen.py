@@ -19,7 +19,7 @@ from dinov3_framework.contracts.networks import Backbone
 from dinov3_framework.errors import CheckpointError, Problem, RecipeError
 from dinov3_framework.parallel.state_dicts import load_tensor
 from dinov3_framework.registry import Registry
-from dinov3_framework.runtime.agreement import RankFailure, run_on_all_ranks
+from dinov3_framework.runtime.agreement import OwnErrors, run_on_all_ranks
 from dinov3_framework.weights.info import ComponentInfo
 from dinov3_framework.weights.locations import published_file
 from dinov3_framework.weights.source import WeightSource
@@ -134,7 +134,5 @@ def fill_frozen(
                 for inside, tensor in source.projector_tensors(state):
                     load_tensor(state[inside], tensor)
 
-    try:
+    with OwnErrors():
         run_on_all_ranks(fill)
-    except RankFailure as failure:
-        raise failure.for_process() from failure.own

@@ -16,7 +16,7 @@ from dinov3_framework.contracts.running import Model, Rows
 from dinov3_framework.data.loader import Layout
 from dinov3_framework.errors import Problem, RecipeError
 from dinov3_framework.parallel.sharder import Sharder
-from dinov3_framework.runtime.agreement import RankFailure, run_on_all_ranks
+from dinov3_framework.runtime.agreement import OwnErrors, run_on_all_ranks
 from dinov3_framework.training.simulation import SimulatedBatch
 from dinov3_framework.training.task import (
     CHECKPOINTS,
@@ -238,10 +238,8 @@ class StudentMethod(TrainingMethod):
             return Networks(blueprint, sharder, config.seed)
         with ExitStack() as stack:
             opened = open_weights(config, blueprint, self.registry)
-            try:
+            with OwnErrors():
                 weights = run_on_all_ranks(stack.enter_context, opened)
-            except RankFailure as failure:
-                raise failure.for_process() from failure.own
             for label, value in weights.rows(blueprint):
                 log.info("init_from: %s: %s", label, value)
             networks = Networks(blueprint, sharder, config.seed, first=weights)

@@ -23,7 +23,7 @@ from dinov3_framework.recipes.plain import unstructure
 from dinov3_framework.recipes.toml_text import to_toml
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
-from dinov3_framework.runtime.agreement import RankFailure, run_on_all_ranks
+from dinov3_framework.runtime.agreement import OwnErrors, run_on_all_ranks
 from dinov3_framework.runtime.output import RECIPE, RESULTS, unwritable, write_aside
 from dinov3_framework.runtime.processes import subgroups
 from dinov3_framework.runtime.results import write_results
@@ -282,8 +282,6 @@ def _own_folder(folder: Path, config: DistillConfig, registry: Registry) -> Iter
                 write_aside(folder / RECIPE, to_toml(unstructure(registry, config)))
                 held.enter_context(log_file(folder))
 
-        try:
+        with OwnErrors():
             run_on_all_ranks(prepare)
-        except RankFailure as failure:
-            raise failure.for_process() from failure.own
         yield

@@ -18,7 +18,7 @@ from dinov3_framework.parallel import sharder as parallel
 from dinov3_framework.parallel.sharder import Sharder
 from dinov3_framework.randomness import keyed_seed
 from dinov3_framework.registry import Registry
-from dinov3_framework.runtime.agreement import RankFailure, run_on_all_ranks
+from dinov3_framework.runtime.agreement import OwnErrors, run_on_all_ranks
 from dinov3_ssl.frozen import FrozenWeights, described, fill_frozen
 
 
@@ -165,10 +165,8 @@ class Networks:
                 if first.has(name):
                     first.fill(name, module, whole[name], self._seed(name))
 
-        try:
+        with OwnErrors():
             run_on_all_ranks(fill)
-        except RankFailure as failure:
-            raise failure.for_process() from failure.own
 
     def _seed(self, part: str) -> int:
         return keyed_seed(self.seed, f"init.{part}")

@@ -105,7 +105,8 @@ def test_a_rank_that_hangs_ends_the_job(tmp_path: Path) -> None:
     output = tmp_path / "run"
     started = time.monotonic()
     trouble = loss("trouble", what="sleep", rank=1, iteration=3)
-    done = two_processes(output, *trouble, "parallel.timeout=5.0")
+    limits = ("parallel.timeout=5.0", "launcher.shutdown_timeout=5")
+    done = two_processes(output, *trouble, *limits)
     assert done.returncode == ExitCode.FAILED, done.stderr
     assert time.monotonic() - started < 90
     text = "\n".join(lines_of(done))
