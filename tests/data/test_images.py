@@ -89,6 +89,16 @@ def test_evaluation_image_is_torchvisions_resize_and_crop(
     assert torch.equal(result, reference(image))
 
 
+def test_resizing_keeps_what_fits_and_what_is_shown() -> None:
+    image = torch.zeros(3, 20, 30, dtype=torch.uint8)
+    image[:, :, 15:] = 200
+    assert resize(image, 20, 30) is image
+    larger = resize(image, 40, 60)
+    assert larger.dtype == torch.uint8
+    assert (larger[:, :, :26] <= 16).all()
+    assert (larger[:, :, 34:] >= 184).all()
+
+
 @pytest.mark.parametrize("shape", [(40, 30), (9, 200), (64, 65)])
 def test_resize_is_torchvisions(shape: tuple[int, int]) -> None:
     image = picture(3, 50, 70)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from dinov3_figures import images
-from dinov3_figures.images import choose, look, patch_grid, resized, seen_shape
+from dinov3_figures.images import choose, look, patch_grid, seen_shape
 from process_groups import run_processes
 from visualize_support import (
     SIZES,
@@ -84,16 +84,6 @@ def test_sides_are_whole_patches_at_the_image_s_aspect(
 ) -> None:
     assert seen_shape(100, 206, size, side, 16) == expected
     assert seen_shape(206, 100, size, side, 16) == expected[::-1]
-
-
-def test_resizing_keeps_what_fits_and_what_is_shown() -> None:
-    image = torch.zeros(3, 20, 30, dtype=torch.uint8)
-    image[:, :, 15:] = 200
-    assert resized(image, (20, 30)) is image
-    larger = resized(image, (40, 60))
-    assert larger.dtype == torch.uint8
-    assert (larger[:, :, :26] <= 16).all()
-    assert (larger[:, :, 34:] >= 184).all()
 
 
 # --------------------------------------------------------------------------- looking

@@ -222,7 +222,7 @@ class OtherLastLayer(SoundBackbone):
 BACKBONES: dict[str, tuple[Callable[..., Any], str]] = {
     "no backbone": (NoBackbone, "gave a NoBackbone, no Backbone"),
     "raises": (lambda config: 1 / 0, "test_meta_device: raised ZeroDivisionError"),
-    "real memory": (RealMemory, "takes memory all the same: table"),
+    "real memory": (RealMemory, "these take memory: table"),
     "forgotten buffer": (ForgottenBuffer, "left 'offset' without a finite value"),
     "other randomness": (OtherRandomness, "other values for the same seed.*mask_token"),
     "other shapes": (OtherShapes, "two builds of one config differ.*extra"),
