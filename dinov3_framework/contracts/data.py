@@ -139,6 +139,10 @@ class Dataset(_Described, abc.ABC):
         """One line for the summary of a run."""
         return f"{type(self).__name__}, {len(self):,} images"
 
+    def notes(self) -> Sequence[str]:
+        """What a check should say of the data besides, a line each: what is left out or odd."""
+        return ()
+
 
 class StreamDataset(_Described, abc.ABC):
     """Samples in an order of its own, without an index: archives read from end to end, a queue."""

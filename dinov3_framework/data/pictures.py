@@ -1,13 +1,16 @@
-"""Images in every form that people have them in, as uint8 [C, H, W].
+"""Images in every form that people have them in, as uint8 [C, H, W], with the upper side up.
 
-Files are decoded by Pillow alone: its palettes, CMYK and 16-bit values come out right, and masks
-are to be read with the same rule. An orientation in EXIF data is not applied.
+Pillow decodes files: its palettes and CMYK come out right. What it would cut to 8 bits or to fewer
+bands is read by torchvision (PNG) and tifffile (TIFF). An orientation in EXIF data is applied, and
+what is transparent shows a background; masks are to be read with the same rules.
 """
 
 from __future__ import annotations
 
+import os
+import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from os import PathLike, fspath
@@ -17,6 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinov3_framework.data.rasters import (
+    Range,
+    Raster,
+    check_size,
+    is_cut,
+    read_png,
+    read_tiff,
+    to_8_bits,
+)
 from dinov3_framework.errors import CorruptSampleError, DataError
 
 if TYPE_CHECKING:
@@ -24,9 +36,8 @@ if TYPE_CHECKING:
 
     Picture: TypeAlias = "str | PathLike[str] | Image | Tensor | np.ndarray[Any, Any]"
 
-# Pillow's modes by number of channels; it has none of 5 or more.
-MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 MAX_PIXELS = 178_956_970  # where Pillow refuses, about 0.5 GB once decoded
+WHITE = (255, 255, 255)
 
 # What Pillow decodes itself, or a plugin of it. Not EPS, which runs Ghostscript, nor what other
 # programs have to draw.
@@ -36,41 +47,70 @@ _FORMATS = (
     "XBM", "XPM", "IM", "IMT", "MSP", "FITS", "FLI", "GBR", "IPTC", "MCIDAS", "PCD", "PIXAR",
     "XVTHUMB", "HEIF", "JXL",
 )  # fmt: skip
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two for files over 4 GB
 
 
 # --------------------------------------------------------------------------- files
-def read_image(path: str | PathLike[str], channels: int, max_pixels: int = MAX_PIXELS) -> Tensor:
+def read_image(
+    path: str | PathLike[str],
+    channels: int,
+    max_pixels: int = MAX_PIXELS,
+    *,
+    values: Range | None = None,
+    background: tuple[int, int, int] = WHITE,
+) -> Tensor:
     """The image in a file, uint8 [channels, H, W].
 
-    Image files are converted to gray, RGB or RGBA as ``channels`` demands. NumPy files hold uint8
-    [H, W, channels], [channels, H, W] or, for one channel, [H, W], and are not converted. Raises
-    ``CorruptSampleError``, for more than ``max_pixels`` before anything is decoded.
+    Wanted as 1 or 3 channels, colors are converted, and what is transparent shows ``background``,
+    8-bit RGB. As any other number of channels, the file has to have that many bands of its own.
+    ``values`` are those that become 0 and 255, where bands have more than 8 bits. NumPy files hold
+    [H, W, channels], [channels, H, W] or, for one channel, [H, W], and their bands are not
+    converted. Raises ``CorruptSampleError``, for more than ``max_pixels`` before anything is
+    decoded.
     """
     path = fspath(path)
     try:
-        if path.lower().endswith(".npy"):
-            return torch.from_numpy(_read_array(path, channels, max_pixels))
-        return _read_raster(path, channels, max_pixels)
-    except (CorruptSampleError, MemoryError):  # the latter says nothing about the file
+        found = read_raster(path, channels, max_pixels)
+        if isinstance(found, Raster):
+            return _from_raster(found, channels, path, values, background)
+        return _from_pil(found, channels, path, values, background)
+    except CorruptSampleError:
         raise
+    except MemoryError as error:
+        raise CorruptSampleError(path, "takes more memory to decode than there is") from error
     except Exception as error:  # decoders fed with garbage raise nearly anything
         message = str(error) or type(error).__name__
         raise CorruptSampleError(path, message) from error
 
 
-def _read_raster(path: str, channels: int, max_pixels: int) -> Tensor:
-    from PIL import Image
+def read_raster(path: str, channels: int, max_pixels: int) -> Image | Raster:
+    """What a file holds, decoded and upright: Pillow's image, or bands that it would cut."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise CorruptSampleError(path, "is no regular file")
+    if path.lower().endswith(".npy"):
+        return Raster(_read_array(path, channels, max_pixels))
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
-    with _pixel_limit(max_pixels), Image.open(path, formats=_formats()) as image:
-        _check_size(path, image.width, image.height, max_pixels)
-        if channels not in MODES:
-            raise CorruptSampleError(
-                path,
-                f"an image file gives 1 to 4 channels, images.channels is {channels}; .npy files "
-                "hold any number",
-            )
-        image.load()
-        return _from_pil(image, channels, path)
+    try:
+        with _pixel_limit(max_pixels), Image.open(path, formats=_formats()) as image:
+            check_size(path, image.width, image.height, max_pixels)
+            if not is_cut(image, channels):
+                image.load()
+                ImageOps.exif_transpose(image, in_place=True)
+                return image
+            turned, is_png = image.getexif().get(0x0112, 1), image.format == "PNG"
+    except UnidentifiedImageError:
+        if not _is_tiff(path):
+            raise
+        return read_tiff(path, channels, max_pixels)
+    if not is_png:
+        return read_tiff(path, channels, max_pixels)
+    return read_png(path, turned)
+
+
+def _is_tiff(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) in _TIFF
 
 
 @cache
@@ -82,30 +122,21 @@ def _formats() -> tuple[str, ...]:
 
 
 def _read_array(path: str, channels: int, max_pixels: int) -> np.ndarray:
-    """From a NumPy file, [C, H, W]."""
+    """From a NumPy file, [H, W, C]."""
     # Mapped, only the header is read before the shape is known to be sound.
     array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if array.dtype != np.uint8:
-        raise CorruptSampleError(path, f"holds {array.dtype}, uint8 is read")
+    if array.dtype.kind not in "uif":
+        raise CorruptSampleError(path, f"holds {array.dtype}, numbers are read")
     if array.ndim == 2 and channels == 1:
-        array = array[None]
-    elif array.ndim == 3 and array.shape[2] == channels:
-        array = array.transpose(2, 0, 1)
-    elif array.ndim != 3 or array.shape[0] != channels:
+        array = array[:, :, None]
+    elif array.ndim == 3 and array.shape[2] != channels and array.shape[0] == channels:
+        array = array.transpose(1, 2, 0)
+    elif array.ndim != 3 or array.shape[2] != channels:
         raise CorruptSampleError(
             path, f"has shape {list(array.shape)}, images.channels is {channels}"
         )
-    _check_size(path, array.shape[2], array.shape[1], max_pixels)
+    check_size(path, array.shape[1], array.shape[0], max_pixels)
     return np.array(array, order="C")
-
-
-def _check_size(path: str, width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise CorruptSampleError(
-            path, f"{width} x {height} pixels are more than max_pixels = {max_pixels:,}"
-        )
-    if width * height == 0:
-        raise CorruptSampleError(path, f"{width} x {height} pixels")
 
 
 @contextmanager
@@ -127,30 +158,109 @@ def _pixel_limit(pixels: int) -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def _from_pil(image: Image, channels: int, name: str) -> Tensor:
+# --------------------------------------------------------------------------- channels
+def _from_pil(
+    image: Image,
+    channels: int,
+    name: str,
+    values: Range | None = None,
+    background: tuple[int, int, int] = WHITE,
+) -> Tensor:
     if image.mode.startswith(("I", "F")):
-        image = _to_8_bits(image, name)
-    # A copy, since a view of Pillow's memory is read-only.
-    values = np.array(image if image.mode == MODES[channels] else image.convert(MODES[channels]))
-    return _planes(values)
+        return _from_raster(Raster(np.asarray(image)[:, :, None]), channels, name, values)
+    if channels in (1, 3):
+        mode = "L" if channels == 1 else "RGB"
+        if image.has_transparency_data:
+            image = _over(image, background)
+        return _planes(np.array(image if image.mode == mode else image.convert(mode)))
+    if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+        raise CorruptSampleError(name, f"is {image.mode}, of which {channels} channels mean little")
+    bands = {"RGBa": "RGBA", "La": "LA", "PA": "RGBA", "RGBX": "RGBX"}.get(image.mode, image.mode)
+    if image.mode == "P":
+        bands = "RGBA" if image.has_transparency_data else "RGB"
+    stored = np.array(image if bands == image.mode else image.convert(bands))
+    return _from_raster(Raster(stored if stored.ndim == 3 else stored[:, :, None]), channels, name)
 
 
-def _to_8_bits(image: Image, name: str) -> Image:
-    """16-bit gray scaled to 8 bits, where Pillow's own conversion would cut at 255."""
+def _over(image: Image, background: tuple[int, int, int]) -> Image:
+    """A picture as it looks in front of a color."""
     from PIL import Image as pil
 
-    if image.mode == "F":
-        raise CorruptSampleError(name, "holds floating-point values; 8 or 16 bits are read")
-    values = np.asarray(image)
-    if values.size and (values.min() < 0 or values.max() > 65535):
-        raise CorruptSampleError(name, "holds 32-bit values; 8 or 16 bits are read")
-    return pil.fromarray((values >> 8).astype(np.uint8))
+    behind = pil.new("RGBA", image.size, (*background, 255))
+    return pil.alpha_composite(behind, image.convert("RGBA"))
+
+
+def _from_raster(
+    raster: Raster,
+    channels: int,
+    name: str,
+    values: Range | None = None,
+    background: tuple[int, int, int] = WHITE,
+) -> Tensor:
+    stored, bands = raster.values, raster.bands
+    colors = bands - raster.has_alpha
+    if channels not in (1, 3) or (bands == channels and not raster.has_alpha):
+        if bands != channels:
+            raise CorruptSampleError(
+                name, f"has {bands} bands, images.channels is {channels}; none is made up"
+            )
+        return _planes(to_8_bits(name, stored, values))
+    if colors not in (1, 3) and not (channels == 3 and colors == 4):
+        raise CorruptSampleError(name, f"has {bands} bands, images.channels is {channels}")
+    # Red, green and blue of a file with one band more, such as infrared.
+    seen = to_8_bits(name, stored[:, :, : min(colors, 3)], values)
+    if raster.has_alpha:
+        opaque = to_8_bits(name, stored[:, :, -1:], None)
+        seen = np.repeat(seen, 3, axis=2) if colors == 1 else seen
+        seen = np.concatenate([seen, opaque], axis=2)
+    return _from_pil(_pil(seen), channels, name, None, background)
+
+
+def _pil(values: np.ndarray) -> Image:
+    from PIL import Image
+
+    return Image.fromarray(values[:, :, 0] if values.shape[2] == 1 else values)
 
 
 def _planes(values: np.ndarray) -> Tensor:
     """[H, W] or [H, W, C] to [C, H, W], in memory of its own or that of ``values``."""
     planes = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
     return torch.from_numpy(np.ascontiguousarray(planes))
+
+
+# --------------------------------------------------------------------------- what is lost
+def lost(paths: Sequence[str], channels: int, max_pixels: int, given: Range | None) -> list[str]:
+    """What of some image files, the first of a dataset, goes unused; in words, with the remedy."""
+    spans, bands = [], set()
+    for path in paths:
+        try:
+            found = read_raster(path, channels, max_pixels)
+        except Exception:  # what is broken is counted when it is read
+            continue
+        if not isinstance(found, Raster) and found.mode.startswith(("I", "F")):
+            found = Raster(np.asarray(found)[:, :, None])
+        if not isinstance(found, Raster):
+            continue
+        if channels < found.bands - found.has_alpha and channels == 3:
+            bands.add(found.bands)
+        if found.values.dtype != np.uint8 and found.values.size:
+            spans.append((np.nanmin(found.values), np.nanmax(found.values)))
+    lines = []
+    for count in sorted(bands):
+        lines.append(f"files of {count} bands: 3 are read; images.channels = {count} reads all")
+    if spans:
+        least, most = float(min(low for low, _ in spans)), float(max(high for _, high in spans))
+        low, high = given or (0.0, 65535.0)
+        seen = f"the first {len(spans)} files of more than 8 bits hold {least:g} to {most:g}"
+        if most - least < (high - low) / 4:
+            bits = max(int(most).bit_length(), 8)
+            lines.append(
+                f"{seen}, a fraction of {low:g} to {high:g}; state their range with bits = {bits}, "
+                "or low and high"
+            )
+        elif least < low or most > high:
+            lines.append(f"{seen}; below {low:g} is black and above {high:g} white")
+    return lines
 
 
 # --------------------------------------------------------------------------- any form
@@ -166,20 +276,18 @@ def as_tensor(picture: Any, channels: int) -> Tensor:
             )
         return _from_tensor(_planes(picture.copy()), channels)
     is_file = isinstance(picture, str | PathLike)
-    if not is_file and not (hasattr(picture, "convert") and hasattr(picture, "mode")):
+    if not is_file and not (hasattr(picture, "convert") and hasattr(picture, "getexif")):
         raise DataError(
             "an image must be a path, a PIL image, a uint8 tensor [C, H, W] or a uint8 array "
             f"[H, W, C], is {type(picture).__name__}"
         )
     name = fspath(picture) if is_file else "a PIL image"
-    if channels not in (1, 3) and not name.endswith(".npy"):
-        # Pillow would make up an alpha channel of 255, which a backbone of 4 hardly means.
-        raise DataError(
-            f"{name} gives 1 or 3 channels, the backbone takes {channels}; give a uint8 tensor "
-            f"[{channels}, H, W]"
-        )
     try:
-        return read_image(name, channels) if is_file else _from_pil(picture, channels, name)
+        if is_file:
+            return read_image(name, channels)
+        from PIL import ImageOps
+
+        return _from_pil(ImageOps.exif_transpose(picture), channels, name)
     except CorruptSampleError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             raise DataError(f"there is no image {name}") from None

@@ -73,5 +73,6 @@ def data_rows(
     if dataset is not None:
         rows.insert(0, ("dataset", dataset.describe()))
     if isinstance(dataset, Dataset):
-        rows.append(("passes over the data", f"{seen / len(dataset):.2f}"))
+        rows.append(("passes over the data", f"{seen / len(dataset):,.2f}"))
+        rows += [("note", note) for note in dataset.notes()]
     return rows

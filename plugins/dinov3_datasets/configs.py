@@ -7,7 +7,7 @@ from typing import Literal
 from dinov3_framework import DatasetConfig, InvalidOption, config, option, positive
 
 _EXTENSIONS = (
-    ".jpg", ".jpeg", ".jpe", ".jp2", ".png", ".webp", ".avif", ".bmp", ".gif",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".webp", ".avif", ".bmp", ".gif", ".tga",
     ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".npy",
 )  # fmt: skip
 
@@ -27,6 +27,14 @@ def _classes(value: tuple[str, ...]) -> str | None:
         return f"must be names of folders right below root, not {wrong}"
     repeated = sorted({name for name in value if value.count(name) > 1})
     return f"names {repeated} more than once" if repeated else None
+
+
+def _bits(value: int) -> str | None:
+    return None if 1 <= value <= 32 else f"must be 1 to 32, not {value}"
+
+
+def _color(value: tuple[int, int, int]) -> str | None:
+    return None if all(0 <= part <= 255 for part in value) else "takes three numbers of 0 to 255"
 
 
 @config
@@ -59,7 +67,32 @@ class ImageFolderConfig(DatasetConfig):
         check=positive,
     )
 
+    bits: int | None = option(
+        "bits that the values of wider files really have, such as 10 or 12; left out, 16 of 16",
+        default=None,
+        check=_bits,
+    )
+    low: float | None = option("in place of bits, the value that becomes black", default=None)
+    high: float | None = option("and the value that becomes white", default=None)
+    background: tuple[int, int, int] = option(
+        "what shows through where images are transparent, RGB",
+        default=(255, 255, 255),
+        check=_color,
+    )
+
+    @property
+    def values(self) -> tuple[float, float] | None:
+        """The values that become 0 and 255, if they are stated."""
+        if self.bits is not None:
+            return 0.0, 2.0**self.bits - 1
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
     def __attrs_post_init__(self) -> None:
+        ends = (self.low is None) + (self.high is None)
+        if ends == 1 or (ends == 0 and self.bits is not None):
+            raise InvalidOption("low", "low and high go together, in place of bits")
+        if self.low is not None and self.high is not None and not self.low < self.high:
+            raise InvalidOption("low", f"is {self.low:g}, not below high = {self.high:g}")
         if self.classes is not None and self.labels == "none":
             raise InvalidOption("classes", 'needs labels = "folders" or "auto", is with "none"')
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import groupby
 from pathlib import Path
 
@@ -10,7 +11,10 @@ import numpy as np
 from dinov3_datasets.configs import ImageFolderConfig
 from dinov3_datasets.listing import FileList, image_files
 from dinov3_framework import DataError, Dataset, Sample, Target
-from dinov3_framework.data.pictures import MODES, read_image
+from dinov3_framework.data.pictures import lost, read_image
+from dinov3_framework.errors import first_few
+
+_LOOKED_AT = 8  # images, by a check
 
 
 class ImageFolder(Dataset):
@@ -32,7 +36,9 @@ class ImageFolder(Dataset):
         for name in config.classes or ():
             if not (self.root / name).is_dir():
                 raise DataError(f"image_folder: no class folder {name!r} in {self.root}")
-        self.files = FileList(image_files(self.root, config.extensions, config.classes))
+        self.passed_over: Counter[str] = Counter()
+        names = image_files(self.root, config.extensions, config.classes, self.passed_over)
+        self.files = FileList(names)
         self._check_files()
         self.labels = self._find_labels()
 
@@ -41,7 +47,14 @@ class ImageFolder(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]  # negative ones, and IndexError past the end
-        image = read_image(self.root / self.files[index], self.channels, self.config.max_pixels)
+        path, config = self.root / self.files[index], self.config
+        image = read_image(
+            path,
+            self.channels,
+            config.max_pixels,
+            values=config.values,
+            background=config.background,
+        )
         return Sample(image, {} if self.labels is None else {"label": int(self.labels[index])})
 
     def name(self, index: int) -> str:
@@ -51,17 +64,22 @@ class ImageFolder(Dataset):
         kind = "no labels" if self.n_classes is None else f"{self.n_classes:,} classes"
         return f"image_folder {self.root}: {len(self):,} images, {kind}"
 
+    def notes(self) -> list[str]:
+        """Files that are no images, and values and bands of the first images that are lost."""
+        found = []
+        if count := self.passed_over.total():
+            by_ending = sorted(self.passed_over.items(), key=lambda each: (-each[1], each[0]))
+            counts = (f"{n:,} {ending or 'without an ending'}" for ending, n in by_ending)
+            found.append(f"{count:,} other files passed over: {first_few(counts, 6)}")
+        paths = [str(self.root / self.files[i]) for i in range(min(_LOOKED_AT, len(self)))]
+        return [*found, *lost(paths, self.channels, self.config.max_pixels, self.config.values)]
+
     def _check_files(self) -> None:
         endings = " ".join(self.config.extensions)
         if not len(self.files):
             raise DataError(
                 f"image_folder: no images in {self.root} or below (looked for {endings}; names "
                 "that start with a dot are ignored)"
-            )
-        if self.channels not in MODES and not any(n.lower().endswith(".npy") for n in self.files):
-            raise DataError(
-                f"image_folder: images.channels is {self.channels}, image files give 1 to 4; "
-                f"save the images as uint8 .npy files, of which {self.root} has none"
             )
 
     def _find_labels(self) -> np.ndarray | None:

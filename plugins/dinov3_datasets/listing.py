@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -42,24 +43,32 @@ class FileList:
 
 
 def image_files(
-    root: Path, extensions: Collection[str], folders: Collection[str] | None = None
+    root: Path,
+    extensions: Collection[str],
+    folders: Collection[str] | None = None,
+    passed_over: Counter[str] | None = None,
 ) -> Iterator[str]:
     """Paths relative to ``root`` of all image files below it, folder by folder, sorted by name.
 
     With ``folders`` only these, right below ``root``, are walked, in the order given. Links are
-    followed, but not one that leads back to a folder it lies in. Raises ``DataError`` for a folder
-    that cannot be read.
+    followed, but not one that leads back to a folder it lies in. ``passed_over`` counts other files
+    by their ending. Raises ``DataError`` for a folder that cannot be read.
     """
+    others: Counter[str] = Counter() if passed_over is None else passed_over
     endings = tuple(extensions)
     if folders is None:
-        yield from _walk(root, "", endings, ())
+        yield from _walk(root, "", endings, (), others)
     else:
         for folder in folders:
-            yield from _walk(root, f"{folder}/", endings, ())
+            yield from _walk(root, f"{folder}/", endings, (), others)
 
 
 def _walk(
-    root: Path, below: str, endings: tuple[str, ...], above: tuple[tuple[int, int], ...]
+    root: Path,
+    below: str,
+    endings: tuple[str, ...],
+    above: tuple[tuple[int, int], ...],
+    passed_over: Counter[str],
 ) -> Iterator[str]:
     """``below`` is a folder relative to ``root``; ``above`` identifies those that lead to it."""
     folder = root / below
@@ -77,6 +86,7 @@ def _walk(
                 if _is_folder(entry):
                     folders.add(entry.name)
                 elif not entry.name.lower().endswith(endings) or not _is_file(entry):
+                    passed_over[os.path.splitext(entry.name.lower())[1]] += 1
                     continue
                 names.append(entry.name)
     except OSError as error:
@@ -84,7 +94,7 @@ def _walk(
     names.sort()
     for name in names:
         if name in folders:
-            yield from _walk(root, f"{below}{name}/", endings, (*above, key))
+            yield from _walk(root, f"{below}{name}/", endings, (*above, key), passed_over)
         else:
             yield below + name
 

@@ -56,6 +56,7 @@ class FeaturesTask(Task):
         else:
             some = read_some(dataset, fit)
             images = [("dataset", dataset.describe()), ("sizes", describe_sizes(some))]
+            images += [("note", note) for note in dataset.notes()]
             features = feature_rows(config, reader, fit, some, len(dataset))
         parameters = sum(parameter.numel() for parameter in subject.backbone.parameters())
         sharded = f"sharded over {world_size}" if config.sharded else "whole in each process"

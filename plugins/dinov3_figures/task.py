@@ -78,6 +78,7 @@ class Visualize(Task):
         data = [("size", rounded)]
         if dataset is not None:
             data = [("dataset", dataset.describe()), ("images", f"{len(shown):,}"), *data]
+            data += [("note", note) for note in dataset.notes()]
         return {
             "backbone": [*subject.origin, ("parameters", f"{parameters:,}")],
             "data": data,

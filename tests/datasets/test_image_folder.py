@@ -195,14 +195,29 @@ def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monke
         build(tmp_path)
 
 
-def test_more_channels_than_image_files_have(tmp_path: Path) -> None:
+def test_a_check_says_what_is_left_out(tmp_path: Path) -> None:
+    assert build_with(tmp_path / "a.png").notes() == []
+    for name in ("b.heic", "c.HEIC", "notes.txt", "README"):
+        (tmp_path / name).touch()
+    (note,) = build(tmp_path).notes()
+    assert note == "4 other files passed over: 2 .heic, 1 without an ending, 1 .txt"
+    np.save(tmp_path / "d.npy", np.full((6, 7, 3), 900, np.uint16))
+    assert "bits = 10" in build(tmp_path).notes()[-1]
+    dataset = build(tmp_path, bits=10)
+    assert dataset[1].image.unique().tolist() == [round(900 * 255 / 1023)]
+
+
+def build_with(path: Path) -> Any:
+    save(path)
+    return build(path.parent)
+
+
+def test_more_channels_than_a_picture_has(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
-    with pytest.raises(DataError, match=r"images\.channels is 5, image files give 1 to 4"):
-        build(tmp_path, channels=5)
     np.save(tmp_path / "b.npy", np.zeros((6, 7, 5), np.uint8))
     dataset = build(tmp_path, channels=5)
     assert dataset[1].image.shape == (5, 6, 7)
-    with pytest.raises(CorruptSampleError, match=r"\.npy files hold any number"):
+    with pytest.raises(CorruptSampleError, match=r"images\.channels is 5; none is made up"):
         dataset[0]
 
 
@@ -216,6 +231,11 @@ def test_more_channels_than_image_files_have(tmp_path: Path) -> None:
         ({"classes": ()}, "at least one folder"),
         ({"classes": ("a",), "labels": "none"}, "needs labels"),
         ({"max_pixels": 0}, "above 0"),
+        ({"bits": 0}, "1 to 32"),
+        ({"low": 1.0}, "go together"),
+        ({"bits": 12, "low": 0.0, "high": 1.0}, "in place of bits"),
+        ({"low": 2.0, "high": 2.0}, "not below high"),
+        ({"background": (0, 0, 256)}, "0 to 255"),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
