@@ -202,6 +202,19 @@ class BackboneSuite(NetworkSuite):
         for one, other in zip(*runs, strict=True):
             _expect_same(one, other, "in training, the same seed of torch's generator gives")
 
+    @torch.no_grad()
+    def test_buffers(self) -> None:
+        """In training, a forward pass leaves the state as it is: a moving average has no more."""
+        network = self.initialized().train()
+        before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        with torch.random.fork_rng(devices=[]):
+            network.forward_features(*self.crops())
+        changed = [n for n, t in network.state_dict().items() if not torch.equal(t, before[n])]
+        assert not changed, (
+            "forward_features() changes its state in training (running statistics?): "
+            f"{first_few(changed)}"
+        )
+
     def test_gradient(self) -> None:
         """Finite gradient reaches every parameter."""
         network = self.initialized().train()

@@ -41,6 +41,7 @@ class DistilledUnit(StudentUnit):
     fingerprint: float | None
 
     def accept(self, notes: Mapping[str, Any]) -> None:
+        super().accept(notes)
         before = notes.get("teacher", {}).get("sum")
         if before is not None and self.fingerprint is not None:
             require_same(before, self.fingerprint, self.teacher, "teacher")

@@ -17,6 +17,7 @@ from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts.layouts import Shape
 from dinov3_framework.contracts.networks import Backbone
 from dinov3_framework.errors import CheckpointError, Problem, RecipeError
+from dinov3_framework.kinds import BackboneConfig
 from dinov3_framework.parallel.state_dicts import load_tensor
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime.agreement import OwnErrors, run_on_all_ranks
@@ -39,6 +40,13 @@ class FrozenWeights:
     @property
     def images(self) -> ImagesConfig:
         return self.info.images
+
+    @property
+    def config(self) -> BackboneConfig:
+        config: BackboneConfig = self.registry.config_of(
+            "backbone", self.info.component, self.info.config
+        )
+        return config
 
     def rows(self) -> list[tuple[str, str]]:
         """For people: what it is."""
@@ -103,9 +111,7 @@ def _remembered(
     if info is None:
         raise CheckpointError("the checkpoint does not say what its anchors are")
     with torch.device("meta"):
-        backbone = registry.build(
-            registry.config_of("backbone", info.component, info.config),
-        )
+        backbone = registry.build(registry.config_of("backbone", info.component, info.config))
     return FrozenWeights(weights, network, backbone, info, {}, registry)
 
 

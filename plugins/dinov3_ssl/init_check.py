@@ -31,18 +31,22 @@ def setting_problems(
         if name != _IMAGES and name not in ours:
             hint = suggest(name, [_IMAGES, *ours])
             yield Problem("init_from.differing", f"there is no setting {name!r} to compare", hint)
-    if not _related(backbone, source.config):
-        return
     # A file of somebody else's format may not tell all of it.
     theirs_is = "that of the weights is" + ("" if source.layout is None else ", or is taken to be,")
-    for name in ours:
-        if name in theirs and ours[name] != theirs[name] and name not in init.differing:
+    for name in differing_settings(backbone, source.config):
+        if name not in init.differing:
             value = _shown(theirs[name])
             yield Problem(
                 f"backbone.{name}",
                 f"is {_shown(ours[name])}, and {theirs_is} {value}",
                 f"take {value}, or if this is meant: {_allow(init, name)}",
             )
+
+
+def differing_settings(one: BackboneConfig, other: BackboneConfig) -> list[str]:
+    """Settings that both configs have, if they are of one family, and in which they differ."""
+    ours, theirs = one.evaluation_settings(), other.evaluation_settings()
+    return [n for n in ours if n in theirs and ours[n] != theirs[n]] if _related(one, other) else []
 
 
 def _related(one: BackboneConfig, other: BackboneConfig) -> bool:

@@ -128,6 +128,8 @@ class Networks:
             sharder,
             trains=False,
         )
+        # By loss: those that still are what their weights were, and see images as those did.
+        self.anchors_from_weights = set(blueprint.anchor_weights)
         self.device = sharder.device
         self.frozen = nn.ModuleDict()  # the projectors of a teacher that is not one of these
         if not restored:
@@ -153,6 +155,7 @@ class Networks:
 
     def begin_anchors(self) -> None:
         """Give each anchor what it begins as: its weights, or else the momentum teacher's."""
+        self.anchors_from_weights = set(self.blueprint.anchor_weights)
         for name, anchor in self.anchors.items():
             if name in self.blueprint.anchor_weights:
                 fill_frozen(self.blueprint.anchor_weights[name], anchor)
@@ -191,6 +194,7 @@ class Networks:
     def _copy_into(self, anchors: list[str]) -> list[str]:
         for name in anchors:
             parallel.copy_network(self.teacher["backbone"], self.anchors[name])
+        self.anchors_from_weights.difference_update(anchors)
         return anchors
 
     def named_state(self) -> dict[str, Tensor]:

@@ -127,8 +127,10 @@ class Objective:
         blueprint = self.networks.blueprint
         for name, anchor in blueprint.anchors.items():
             if is_there(anchor.config, iteration):
-                own = blueprint.anchor_weights.get(name)
-                crops = normalize(batch.crops[anchor.view], own.images if own else self.images)
+                images = self.images
+                if name in self.networks.anchors_from_weights:
+                    images = blueprint.anchor_weights[name].images
+                crops = normalize(batch.crops[anchor.view], images)
                 features[name] = features_of(self.networks.anchors[name], crops)
         return features
 

@@ -10,9 +10,10 @@ from torch import nn
 
 from dinov3_framework.contracts.data import Augmentation, View
 from dinov3_framework.contracts.losses import STUDENT_VIEWS, Loss, check_needs
-from dinov3_framework.errors import Problem
+from dinov3_framework.errors import Problem, first_few
 from dinov3_framework.training.check import course, optimizer_rows, schedules
 from dinov3_ssl.configs import StudentTrainingConfig, momentum
+from dinov3_ssl.init_check import differing_settings
 from dinov3_ssl.networks import Blueprint, projector_key
 
 # Figures that metrics.jsonl has of every run; a loss is logged by its name.
@@ -46,7 +47,8 @@ def parts_problems(
     needs = [each for variant in variants for each in check_needs(parts.losses, variant)]
     masks = _mask_problems(parts) if masks_student else ()
     # What is wrong with all variants is said once.
-    found = [*needs, *_view_problems(parts), *masks, *_anchor_problems(parts)]
+    backbone = _statistics_problems(parts.blueprint.backbone)
+    found = [*needs, *_view_problems(parts), *masks, *backbone, *_anchor_problems(config, parts)]
     return list(dict.fromkeys(found))
 
 
@@ -111,7 +113,23 @@ def _mask_problems(parts: Parts) -> Iterator[Problem]:
             )
 
 
-def _anchor_problems(parts: Parts) -> Iterator[Problem]:
+def _statistics_problems(backbone: nn.Module) -> Iterator[Problem]:
+    """Running statistics are each process's own, and the teacher's would never be updated."""
+    names = [
+        name
+        for name, each in backbone.named_modules()
+        if getattr(each, "running_mean", None) is not None
+    ]
+    if names:
+        yield Problem(
+            "backbone",
+            f"has norms with running statistics, which a moving average does not have: "
+            f"{first_few(names)}",
+            "take a backbone with norms of single samples (LayerNorm, GroupNorm, RMSNorm)",
+        )
+
+
+def _anchor_problems(config: StudentTrainingConfig, parts: Parts) -> Iterator[Problem]:
     blueprint = parts.blueprint
     ours = _shapes(blueprint.backbone)
     for name, weights in blueprint.anchor_weights.items():
@@ -124,11 +142,16 @@ def _anchor_problems(parts: Parts) -> Iterator[Problem]:
         for size in {view.size for view in views if view is not None and view.size % patch}:
             message = f"crops of {size} px are no multiple of the anchor's patch size {patch}"
             yield Problem(f"{where}.weights", message)
-        if blueprint.anchors[name].config.follows and _shapes(weights.backbone) != ours:
+        differing = "" if _shapes(weights.backbone) == ours else "another backbone"
+        if not differing:
+            # Equal shapes do not show all: the norms' epsilon, RoPE.
+            names = differing_settings(config.backbone, weights.config)
+            differing = f"a backbone with another {', '.join(names)}" if names else ""
+        if differing and blueprint.anchors[name].config.follows:
             yield Problem(
                 where,
-                "is to be refreshed from the momentum teacher, but its weights are of another "
-                "backbone than the student's",
+                "is to be refreshed from the momentum teacher, but its weights are of "
+                f"{differing} than the student's",
                 "leave start and period out, or begin with weights of the student's backbone",
             )
 

@@ -23,6 +23,8 @@ from dinov3_ssl.objective import Objective
 
 log = logging.getLogger("dinov3_framework.ssl")
 
+_FROM_WEIGHTS = "anchors_from_weights"  # in a checkpoint: those that were not refreshed yet
+
 
 class StudentUnit(TrainUnit):
     """Trains a student; its moving average, the momentum teacher, is evaluated and exported.
@@ -70,7 +72,13 @@ class StudentUnit(TrainUnit):
         yield from self.placed.student.buffers()
 
     def notes(self) -> Mapping[str, Any]:
-        return self._notes
+        if not self.placed.blueprint.anchor_weights:
+            return self._notes
+        return {**self._notes, _FROM_WEIGHTS: sorted(self.placed.anchors_from_weights)}
+
+    def accept(self, notes: Mapping[str, Any]) -> None:
+        if _FROM_WEIGHTS in notes:
+            self.placed.anchors_from_weights = set(notes[_FROM_WEIGHTS])
 
     # ------------------------------------------------------------------ what is evaluated
     def model(self) -> Model:

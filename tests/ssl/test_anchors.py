@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from run_support import export_bytes, losses, run, run_here
 from torch import Tensor
-from trainer_support import pretrain, steps, trainer
+from trainer_support import pretrain, save, steps, trainer
 
 from dinov3_framework import ExitCode, RecipeError
 from dinov3_framework.checkpoints.store import CheckpointStore
+from dinov3_framework.training.trainer import Trainer
 
 GRAM = ("losses.gram.use=gram", "augmentation.anchor_size=56")
 ANCHOR = "losses.gram.anchor"
@@ -71,6 +73,48 @@ def test_one_that_is_refreshed_may_not(another: Path, key: str) -> None:
     with pytest.raises(RecipeError, match=r"its weights are of another backbone") as caught:
         pretrain(*GRAM, f"{ANCHOR}.weights={another}", f"{ANCHOR}.{key}").check(1)
     assert {problem.where for problem in caught.value.problems} == {ANCHOR}
+
+
+@pytest.mark.parametrize("key", ["norm_layer=layernorm", "pos_embed_rope_base=50.0"])
+def test_nor_with_other_settings_behind_equal_shapes(earlier: Path, key: str) -> None:
+    anchor = (*GRAM, f"{ANCHOR}.weights={earlier}", f"backbone.{key}")
+    pretrain(*anchor).check(1)
+    name = key.partition("=")[0]
+    with pytest.raises(RecipeError, match=rf"a backbone with another {name} than the student's"):
+        pretrain(*anchor, f"{ANCHOR}.period=2").check(1)
+
+
+def darkest_shown(ours: Trainer) -> float:
+    """What the next step shows the anchor where images are darkest: normalized values."""
+    shown: list[float] = []
+    anchor = ours.unit.placed.anchors["gram"]
+    look = anchor.forward_features
+
+    def noting(images: Tensor, *others: Any) -> Any:
+        shown.append(float(images[0].min() if isinstance(images, list) else images.min()))
+        return look(images, *others)
+
+    anchor.forward_features = noting
+    steps(ours, 1)
+    del anchor.forward_features
+    return shown[-1]
+
+
+@pytest.mark.parametrize("key", ["period=2", "start=2"])
+def test_once_it_is_the_teacher_it_sees_images_as_the_teacher_does(
+    earlier: Path, tmp_path: Path, key: str
+) -> None:
+    """Mean and deviation belong to the network: of the weights before, of the run afterwards."""
+    recipe = (*GRAM, f"{ANCHOR}.weights={earlier}", f"{ANCHOR}.{key}", "checkpoint.every=1")
+    own = ("images.mean=[0.9]", "images.std=[0.1]")
+    with trainer(tmp_path / "run", *recipe, *own) as ours:
+        before = [darkest_shown(ours) for _ in range(2)]
+        save(ours)
+        assert darkest_shown(ours) == pytest.approx(-9, abs=0.5)
+    assert all(value > -3 for value in before), "as the weights were shown them"
+    with trainer(tmp_path / "run", *recipe, *own) as resumed:
+        resumed.resume()
+        assert darkest_shown(resumed) == pytest.approx(-9, abs=0.5)
 
 
 def test_weights_that_are_not_there_are_missing_and_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from run_support import TINY, environment
+from torch import nn
 from trainer_support import NO_LOSSES, pretrain, tiny_config
 
 from dinov3_framework import Plan, RecipeError
@@ -139,6 +140,18 @@ def test_the_command_line_refuses_to_run(
     assert message == "image_folder: root = 'no/such/folder' does not exist"
     assert "root is the folder of your images" in advice
     assert not list(tmp_path.iterdir())
+
+
+def test_running_statistics_are_refused_by_name() -> None:
+    """Each process has its own, and nobody would update the teacher's."""
+    method = pretrain().method
+    prepared = method.prepare()
+    assert not method.problems(prepared, 0)
+    prepared.blueprint.backbone.stem = nn.Sequential(nn.BatchNorm2d(3))
+    (problem,) = method.problems(prepared, 0)
+    assert problem.where == "backbone"
+    assert "running statistics" in problem.message
+    assert "stem.0" in problem.message
 
 
 # --------------------------------------------------------------------------- what it costs

@@ -50,6 +50,22 @@ class OtherRandomness(SoundBackbone):
         self.mask_token.data.copy_(torch.from_numpy(noise))
 
 
+class RunningStatistics(SoundBackbone):
+    def __init__(self, config: ToyBackboneConfig) -> None:
+        super().__init__(config)
+        self.batch_norm = nn.BatchNorm2d(3, affine=False)
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        if hasattr(self, "batch_norm"):
+            self.batch_norm.reset_parameters()
+
+    def forward_features(self, images: Any, masks: Any = None) -> Any:
+        if isinstance(images, Tensor):
+            images = self.batch_norm(images)
+        return super().forward_features(images, masks)
+
+
 class OtherShapes(SoundBackbone):
     built = 0
 
@@ -239,6 +255,7 @@ BACKBONES: dict[str, tuple[Callable[..., Any], str]] = {
     "one batch only": (OneBatchOnly, "must give a list of two dicts"),
     "full precision only": (FullPrecisionOnly, "test_bfloat16: raised RuntimeError"),
     "own randomness": (OwnRandomness, "in training, the same seed"),
+    "running statistics": (RunningStatistics, "changes its state in training.*batch_norm"),
     "detached": (Detached, "test_gradient: raised RuntimeError"),
     "wrong layer": (WrongLayer, r"layer_of\('mask_token'\) is \(3, 2\)"),
     "strange block": (StrangeBlock, "no submodule of the backbone"),
