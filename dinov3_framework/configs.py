@@ -22,12 +22,14 @@ def option(
     factory: Callable[[], Any] | None = None,
     check: Check | None = None,
     formerly: Sequence[str] = (),
+    is_place: bool = False,
 ) -> Any:
     """A field of a config, with the sentence that ``dinov3-run --describe`` prints.
 
     ``check`` gets the value and returns what is wrong with it, or None. ``formerly`` are keys that
     this field replaces in its table: whoever still writes one is told this field's name. A key that
-    moved into a table is given at the field that holds the table.
+    moved into a table is given at the field that holds the table. ``is_place`` says that the value
+    is where something lies, and not what it is.
     """
 
     def validate(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -38,7 +40,7 @@ def option(
     return attrs.field(
         default=attrs.Factory(factory) if factory is not None else default,
         validator=validate,
-        metadata={"doc": doc, "formerly": tuple(formerly)},
+        metadata={"doc": doc, "formerly": tuple(formerly), "is_place": is_place},
     )
 
 

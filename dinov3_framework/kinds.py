@@ -195,6 +195,10 @@ class TaskConfig:
         "where the processes come from; left out, this process alone", default=None
     )
 
+    def free_keys(self, output_dir: Path) -> Sequence[str]:
+        """Keys in which a run that goes on in a folder may differ from what it was."""
+        return ()
+
     def inner_runs(self, output_dir: Path) -> Sequence[InnerRun]:
         """The runs that this one consists of, in their order, if it does."""
         return ()

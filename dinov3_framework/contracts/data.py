@@ -139,6 +139,13 @@ class Dataset(_Described, abc.ABC):
         """One line for the summary of a run."""
         return f"{type(self).__name__}, {len(self):,} images"
 
+    def digest(self) -> str:
+        """What a run that goes on has to find again: the same samples under the same names.
+
+        In words, and the same wherever the data lie.
+        """
+        return f"{len(self):,} samples"
+
     def notes(self) -> Sequence[str]:
         """What a check should say of the data besides, a line each: what is left out or odd."""
         return ()

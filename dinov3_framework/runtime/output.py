@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def prepared(
     """
     with locked(output_dir):
         recipe = unstructure(registry, config)
-        _refuse_another_recipe(recipe, output_dir, inherited)
+        _refuse_another_recipe(recipe, output_dir, inherited, config.free_keys(output_dir))
         complete = (output_dir / RESULTS).exists()
         if not _inner_runs_complete(config, registry, output_dir) and complete:
             # There is more in it to do than there was.
@@ -150,8 +150,9 @@ def _inner_runs_complete(config: TaskConfig, registry: Registry, output_dir: Pat
     runs = config.inner_runs(output_dir)
     for run in runs:
         with naming_stage(run.name):
-            recipe = unstructure(registry, run.config)
-            _refuse_another_recipe(recipe, output_dir / run.name, run.inherited)
+            recipe, folder = unstructure(registry, run.config), output_dir / run.name
+            free = run.config.free_keys(folder)
+            _refuse_another_recipe(recipe, folder, run.inherited, free)
     complete = {run.name for run in runs if (output_dir / run.name / RESULTS).exists()}
     for run in runs:
         absent = sorted({name for name in run.inherited.values() if name not in complete})
@@ -171,7 +172,10 @@ def _remove(path: Path) -> None:
 
 
 def _refuse_another_recipe(
-    recipe: Mapping[str, Any], output_dir: Path, inherited: Iterable[KeyPath] = ()
+    recipe: Mapping[str, Any],
+    output_dir: Path,
+    inherited: Iterable[KeyPath] = (),
+    free: Collection[str] = (),
 ) -> None:
     path = output_dir / RECIPE
     if not path.exists():
@@ -182,7 +186,9 @@ def _refuse_another_recipe(
         raise OutputError(f"{path} is no recipe: {error}; choose another --output-dir") from error
     old, new = _settled(flatten(before), inherited), _settled(flatten(recipe), inherited)
     changed = sorted(
-        key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not _is_free(key)
+        key
+        for key in old.keys() | new.keys()
+        if old.get(key) != new.get(key) and key not in free and not _is_free(key)
     )
     if changed:
         shown = "\n".join(

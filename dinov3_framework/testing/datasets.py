@@ -86,6 +86,16 @@ class DatasetSuite(_DataSuite):
         assert found, f"not one of {count} samples can be decoded"
         return found
 
+    def test_digest(self) -> None:
+        """The digest is a line, and alike for the same data; notes are lines."""
+        digest, notes = self.dataset.digest(), list(self.dataset.notes())
+        lines = [digest, *notes]
+        assert all(isinstance(line, str) and line and "\n" not in line for line in lines), (
+            f"digest() and notes() must give lines of text, gave {lines!r}"
+        )
+        again = self.build().digest()
+        assert again == digest, f"digest() gives {again!r} after {digest!r} for the same data"
+
     def test_repeatable(self) -> None:
         """An index means the same sample each time, in loader workers too."""
         copied: Dataset = pickle.loads(pickle.dumps(self.dataset))

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
 from dinov3_framework.checkpoints import CheckpointConfig
 from dinov3_framework.configs import ImagesConfig, config, not_negative, option, positive
 from dinov3_framework.data import LoaderConfig
 from dinov3_framework.kinds import DatasetConfig, ObserverConfig, OptimizerConfig, TaskConfig
 from dinov3_framework.parallel import ParallelConfig
+
+CHECKPOINTS = "checkpoints"  # below a run's folder
+DATA = "data"  # in a checkpoint: the digest of the run's data
 
 
 @config
@@ -35,3 +44,14 @@ class TrainingConfig(TaskConfig):
         default=3,
         check=not_negative,
     )
+
+    def free_keys(self, output_dir: Path) -> Sequence[str]:
+        """Where the data lie, if a checkpoint says by their names whether they are the same."""
+        from dinov3_framework.checkpoints.store import CheckpointStore
+
+        complete = (output_dir / "results.json").exists()
+        if complete or DATA not in CheckpointStore(output_dir / CHECKPOINTS).peek():
+            return ()
+        dataset: Any = type(self.dataset)
+        places = [field for field in attrs.fields(dataset) if field.metadata.get("is_place")]
+        return [f"dataset.{field.name}" for field in places]

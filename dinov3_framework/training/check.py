@@ -10,7 +10,7 @@ import attrs
 from dinov3_framework.contracts.data import Dataset, StreamDataset
 from dinov3_framework.errors import Problem
 from dinov3_framework.schedules import Schedule
-from dinov3_framework.training import TrainingConfig
+from dinov3_framework.training import DATA, TrainingConfig
 from dinov3_framework.training.optimizer import lr_factor
 
 
@@ -62,6 +62,17 @@ def course(schedule: Schedule, total: int) -> str:
     if len(set(values)) == 1:
         return f"{values[0]:g}"
     return " -> ".join(f"{value:.3g}" for value in values)
+
+
+def data_complaint(state: Mapping[str, Any], dataset: Dataset | StreamDataset | None) -> str:
+    """How data differ from those that a checkpoint's run has seen; "" if they do not."""
+    before = state.get(DATA)
+    if before is None or not isinstance(dataset, Dataset) or before == (now := dataset.digest()):
+        return ""
+    return (
+        f"is not the data that this run began with: {before} then, {now} now\n"
+        "    bring those back, or go on from its weights (init_from.weights) in another folder"
+    )
 
 
 def data_rows(

@@ -42,8 +42,13 @@ from dinov3_framework.runtime.agreement import OwnErrors, run_on_all_ranks
 from dinov3_framework.runtime.output import RECIPE
 from dinov3_framework.runtime.processes import pick_device
 from dinov3_framework.runtime.results import Record, print_results, write_results
-from dinov3_framework.training import TrainingConfig
-from dinov3_framework.training.check import batch_problems, data_rows, schedule_problems
+from dinov3_framework.training import CHECKPOINTS, TrainingConfig
+from dinov3_framework.training.check import (
+    batch_problems,
+    data_complaint,
+    data_rows,
+    schedule_problems,
+)
 from dinov3_framework.training.clock import StepClock
 from dinov3_framework.training.coordination import NullCoordinator
 from dinov3_framework.training.optimizer import Optimizer
@@ -52,8 +57,6 @@ from dinov3_framework.training.simulation import SimulatedBatch
 from dinov3_framework.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
-
-CHECKPOINTS = "checkpoints"
 
 
 class InitialState(Enum):
@@ -242,6 +245,7 @@ class TrainingTask(Task):
             [
                 *network_problems(config.parallel, network),
                 *method.problems(prepared, done),
+                *self._data_problems(dataset),
             ]
         )
         sections = {
@@ -275,6 +279,13 @@ class TrainingTask(Task):
             raise DataError(f"{dataset.describe()}: holds no image")
         self._given = dataset
         return self._given
+
+    def _data_problems(self, dataset: Dataset | StreamDataset | None) -> Iterator[Problem]:
+        """Whether a run that goes on would see other data than before."""
+        folder = self.config.output_dir
+        state = {} if folder is None else CheckpointStore(Path(folder) / CHECKPOINTS).peek()
+        if complaint := data_complaint(state, dataset):
+            yield Problem("dataset", complaint)
 
     def _absent_abilities(self) -> list[str]:
         """What the recipe asks of a machine and this one, perhaps a login node, cannot do."""

@@ -14,16 +14,18 @@ from attrs import define, field, frozen
 from torch import Tensor
 
 from dinov3_framework.checkpoints.store import CheckpointStore, Restored
+from dinov3_framework.contracts.data import Dataset
 from dinov3_framework.contracts.running import Observer, StepRecord
 from dinov3_framework.contracts.training import Batch, Step, TrainUnit
 from dinov3_framework.data.loader import BatchMaker, TrainingLoader
 from dinov3_framework.data.workers import WorkerError
-from dinov3_framework.errors import DivergenceError, PeerError, UserError
+from dinov3_framework.errors import DataError, DivergenceError, PeerError, UserError
 from dinov3_framework.randomness import keyed_seed
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.console import TrainingProgress
 from dinov3_framework.runtime.stopping import StopFlag
-from dinov3_framework.training import TrainingConfig
+from dinov3_framework.training import DATA, TrainingConfig
+from dinov3_framework.training.check import data_complaint
 from dinov3_framework.training.clock import StepClock
 from dinov3_framework.training.coordination import NullCoordinator
 from dinov3_framework.training.metrics import FiniteCheck, MetricsFile, reduce_step_metrics
@@ -79,12 +81,17 @@ class Trainer:
 
     def resume(self, step: int | None = None) -> bool:
         """Go on from the newest whole checkpoint, or that of ``step``; whether there was one."""
-        restored = self.store.restore(self.tensors(), accept=self.unit.accept, step=step)
+        restored = self.store.restore(self.tensors(), accept=self._accept, step=step)
         if restored is None:
             return False
         self.restored(restored)
         log.info("Going on after iteration %s, from %s", f"{self.done:,}", restored.path)
         return True
+
+    def _accept(self, state: Mapping[str, Any]) -> None:
+        if complaint := data_complaint(state, self.maker.dataset):
+            raise DataError(f"dataset: {complaint}")
+        self.unit.accept(state)
 
     def restored(self, restored: Restored) -> None:
         """Take over from a checkpoint what is no tensor."""
@@ -94,6 +101,8 @@ class Trainer:
 
     def _save(self) -> None:
         state: dict[str, Any] = {"iterations": self.config.iterations, **self.unit.notes()}
+        if isinstance(self.maker.dataset, Dataset):
+            state[DATA] = self.maker.dataset.digest()
         if self.origin:
             state["init_from"] = dict(self.origin)
         if self._streams:

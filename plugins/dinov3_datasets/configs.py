@@ -45,7 +45,7 @@ class ImageFolderConfig(DatasetConfig):
     that of the names, so every machine sees the same dataset.
     """
 
-    root: str = option("the folder")
+    root: str = option("the folder", is_place=True)
     labels: Literal["auto", "folders", "none"] = option(
         "where labels come from: the name of the folder right below root (folders), nowhere "
         "(none), or folders if every image lies in one (auto)",

@@ -64,6 +64,9 @@ class ImageFolder(Dataset):
         kind = "no labels" if self.n_classes is None else f"{self.n_classes:,} classes"
         return f"image_folder {self.root}: {len(self):,} images, {kind}"
 
+    def digest(self) -> str:
+        return f"{len(self):,} images, their names {self.files.digest}"
+
     def notes(self) -> list[str]:
         """Files that are no images, and values and bands of the first images that are lost."""
         found = []

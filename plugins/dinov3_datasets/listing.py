@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,11 @@ class FileList:
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
+
+    @cached_property
+    def digest(self) -> str:
+        """The beginning of a SHA-256 of all names in their order."""
+        return hashlib.sha256(self._buffer + self._offsets.tobytes()).hexdigest()[:16]
 
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
