@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,8 @@ SQUARE = ("crop", "squash")
 FITS = (*SQUARE, "pad", "native")
 # Evaluation resizes the shorter side to 256 where it crops 224, whatever the size.
 _RESIZE_RATIO = 256 / 224
+_LONGEST = 2**16  # pixels of a resized side, above which the middle is cut out first
+_SUPPORT = 4  # pixels beside a place that bicubic interpolation looks at, and some more
 
 
 def normalize(images: Tensor, spec: ImagesConfig) -> Tensor:
@@ -68,6 +71,9 @@ def evaluation_image(image: Tensor, size: int) -> Tensor:
     if (height, width) == (size, size):
         return image
     shorter = round(size * _RESIZE_RATIO)
+    if max(height, width) * shorter / min(height, width) > _LONGEST:
+        image = _middle(image, size, shorter)
+        height, width = image.shape[-2:]
     # The longer side is rounded down, as torchvision's Resize does it.
     target = (
         shorter if height <= width else int(shorter * height / width),
@@ -75,6 +81,18 @@ def evaluation_image(image: Tensor, size: int) -> Tensor:
     )
     top, left = (round((side - size) / 2) for side in target)
     return resize(image, *target)[:, top : top + size, left : left + size].contiguous()
+
+
+def _middle(image: Tensor, size: int, shorter: int) -> Tensor:
+    """The middle of a long and thin image, a little more than a crop of ``size`` px shows of it.
+
+    Resized as a whole, 2 x 60,000 pixels would become 256 x 7,680,000.
+    """
+    axis = 1 if image.shape[1] > image.shape[2] else 2
+    length, scale = image.shape[axis], shorter / min(image.shape[1:])
+    seen = math.ceil(size / scale) + 2 * math.ceil(_SUPPORT * max(1, 1 / scale))
+    seen += (length - seen) % 2  # as much on either side
+    return image.narrow(axis, (length - seen) // 2, seen) if seen < length else image
 
 
 @frozen

@@ -89,6 +89,24 @@ def test_evaluation_image_is_torchvisions_resize_and_crop(
     assert torch.equal(result, reference(image))
 
 
+@pytest.mark.parametrize("shape", [(2, 60_000), (60_000, 2), (1, 70_001), (3, 30_000)])
+def test_long_and_thin_images_are_cut_before_they_are_enlarged(shape: tuple[int, int]) -> None:
+    """As a whole they would take gigabytes; the crop is that of the whole, to half a pixel."""
+    middle = 2000 // min(shape)  # enough that nothing of the crop sees the ends
+    image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8, generator=seeded(0))
+    axis = 1 if shape[0] > shape[1] else 2
+    odd = shape[axis - 1] % 2
+    part = image.narrow(axis, (shape[axis - 1] - middle) // 2, middle + (middle + odd) % 2)
+    crop = evaluation_image(image, 32)
+    assert crop.shape == (3, 32, 32)
+    difference = (crop.int() - evaluation_image(part, 32).int()).abs()
+    assert difference.max() <= 12  # of noise, each value of which becomes a dozen pixels
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def test_resizing_keeps_what_fits_and_what_is_shown() -> None:
     image = torch.zeros(3, 20, 30, dtype=torch.uint8)
     image[:, :, 15:] = 200
