@@ -7,7 +7,7 @@ be lost between the recipe and the code that uses it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform
 
 import attrs
 
@@ -151,9 +151,7 @@ class AnchorConfig:
         "published name; left out, the momentum teacher",
         default=None,
     )
-    network: Literal["teacher", "student"] = option(
-        "which network of a training checkpoint is read", default="teacher"
-    )
+    network: str = option("which network of a training checkpoint is read", default="teacher")
     start: int | None = option(
         "iteration before which the momentum teacher is copied for the first time; left out, that "
         "which the run begins with, or never if there are weights",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from dinov3_framework.configs import WEB_IMAGES, ImagesConfig
 from dinov3_framework.contracts.layouts import Layout, Published, PublishedFile, Shape
@@ -14,7 +14,9 @@ from dinov3_framework.weights._files import OpenWeights
 
 _SIZE = 224  # pixels, of the published evaluations
 _DEPTH = 4  # components of a prefix, at most: model.teacher.backbone.module
-_MOMENTUM = ("teacher", "model_ema", "ema", "model_ema_backbone")
+# What moving averages of the student are called, the surest first: what else learns from a teacher
+# of its own calls that one "teacher".
+_MOMENTUM = ("model_ema", "ema", "teacher")
 
 
 class Catalog(Protocol):
@@ -38,23 +40,32 @@ class Candidate:
     content: OpenWeights
     layout: Layout
     config: Any
+    note: str = ""  # what had to be chosen, in words
 
 
 def find(opened: OpenWeights, catalog: Catalog, kind: str, network: str) -> Candidate:
     """The one component of a kind that is meant; no tensor but the smallest is read.
 
-    Training checkpoints hold several networks: ``network`` is the one that is wanted, ``teacher``
-    or ``student``. Raises ``CheckpointError`` where there is none, or more than one.
+    Training checkpoints hold several networks: ``network`` is the one that is wanted, by its name
+    there; ``teacher`` stands for the student's moving average, whatever it is called. Raises
+    ``CheckpointError`` where there is none, or more than one.
     """
     layouts = [layout for layout in catalog.layouts if layout.kind == kind]
     found = list(_candidates(opened, layouts))
     if not found:
         raise CheckpointError(_unknown(opened, layouts, kind))
-    wanted = {*_MOMENTUM} if network == "teacher" else {network}
-    named = [each for each in found if wanted & _parts(each)]
-    best = named or [each for each in found if not {*_MOMENTUM, "student"} & _parts(each)]
+    best: list[Candidate] = []
+    for name in _MOMENTUM if network == "teacher" else (network,):
+        best = best or [each for each in found if _is_of(each, name)]
+    networks = (*_MOMENTUM, "student")
+    best = best or [each for each in found if not any(_is_of(each, n) for n in networks)]
     if len(best) == 1:
-        return best[0]
+        averages = [each for each in found if any(_is_of(each, name) for name in _MOMENTUM)]
+        others = [repr(each.prefix.rstrip(".")) for each in averages if each is not best[0]]
+        if network != "teacher" or not others:
+            return best[0]
+        prefix = best[0].prefix.rstrip(".")
+        return evolve(best[0], note=f"taking {prefix!r}, not {' or '.join(others)}")
     prefixes = ", ".join(repr(each.prefix.rstrip(".")) for each in best or found)
     raise CheckpointError(
         f"{opened.path} holds {len(best)} {kind}s, {prefixes}; save the one you want on its own"
@@ -86,8 +97,9 @@ def _prefixes(names: Mapping[str, Shape]) -> list[str]:
     return sorted(prefixes, key=lambda prefix: (prefix.count("."), prefix))
 
 
-def _parts(candidate: Candidate) -> set[str]:
-    return set(candidate.prefix.split("."))
+def _is_of(candidate: Candidate, network: str) -> bool:
+    """Whether it is the backbone of a network, as the names of its tensors tell."""
+    return bool({network, f"{network}_backbone"} & set(candidate.prefix.split(".")))
 
 
 def _unknown(opened: OpenWeights, layouts: Sequence[Layout], kind: str) -> str:

@@ -60,9 +60,10 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("source", help="file, folder, URL or published name")
         verb.add_argument(
             "--network",
-            choices=("teacher", "student"),
+            metavar="NAME",
             default="teacher",
-            help="which network of a training checkpoint (default: teacher)",
+            help="which network of a training checkpoint: teacher (the default), student, or "
+            "another by its name there",
         )
         verb.add_argument(
             "--images",

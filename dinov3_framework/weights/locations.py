@@ -128,4 +128,6 @@ def open_path(
             return sharded.open_checkpoint(path, kind, thorough)
         if checkpoints is not None:
             return sharded.open_newest(checkpoints, kind, thorough)
+        if (newest := sharded.numbered_in(path)) is not None:
+            return sharded.open_checkpoint(newest, kind, thorough)
     return stack.enter_context(open_weights(path))

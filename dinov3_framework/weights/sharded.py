@@ -34,6 +34,12 @@ def checkpoint_in(path: Path) -> Path | None:
     return None
 
 
+def numbered_in(path: Path) -> Path | None:
+    """The newest of the checkpoints in a folder of them, named by numbers alone."""
+    found = [each for each in path.iterdir() if each.name.isdecimal() and is_checkpoint(each)]
+    return max(found, key=lambda each: int(each.name), default=None)
+
+
 def is_checkpoint(path: Path) -> bool:
     """Whether a folder is one sharded checkpoint, ours or another's."""
     return (path / INDEX).is_file()

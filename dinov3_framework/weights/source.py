@@ -80,9 +80,10 @@ class WeightSource:
 
         ``source`` is a path to a file or folder of any known format, a run's output folder, a URL,
         or a published name such as ``dinov3_vits16`` or ``dinov3_vitl16@SAT493M``. ``network`` is
-        the one of a training checkpoint, ``teacher`` or ``student``. ``images`` overrules what the
-        weights say of their images. With ``projectors`` a run's folder stands for its checkpoints,
-        which have them, rather than its export. Shards of checkpoints are compared with their
+        the one of a training checkpoint: ``student``, another by its name there, or ``teacher`` for
+        the student's moving average. ``images`` overrules what the weights say of their images.
+        With ``projectors`` a run's folder stands for its checkpoints, which have them, rather than
+        its export. Shards of checkpoints are compared with their
         hashes, which takes time, unless not ``thorough``: for when no values are read.
 
         What a user should know is logged as a warning. Raises ``CheckpointError`` for what is
@@ -136,6 +137,8 @@ class WeightSource:
                 f"not exactly a published {kind}, and the file does not say {layout.unsaid}; these "
                 "are taken to be as published"
             )
+        if found.note:
+            notes.insert(0, found.note)
         if left := sum(not name.startswith(found.prefix) for name in opened.shapes):
             notes.insert(0, f"{left:,} tensors beside {found.prefix}* left out")
         for note in notes if collectives.is_main() else ():

@@ -33,9 +33,7 @@ class FrozenTeacherConfig:
         "the teacher: a file or folder of any known format, a run's folder, a URL or a published "
         "name"
     )
-    network: Literal["teacher", "student"] = option(
-        "which network of a training checkpoint is read", default="teacher"
-    )
+    network: str = option("which network of a training checkpoint is read", default="teacher")
     projectors: Literal["auto", "weights", "new"] = option(
         "where its projectors come from: weights that hold them, or new ones, whose prototypes "
         "are tokens of the first batches; auto takes those of the weights if there are any",
@@ -62,9 +60,7 @@ class InitFromConfig:
         "the weights: a file or folder of any known format, a run's folder, a URL or a published "
         "name"
     )
-    network: Literal["teacher", "student"] = option(
-        "which network of a training checkpoint is read", default="teacher"
-    )
+    network: str = option("which network of a training checkpoint is read", default="teacher")
     into: Literal["both", "student", "teacher"] = option(
         "which networks of this run start from them; the other one starts at random",
         default="both",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import nn
 
 from dinov3_framework import WEB_IMAGES, CheckpointError, Registry, load_backbone
 from dinov3_framework.checkpoints.store import CheckpointStore
@@ -115,6 +116,55 @@ def test_sharded_checkpoints_of_others(tmp_path: Path, registry: Registry) -> No
         )
         state = loaded.backbone.state_dict()
         assert all(torch.equal(state[k], v) for k, v in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("others", "taken"),
+    [
+        (("teacher", "model_ema"), "model_ema"),
+        (("teacher", "model_ema", "gram_teacher"), "model_ema"),
+        (("teacher", "gram_teacher"), "teacher"),
+    ],
+)
+def test_of_several_averages_the_students_is_taken_aloud(
+    tmp_path: Path,
+    registry: Registry,
+    caplog: pytest.LogCaptureFixture,
+    others: tuple[str, ...],
+    taken: str,
+) -> None:
+    """As the reference leaves them, where ``model_ema`` is the teacher, or what learns from it."""
+    values = VIT | {"in_chans": 3}
+    networks = {n: registry.build("backbone", "vit", **values) for n in (*others, "student")}
+    for number, backbone in enumerate(networks.values()):
+        nn.init.constant_(backbone.cls_token, number + 1.0)
+    model = {f"{n}.backbone": backbone.state_dict() for n, backbone in networks.items()}
+    for step in ("99", "1249"):  # the newest counts, and 99 is not the last by its letters
+        dcp.save({"model": model, "iteration": int(step)}, checkpoint_id=tmp_path / "ckpt" / step)
+    loaded = load_backbone(tmp_path / "ckpt", images=WEB_IMAGES, registry=registry)
+    assert torch.equal(loaded.backbone.cls_token, networks[taken].cls_token)
+    several = len({"teacher", "model_ema"} & set(others)) > 1
+    assert (f"taking 'model.{taken}.backbone', not" in caplog.text) is several
+    assert "1249" in str(loaded.provenance) or loaded.provenance["file"] == "1249"
+    for name, backbone in networks.items():
+        if name != "teacher":
+            found = load_backbone(
+                tmp_path / "ckpt", network=name, images=WEB_IMAGES, registry=registry
+            )
+            assert torch.equal(found.backbone.cls_token, backbone.cls_token)
+
+
+def test_networks_of_lightning_are_known_by_their_names(tmp_path: Path, registry: Registry) -> None:
+    values = VIT | {"in_chans": 3}
+    networks = {n: registry.build("backbone", "vit", **values) for n in ("teacher", "student")}
+    nn.init.ones_(networks["student"].cls_token)
+    state = {f"{n}_backbone.{k}": v for n, b in networks.items() for k, v in b.state_dict().items()}
+    torch.save({"epoch": 9, "state_dict": state}, tmp_path / "last.ckpt")
+    for name, backbone in networks.items():
+        found = load_backbone(
+            tmp_path / "last.ckpt", network=name, images=WEB_IMAGES, registry=registry
+        )
+        assert torch.equal(found.backbone.cls_token, backbone.cls_token)
 
 
 class Trap:
