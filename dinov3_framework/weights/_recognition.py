@@ -16,7 +16,7 @@ _SIZE = 224  # pixels, of the published evaluations
 _DEPTH = 4  # components of a prefix, at most: model.teacher.backbone.module
 # What moving averages of the student are called, the surest first: what else learns from a teacher
 # of its own calls that one "teacher".
-_MOMENTUM = ("model_ema", "ema", "teacher")
+_MOMENTUM = ("model_ema", "ema", "state_dict_ema", "teacher")
 
 
 class Catalog(Protocol):
@@ -60,8 +60,8 @@ def find(opened: OpenWeights, catalog: Catalog, kind: str, network: str) -> Cand
     networks = (*_MOMENTUM, "student")
     best = best or [each for each in found if not any(_is_of(each, n) for n in networks)]
     if len(best) == 1:
-        averages = [each for each in found if any(_is_of(each, name) for name in _MOMENTUM)]
-        others = [repr(each.prefix.rstrip(".")) for each in averages if each is not best[0]]
+        rest = [each for each in found if each is not best[0] and not _is_of(each, "student")]
+        others = [repr(each.prefix.rstrip(".")) for each in rest]
         if network != "teacher" or not others:
             return best[0]
         prefix = best[0].prefix.rstrip(".")

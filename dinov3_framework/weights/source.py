@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts.layouts import Layout, Renamed, Rule, Shape
 from dinov3_framework.contracts.networks import Backbone
-from dinov3_framework.errors import CheckpointError, UserError, summarize_names
+from dinov3_framework.errors import CheckpointError, UserError, first_few, summarize_names
 from dinov3_framework.parallel.state_dicts import load_tensor
 from dinov3_framework.runtime import collectives
 from dinov3_framework.weights._files import OpenWeights
@@ -57,6 +57,7 @@ class WeightSource:
     _opened: OpenWeights = field(repr=False)
     _prefix: str  # of the component's names in it
     _content: OpenWeights = field(init=False, repr=False)
+    _left_out: set[str] = field(init=False, factory=set, repr=False)  # of which was told
 
     @_content.default
     def _below_prefix(self) -> OpenWeights:
@@ -194,11 +195,11 @@ class WeightSource:
         stored = (rule.stored(shapes[rule.official]) for rule in self.rules(list(shapes)))
         wanted = {name: tuple(shape) for each in stored for name, shape in each.items()}
         given = self._content.shapes
+        extra = given.keys() - wanted.keys()
+        beside = {n for n in extra if self.layout is not None and _is_beside(n)}
         complaints = [
             summarize_names("missing from the file", wanted.keys() - given.keys()),
-            summarize_names(
-                f"in the file but not in the {self.kind}", given.keys() - wanted.keys()
-            ),
+            summarize_names(f"in the file but not in the {self.kind}", extra - beside),
             summarize_names(
                 "of another shape",
                 [
@@ -213,6 +214,9 @@ class WeightSource:
                 f"{self.path} does not fit the {self.kind} {family_name(self.config)} that it "
                 "seems to hold:" + "".join(complaints)
             )
+        if beside - self._left_out and collectives.is_main():
+            log.warning("%s: left out: %s", self.path, first_few(sorted(beside)))
+        self._left_out.update(beside)
 
     def available(self, module: nn.Module) -> dict[str, Shape]:
         """Names and shapes of all tensors in the file: those of ``module`` by their official names,
@@ -344,6 +348,15 @@ class WeightSource:
             yield name, tensor
         if bad:
             raise CheckpointError(f"{self.path}:{summarize_names('with NaN or inf', bad)}")
+
+
+# What classifiers and averages of other libraries have beside a backbone: timm's and Hugging Face's
+# heads, the count of torch's ``AveragedModel``.
+_BESIDE = ("head", "head_dist", "fc", "classifier", "n_averaged")
+
+
+def _is_beside(name: str) -> bool:
+    return name.partition(".")[0] in _BESIDE
 
 
 def _config_of(info: ComponentInfo, opened: OpenWeights, catalog: Catalog) -> Any:
