@@ -85,6 +85,11 @@ def positive(value: float) -> str | None:
     return None if value > 0 else f"must be above 0, is {value}"
 
 
+def seconds(value: float) -> str | None:
+    """More than the timers of libraries take would not be waited for."""
+    return None if 0 < value <= 1e6 else f"must be above 0 and at most 1,000,000, is {value:g}"
+
+
 def not_negative(value: float) -> str | None:
     return None if value >= 0 else f"must not be negative, is {value}"
 

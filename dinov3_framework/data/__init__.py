@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dinov3_framework.configs import config, not_negative, option, positive
+from dinov3_framework.configs import config, not_negative, option, positive, seconds
 
 
 @config
@@ -12,7 +12,7 @@ class LoaderConfig:
     workers: int = option("loader processes per training process", default=8, check=not_negative)
     prefetch: int = option("batches that each worker makes ahead", default=2, check=positive)
     timeout: float = option(
-        "seconds to wait for a batch before the run ends", default=300.0, check=positive
+        "seconds to wait for a batch before the run ends", default=300.0, check=seconds
     )
     max_corrupt: int = option(
         "undecodable samples, counted per process, after which the run ends",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from dinov3_framework.configs import config, option, positive
+from dinov3_framework.configs import config, option, positive, seconds
 
 
 def _expression(value: str) -> str | None:
@@ -55,5 +55,5 @@ class ParallelConfig:
     timeout: float = option(
         "seconds after which a collective that somebody missed ends the run",
         default=600.0,
-        check=positive,
+        check=seconds,
     )

@@ -57,7 +57,7 @@ def find_recipe(recipe: str | Path) -> Source:
         return Source(Path(text), text)
     if match := _IN_PACKAGE.fullmatch(text):
         return _in_package(match[1], match[2])
-    if text.removesuffix(".toml") in recipes_of(RECIPES_PACKAGE):
+    if text in recipes_of(RECIPES_PACKAGE):
         return _in_package(RECIPES_PACKAGE, text)
     hints = []
     if "=" in text:

@@ -37,7 +37,7 @@ def type_name(declared: Any) -> str:
     """A type for people; ``TypeError`` if a recipe cannot spell it."""
     inner = without_none(declared)
     if inner is not declared:
-        return type_name(inner) + (", optional" if inner is str else f' or "{NONE}"')
+        return f'{type_name(inner)} or "{NONE}"'
     if declared in _WORDS:
         return _WORDS[declared]
     if declared is Schedule:

@@ -7,6 +7,7 @@ booleans. The one exception is an integer where a number is wanted.
 from __future__ import annotations
 
 import math
+import os
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -168,7 +169,10 @@ def _scalar(value: Any, declared: Any) -> Any:
         raise _mismatch(type_name(declared), value, hint)
     if declared is float and math.isnan(value):
         raise _fault("must not be nan")
-    return value
+    if declared is str and "\0" in value:
+        raise _fault("holds a NUL character, which no name or path may")
+    # Once and for all: to everything else a path that begins so is a folder of that name.
+    return os.path.expanduser(value) if declared is str and value.startswith("~/") else value
 
 
 def _literal(value: Any, declared: Any) -> str:
@@ -182,7 +186,7 @@ def _literal(value: Any, declared: Any) -> str:
 def _optional(value: Any, declared: Any, converter: Converter) -> Any:
     inner = without_none(declared)
     # A recipe turns an optional field off whatever its default or inherited value is.
-    if value is None or (value == NONE and inner is not str):
+    if value is None or value == NONE:
         return None
     return converter.structure(value, inner)
 

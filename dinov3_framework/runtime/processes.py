@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from dinov3_framework.errors import Problem, RecipeError
+from dinov3_framework.errors import Problem, RecipeError, UserError
 from dinov3_framework.runtime import collectives
 
 
@@ -47,7 +47,14 @@ def process_group(device: torch.device, timeout: float) -> Iterator[None]:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     limit = timedelta(seconds=timeout)
-    if environment_world_size() is None:
+    world = environment_world_size()
+    lone = world == 1 and "MASTER_ADDR" not in os.environ
+    if world is not None and not lone and "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            f"RANK and WORLD_SIZE = {world} are set in the environment, MASTER_ADDR is not: let "
+            "torchrun or a launcher start the processes, or unset RANK and WORLD_SIZE"
+        )
+    if world is None or lone:
         store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=limit)
     else:

@@ -433,6 +433,29 @@ def test_none_turns_off_what_a_default_turns_on(registry: Registry) -> None:
     assert structure_component(registry, "backbone", "stubborn", {"scale": "none"}) == off
 
 
+TOY = {"iterations": 1, "lr": 0.1, "backbone": {"use": "tiny"}}
+
+
+def test_strings_too_are_turned_off(registry: Registry) -> None:
+    config = structure_component(registry, "task", "toy", {"output_dir": "none", **TOY})
+    assert config.output_dir is None
+
+
+def test_a_path_below_home_is_expanded_once(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = structure_component(registry, "task", "toy", {"output_dir": "~/runs/a", **TOY})
+    assert config.output_dir == "/home/me/runs/a"
+    config = structure_component(registry, "task", "toy", {"output_dir": "a~/b", **TOY})
+    assert config.output_dir == "a~/b"
+
+
+def test_no_string_holds_a_nul(registry: Registry) -> None:
+    with pytest.raises(RecipeError, match="output_dir: holds a NUL"):
+        structure_component(registry, "task", "toy", {"output_dir": "a\0b", **TOY})
+
+
 # --------------------------------------------------------------------------- words
 @pytest.mark.parametrize(
     ("declared", "name"),
