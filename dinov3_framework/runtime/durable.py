@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_ASIDE = re.compile(r"\..+\.[0-9a-f]{8}")  # names of what is being written
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -45,6 +47,17 @@ def written_aside(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def clear_aside(folder: Path) -> None:
+    """Remove what :func:`written_aside` left in a folder, or one level below, when it was killed.
+
+    For who holds the folder alone.
+    """
+    for pattern in (".*", "*/.*"):
+        for path in folder.glob(pattern):
+            if _ASIDE.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+                path.unlink(missing_ok=True)
 
 
 def no_room(number: int | None, folder: Path) -> str | None:

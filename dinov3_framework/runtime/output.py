@@ -23,7 +23,7 @@ from dinov3_framework.kinds import TaskConfig
 from dinov3_framework.recipes.plain import unstructure
 from dinov3_framework.recipes.toml_text import KeyPath, to_toml
 from dinov3_framework.registry import Registry
-from dinov3_framework.runtime.durable import no_room, written_aside
+from dinov3_framework.runtime.durable import clear_aside, no_room, written_aside
 from dinov3_framework.runtime.inner_runs import naming_stage
 
 RECIPE, RESULTS, LOCK = "recipe.toml", "results.json", ".lock"
@@ -110,6 +110,7 @@ def prepared(
                 "To run it anew, choose another --output-dir or delete that folder; to carry on "
                 "from its weights, start from what lies in its exports folder."
             )
+        clear_aside(output_dir)
         write_aside(output_dir / RECIPE, to_toml(recipe))
         yield
 

@@ -230,3 +230,16 @@ def test_locks_are_let_go(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(ZeroDivisionError), locked(tmp_path):
             raise ZeroDivisionError
+
+
+def test_leftovers_of_a_killed_start_are_removed(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    (tmp_path / "exports").mkdir()
+    names = (".results.json.0123abcd", "exports/.x.safetensors.0a1b2c3d")
+    leftovers = [tmp_path / name for name in names]
+    others = [tmp_path / ".hidden", tmp_path / "exports" / ".x.safetensors", tmp_path / ".lock"]
+    for path in (*leftovers, *others):
+        path.touch()
+    prepare(tmp_path)
+    assert not any(path.exists() for path in leftovers)
+    assert all(path.exists() for path in others)
