@@ -171,7 +171,8 @@ def _recipe(options: argparse.Namespace, registry: Registry) -> int:
     if not options.launched or _is_elsewhere(config, registry):
         plan = _check(task, launcher, may_miss=options.check)
         if _rank() in (None, 0):
-            code = _show(_plan_text(plan, launcher, job))
+            which = f"recipe {' + '.join(composed.paths)}"
+            code = _show(f"{which}\n\n{_plan_text(plan, launcher, job)}")
             if options.check:
                 return code
     if options.check:

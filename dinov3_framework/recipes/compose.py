@@ -32,6 +32,7 @@ class Composed:
     origins: dict[KeyPath, str]
     name: str  # of the first file, and so of the run
     source: str  # the first file, as messages name it
+    paths: tuple[str, ...] = ()  # of the files on the command line, absolute
 
 
 @frozen
@@ -110,7 +111,8 @@ def compose(recipes: str | Path | Sequence[str | Path], overrides: Sequence[str]
     _put(whole, last, (), problems)
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
-    return Composed(whole.plain(), whole.origins(), sources[0].path.stem, sources[0].label)
+    paths = tuple(os.path.abspath(source.path) for source in sources)
+    return Composed(whole.plain(), whole.origins(), sources[0].path.stem, sources[0].label, paths)
 
 
 # --------------------------------------------------------------------------- reading

@@ -259,8 +259,9 @@ def test_a_failed_check_stops_before_anything_is_written(
 # --------------------------------------------------------------------------- looking
 def test_check_reports_and_writes_nothing(trace: Trace, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--check", "r.toml", "--launcher=here", "launcher.processes=4"]) == 0
-    out = capsys.readouterr().out
-    assert out == ("model\n  parameters  1,234\n  width       8\n\nlauncher\n  4 processes here\n")
+    which, out = capsys.readouterr().out.split("\n\n", 1)
+    assert which == f"recipe {Path('r.toml').absolute()}"
+    assert out == "model\n  parameters  1,234\n  width       8\n\nlauncher\n  4 processes here\n"
     assert trace.worlds == [4]
     assert (files(), trace.ran, trace.jobs, trace.prepared) == (["r.toml"], [], [], [])
 
