@@ -13,6 +13,8 @@ from dinov3_framework.schedules import Schedule
 from dinov3_framework.training import DATA, TrainingConfig
 from dinov3_framework.training.optimizer import lr_factor
 
+_MANY = 10_000  # passes over the data; the published runs on ImageNet-1k make some hundred
+
 
 def batch_problems(config: TrainingConfig, world_size: int) -> Iterator[Problem]:
     share = world_size * config.accumulation_steps
@@ -84,6 +86,14 @@ def data_rows(
     if dataset is not None:
         rows.insert(0, ("dataset", dataset.describe()))
     if isinstance(dataset, Dataset):
-        rows.append(("passes over the data", f"{seen / len(dataset):,.2f}"))
-        rows += [("note", note) for note in dataset.notes()]
+        passes = seen / len(dataset)
+        rows.append(("passes over the data", f"{passes:,.2f}"))
+        notes = list(dataset.notes())
+        if config.batch_size > len(dataset):
+            notes.append(
+                f"a step shows {config.batch_size:,} images, the data are {len(dataset):,}"
+            )
+        if passes > _MANY:
+            notes.append("so many passes are meant for more data; fewer iterations may do")
+        rows += [("note", note) for note in notes]
     return rows

@@ -107,6 +107,15 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 MISSING = ("dataset.use=image_folder", "dataset.root=no/such/folder")
 
 
+def test_a_recipe_for_far_more_data_is_said_to_be_one() -> None:
+    """Somebody's few photographs under a published recipe."""
+    small = pretrain("iterations=5000", "batch_size=16_000").check(1)
+    notes = [text for key, text in small.sections["data"] if key == "note"]
+    assert "a step shows 16,000 images, the data are 5,000" in notes
+    assert any("fewer iterations may do" in text for text in notes)
+    assert not [key for key, _ in pretrain().check(1).sections["data"] if key == "note"]
+
+
 def test_a_dataset_that_is_not_there_is_no_mistake_of_the_recipe() -> None:
     report = check(*MISSING)
     (lack,) = report.missing
