@@ -175,7 +175,7 @@ def _from_pil(
         return _planes(np.array(image if image.mode == mode else image.convert(mode)))
     if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
         raise CorruptSampleError(name, f"is {image.mode}, of which {channels} channels mean little")
-    bands = {"RGBa": "RGBA", "La": "LA", "PA": "RGBA", "RGBX": "RGBX"}.get(image.mode, image.mode)
+    bands = {"RGBa": "RGBA", "La": "LA", "PA": "RGBA"}.get(image.mode, image.mode)
     if image.mode == "P":
         bands = "RGBA" if image.has_transparency_data else "RGB"
     stored = np.array(image if bands == image.mode else image.convert(bands))
@@ -231,7 +231,7 @@ def _planes(values: np.ndarray) -> Tensor:
 # --------------------------------------------------------------------------- what is lost
 def lost(paths: Sequence[str], channels: int, max_pixels: int, given: Range | None) -> list[str]:
     """What of some image files, the first of a dataset, goes unused; in words, with the remedy."""
-    spans, bands = [], set()
+    spans, bands, counts = [], set(), True
     for path in paths:
         try:
             found = read_raster(path, channels, max_pixels)
@@ -245,6 +245,7 @@ def lost(paths: Sequence[str], channels: int, max_pixels: int, given: Range | No
             bands.add(found.bands)
         if found.values.dtype != np.uint8 and found.values.size:
             spans.append((np.nanmin(found.values), np.nanmax(found.values)))
+            counts &= found.values.dtype.kind in "ui"
     lines = []
     for count in sorted(bands):
         lines.append(f"files of {count} bands: 3 are read; images.channels = {count} reads all")
@@ -253,10 +254,11 @@ def lost(paths: Sequence[str], channels: int, max_pixels: int, given: Range | No
         low, high = given or (0.0, 65535.0)
         seen = f"the first {len(spans)} files of more than 8 bits hold {least:g} to {most:g}"
         if most - least < (high - low) / 4:
-            bits = max(int(most).bit_length(), 8)
+            remedy = "low and high"
+            if counts and least >= 0:
+                remedy = f"bits = {max(int(most).bit_length(), 8)}, or {remedy}"
             lines.append(
-                f"{seen}, a fraction of {low:g} to {high:g}; state their range with bits = {bits}, "
-                "or low and high"
+                f"{seen}, a fraction of {low:g} to {high:g}; state their range with {remedy}"
             )
         elif least < low or most > high:
             lines.append(f"{seen}; below {low:g} is black and above {high:g} white")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Range = tuple[float, float]  # the values that become 0 and 255
 
-_BITS, _SAMPLES, _ORIENTATION, _EXTRA, _FORMAT = 258, 277, 274, 338, 339  # tags of a TIFF
+_BITS, _SAMPLES, _ORIENTATION, _EXTRA = 258, 277, 274, 338  # tags of a TIFF
 _ALPHA = (1, 2)  # kinds of extra samples in a TIFF
 
 

@@ -233,6 +233,8 @@ def test_reflectances_and_unknown_values(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", tile)
     image = read_image(tmp_path / "a.tif", 1, values=(0.0, 1.0))
     assert image.flatten().tolist() == [0, 0, 128, 255, 255, 0]
+    (note,) = lost([str(tmp_path / "a.tif")], 1, LIMIT, None)
+    assert note.endswith("state their range with low and high"), "bits are of whole numbers"
 
 
 # --------------------------------------------------------------------------- transparency
