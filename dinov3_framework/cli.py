@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinov3_framework import __version__
-from dinov3_framework.errors import DataError, ExitCode, UserError
+from dinov3_framework.errors import DataError, ExitCode, RecipeError, UserError
 from dinov3_framework.kinds import resolve
 
 if TYPE_CHECKING:
@@ -145,6 +145,7 @@ def _recipe(options: argparse.Namespace, registry: Registry) -> int:
     from dinov3_framework.recipes.plain import unstructure
     from dinov3_framework.recipes.structure import structure_recipe
     from dinov3_framework.recipes.toml_text import annotated_toml
+    from dinov3_framework.runtime.output import check_output
 
     composed = compose(options.recipes, _overrides(options))
     config = structure_recipe(registry, composed)
@@ -158,6 +159,7 @@ def _recipe(options: argparse.Namespace, registry: Registry) -> int:
         if _given(options, flag.name):
             return _show(_flag(flag, task, launcher, options))
     plan: Plan | None = None
+    code: int = ExitCode.OK
 
     def run() -> int:
         from dinov3_framework.runtime import session
@@ -169,14 +171,17 @@ def _recipe(options: argparse.Namespace, registry: Registry) -> int:
     job = _job(output_dir, options.block_plugin, run)
     # The process that launched this one has checked everything, if on a machine like this.
     if not options.launched or _is_elsewhere(config, registry):
-        plan = _check(task, launcher, may_miss=options.check)
+        try:
+            plan = _check(task, launcher, may_miss=options.check)
+        except RecipeError as error:
+            raise composed.located(error) from error
         if _rank() in (None, 0):
             which = f"recipe {' + '.join(composed.paths)}"
-            code = _show(f"{which}\n\n{_plan_text(plan, launcher, job)}")
-            if options.check:
-                return code
-    if options.check:
-        return ExitCode.OK
+            code = _show(f"{which}\n\n{_plan_text(task, plan, launcher, job)}")
+        if options.check:
+            check_output(config, registry, output_dir)
+            is_lacking = plan.missing and not (launcher and launcher.elsewhere)
+            return ExitCode.WRONG_INPUT if is_lacking else code
     if launcher is None:
         return run()
     return _submit(launcher, job, config, registry)
@@ -222,10 +227,15 @@ def _check(task: Task, launcher: Launcher | None, may_miss: bool) -> Plan:
     return plan
 
 
-def _plan_text(plan: Plan, launcher: Launcher | None, job: Job) -> str:
+def _plan_text(task: Task, plan: Plan, launcher: Launcher | None, job: Job) -> str:
+    from dinov3_framework.configs import replace
     from dinov3_framework.recipes.describe import report_text
 
-    text = report_text(plan)
+    state = "begun before" if job.output_dir.exists() else "new"
+    if done := task.progress():
+        state = f"goes on after {done}"
+    output = {"output": [("folder", f"{job.output_dir}, {state}")]}
+    text = report_text(replace(plan, sections={**plan.sections, **output}))
     if launcher is None:
         return text
     preview = launcher.preview(job)

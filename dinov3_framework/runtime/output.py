@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -94,25 +94,46 @@ def prepared(
     the folder is in use, belongs to another recipe, or cannot be written.
     """
     with locked(output_dir):
-        recipe = unstructure(registry, config)
-        _refuse_another_recipe(recipe, output_dir, inherited, config.free_keys(output_dir))
-        complete = (output_dir / RESULTS).exists()
-        if not _inner_runs_complete(config, registry, output_dir) and complete:
-            # There is more in it to do than there was.
-            complete = False
+        _refuse(config, registry, output_dir, inherited)
+        if (output_dir / RESULTS).exists():  # there is more in it to do than there was
             _remove(output_dir / RESULTS)
-        if complete:
-            when = time.strftime(
-                "%Y-%m-%d %H:%M", time.localtime((output_dir / RESULTS).stat().st_mtime)
-            )
-            raise RunComplete(
-                f"This run is complete (since {when}): {output_dir / RESULTS}\n"
-                "To run it anew, choose another --output-dir or delete that folder; to carry on "
-                "from its weights, start from what lies in its exports folder."
-            )
         clear_aside(output_dir)
-        write_aside(output_dir / RECIPE, to_toml(recipe))
+        write_aside(output_dir / RECIPE, to_toml(unstructure(registry, config)))
         yield
+
+
+def check_output(config: TaskConfig, registry: Registry, output_dir: Path) -> None:
+    """Raise what :func:`prepared` would, as far as it can be told without writing anything."""
+    if (output_dir / LOCK).exists():
+        with locked(output_dir):
+            pass
+    _refuse(config, registry, output_dir)
+    there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise OutputError(f"{there} is no folder; choose another --output-dir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"{there} cannot be written; choose another --output-dir")
+
+
+def _refuse(
+    config: TaskConfig, registry: Registry, output_dir: Path, inherited: Iterable[KeyPath] = ()
+) -> None:
+    """Raise :class:`OutputError` where this recipe cannot run in a folder, or need not."""
+    _refuse_another_recipe(config, registry, output_dir, inherited)
+    if not _inner_runs_complete(config, registry, output_dir):
+        return
+    path = output_dir / RESULTS
+    if path.exists():
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+        raise RunComplete(
+            f"This run is complete (since {when}): {path}\n{_elsewhere(config, output_dir)}"
+        )
+
+
+def _elsewhere(config: TaskConfig, output_dir: Path) -> str:
+    """What to do about a folder that another run of this recipe cannot have."""
+    ways = config.ways_on(output_dir)
+    return "  choose another --output-dir" + (f"; there, {ways}" if ways else "")
 
 
 def prepare_output(config: TaskConfig, registry: Registry, output_dir: Path) -> None:
@@ -151,9 +172,7 @@ def _inner_runs_complete(config: TaskConfig, registry: Registry, output_dir: Pat
     runs = config.inner_runs(output_dir)
     for run in runs:
         with naming_stage(run.name):
-            recipe, folder = unstructure(registry, run.config), output_dir / run.name
-            free = run.config.free_keys(folder)
-            _refuse_another_recipe(recipe, folder, run.inherited, free)
+            _refuse_another_recipe(run.config, registry, output_dir / run.name, run.inherited)
     complete = {run.name for run in runs if (output_dir / run.name / RESULTS).exists()}
     for run in runs:
         absent = sorted({name for name in run.inherited.values() if name not in complete})
@@ -173,10 +192,7 @@ def _remove(path: Path) -> None:
 
 
 def _refuse_another_recipe(
-    recipe: Mapping[str, Any],
-    output_dir: Path,
-    inherited: Iterable[KeyPath] = (),
-    free: Collection[str] = (),
+    config: TaskConfig, registry: Registry, output_dir: Path, inherited: Iterable[KeyPath] = ()
 ) -> None:
     path = output_dir / RECIPE
     if not path.exists():
@@ -185,6 +201,7 @@ def _refuse_another_recipe(
         before = tomli.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} is no recipe: {error}; choose another --output-dir") from error
+    recipe, free = unstructure(registry, config), config.free_keys(output_dir)
     old, new = _settled(flatten(before), inherited), _settled(flatten(recipe), inherited)
     changed = sorted(
         key
@@ -198,7 +215,7 @@ def _refuse_another_recipe(
         more = f"\n    and {len(changed) - 8} more" if len(changed) > 8 else ""
         raise OutputError(
             f"{output_dir} holds a run of another recipe:\n{shown}{more}\n"
-            "  choose another --output-dir, or delete that folder to start anew"
+            f"{_elsewhere(config, output_dir)}"
         )
 
 

@@ -43,14 +43,15 @@ from dinov3_framework.runtime.output import RECIPE
 from dinov3_framework.runtime.processes import pick_device
 from dinov3_framework.runtime.results import Record, print_results, write_results
 from dinov3_framework.training import CHECKPOINTS, TrainingConfig
-from dinov3_framework.training.check import (
-    batch_problems,
-    data_complaint,
-    data_rows,
-    schedule_problems,
-)
+from dinov3_framework.training.check import batch_problems, schedule_problems
 from dinov3_framework.training.clock import StepClock
 from dinov3_framework.training.coordination import NullCoordinator
+from dinov3_framework.training.data import (
+    build_dataset,
+    data_complaint,
+    data_rows,
+    with_iterations,
+)
 from dinov3_framework.training.optimizer import Optimizer
 from dinov3_framework.training.run import TrainingRun
 from dinov3_framework.training.simulation import SimulatedBatch
@@ -92,7 +93,10 @@ class TrainingMethod(abc.ABC):
     @classmethod
     def task(cls, config: Any, *, registry: Registry) -> TrainingTask:
         """A task of this method: the factory of its component."""
-        return TrainingTask(config, registry=registry, method=cls(config, registry))
+        images = cls(config, registry).images
+        config, dataset = with_iterations(config, registry, images)
+        method = cls(config, registry)
+        return TrainingTask(config, registry=registry, method=method, dataset=dataset)
 
     def images(self) -> ImagesConfig:
         """What images are; by default as the recipe says."""
@@ -270,14 +274,12 @@ class TrainingTask(Task):
         steps = CheckpointStore(Path(self.config.output_dir) / CHECKPOINTS).steps()
         return steps[-1] if steps else 0
 
+    def progress(self) -> str:
+        return f"iteration {done:,}" if (done := self.done()) else ""
+
     def _dataset(self) -> Dataset | StreamDataset:
-        config = self.config
-        if self._given is not None:
-            return self._given
-        dataset = self.registry.build(config.dataset, channels=self.method.images().channels)
-        if isinstance(dataset, Dataset) and len(dataset) == 0:
-            raise DataError(f"{dataset.describe()}: holds no image")
-        self._given = dataset
+        if self._given is None:
+            self._given = build_dataset(self.config, self.registry, self.method.images())
         return self._given
 
     def _data_problems(self, dataset: Dataset | StreamDataset | None) -> Iterator[Problem]:

@@ -24,10 +24,11 @@ from dinov3_framework.randomness import keyed_seed
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.console import TrainingProgress
 from dinov3_framework.runtime.stopping import StopFlag
+from dinov3_framework.schedules import Span, iterations_of
 from dinov3_framework.training import DATA, TrainingConfig
-from dinov3_framework.training.check import data_complaint
 from dinov3_framework.training.clock import StepClock
 from dinov3_framework.training.coordination import NullCoordinator
+from dinov3_framework.training.data import data_complaint
 from dinov3_framework.training.metrics import FiniteCheck, MetricsFile, reduce_step_metrics
 from dinov3_framework.training.optimizer import Optimizer
 from dinov3_framework.training.run import TrainingRun
@@ -175,7 +176,7 @@ class Trainer:
             self._write(metrics, measured | observed)
         last = self.done == self.config.iterations
         stopping = outcome.check.stop and not last
-        if stopping or last or left or self.done % self.config.checkpoint.every == 0:
+        if stopping or last or left or self._is_due(self.config.checkpoint.every):
             self._save()
         if left:
             raise PeerError(
@@ -184,6 +185,9 @@ class Trainer:
             )
         if stopping:
             raise stop.stopped(f"iteration {self.done:,}")
+
+    def _is_due(self, every: Span) -> bool:
+        return self.done % iterations_of(every, self.config.iterations) == 0
 
     def _is_logged(self) -> bool:
         return self.done % self.config.log_every == 0 or self.done == self.config.iterations
@@ -283,7 +287,7 @@ class Trainer:
         added: dict[str, float] = {}
         last = self.done == self.config.iterations
         for name in sorted(self.observers, key=lambda n: self.observers[n].follows_metrics):
-            if last or self.done % self.config.observers[name].every == 0:
+            if last or self._is_due(self.config.observers[name].every):
                 observer = self.observers[name]
                 seen = {**measured, **added} if observer.follows_metrics else dict(measured)
                 with _observing(name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import attrs
@@ -125,6 +126,9 @@ class StudentTrainingConfig(SelfSupervisedConfig):
         "weights that the networks start from; left out, they start at random", default=None
     )
 
+    def ways_on(self, output_dir: Path) -> str:
+        return f"init_from.weights={output_dir} begins with its weights"
+
 
 @config
 class PretrainConfig(StudentTrainingConfig):
@@ -136,11 +140,15 @@ class PretrainConfig(StudentTrainingConfig):
     )
 
     def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
         if self.continue_from is not None and self.init_from is not None:
             raise InvalidOption(
                 "continue_from",
                 "and init_from both say what the networks start from; leave one of them out",
             )
+
+    def ways_on(self, output_dir: Path) -> str:
+        return f"continue_from.run={output_dir} trains on, {super().ways_on(output_dir)}"
 
 
 @config
