@@ -159,14 +159,16 @@ def _recipe(options: argparse.Namespace, registry: Registry) -> int:
         if _given(options, flag.name):
             return _show(_flag(flag, task, launcher, options))
     plan: Plan | None = None
-    code: int = ExitCode.OK
+    code, report = int(ExitCode.OK), ""
 
     def run() -> int:
         from dinov3_framework.runtime import session
 
         parallel = getattr(config, "parallel", None)
         chosen = {"device": parallel.device, "timeout": parallel.timeout} if parallel else {}
-        return int(session.run_task(task, config, registry, output_dir, plan, **chosen))
+        return int(
+            session.run_task(task, config, registry, output_dir, plan, report=report, **chosen)
+        )
 
     job = _job(output_dir, options.block_plugin, run)
     # The process that launched this one has checked everything, if on a machine like this.
@@ -177,14 +179,15 @@ def _recipe(options: argparse.Namespace, registry: Registry) -> int:
             raise composed.located(error) from error
         if _rank() in (None, 0):
             which = f"recipe {' + '.join(composed.paths)}"
-            code = _show(f"{which}\n\n{_plan_text(task, plan, launcher, job)}")
+            report = f"{which}\n\n{_plan_text(task, plan, launcher, job)}"
+            code = _show(report)
         if options.check:
             check_output(config, registry, output_dir)
             is_lacking = plan.missing and not (launcher and launcher.elsewhere)
             return ExitCode.WRONG_INPUT if is_lacking else code
     if launcher is None:
         return run()
-    return _submit(launcher, job, config, registry)
+    return _submit(launcher, job, config, registry, report)
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
@@ -254,11 +257,13 @@ def _flag(flag: Flag, task: Task, launcher: Launcher | None, options: argparse.N
     return str(act(task, **({"world_size": world} | values)))
 
 
-def _submit(launcher: Launcher, job: Job, config: TaskConfig, registry: Registry) -> int:
+def _submit(
+    launcher: Launcher, job: Job, config: TaskConfig, registry: Registry, report: str
+) -> int:
     """Hand a job to its launcher and wait for it, where that is what the launcher does."""
     from dinov3_framework.runtime import session
 
-    session.prepare_output(config, registry, job.output_dir)
+    session.prepare_output(config, registry, job.output_dir, report)
     handle = launcher.submit(job)
     if text := handle.describe():
         print(text, flush=True)

@@ -201,6 +201,10 @@ class TaskConfig:
         """Keys in which a run that goes on in a folder may differ from what it was."""
         return ()
 
+    def places(self) -> Sequence[str]:
+        """Keys that say where something lies that is known again by other means."""
+        return ()
+
     def ways_on(self, output_dir: Path) -> str:
         """The keys by which another run goes on from what a run of this recipe left in a folder."""
         return ""

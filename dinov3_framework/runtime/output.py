@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -136,12 +136,6 @@ def _elsewhere(config: TaskConfig, output_dir: Path) -> str:
     return "  choose another --output-dir" + (f"; there, {ways}" if ways else "")
 
 
-def prepare_output(config: TaskConfig, registry: Registry, output_dir: Path) -> None:
-    """As :func:`prepared`, for processes to come."""
-    with prepared(config, registry, output_dir):
-        pass
-
-
 @contextmanager
 def locked(output_dir: Path) -> Iterator[None]:
     """Hold the folder; a second run into it is refused while the first lives."""
@@ -203,20 +197,52 @@ def _refuse_another_recipe(
         raise OutputError(f"{path} is no recipe: {error}; choose another --output-dir") from error
     recipe, free = unstructure(registry, config), config.free_keys(output_dir)
     old, new = _settled(flatten(before), inherited), _settled(flatten(recipe), inherited)
+    if changed := _differences(old, new, free):
+        raise OutputError(
+            f"{output_dir} holds a run of another recipe:\n{changed}\n"
+            f"{_elsewhere(config, output_dir)}"
+        )
+
+
+def is_of_recipe(config: TaskConfig, registry: Registry, output_dir: Path) -> bool:
+    """Whether what a folder holds, if anything, may go on with this recipe."""
+    try:
+        _refuse_another_recipe(config, registry, output_dir)
+    except OutputError:
+        return False
+    return True
+
+
+def identity(config: TaskConfig, registry: Registry) -> dict[str, Any]:
+    """What a recipe says of what is learnt, by key: a checkpoint's way to know its run again.
+
+    Two runs of one identity and the same data are the same bits. Paths are left out: folders move.
+    """
+    flat = flatten(unstructure(registry, config))
+    places = {key for key, value in flat.items() if isinstance(value, str) and "/" in value}
+    places.update(config.places())
+    return {key: value for key, value in flat.items() if key not in places and not _is_free(key)}
+
+
+def identity_complaint(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
+    """How a checkpoint's run is another one than this; "" if it is not, or if nobody knows."""
+    changed = "" if before is None else _differences(before, now)
+    return changed and (
+        f"is of another run:\n{changed}\n    remove it from the folder, or go on from its weights "
+        "in another one (init_from.weights)"
+    )
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str] = ()) -> str:
+    """The first keys that have other values, a line each; "" if there are none."""
     changed = sorted(
         key
         for key in old.keys() | new.keys()
         if old.get(key) != new.get(key) and key not in free and not _is_free(key)
     )
-    if changed:
-        shown = "\n".join(
-            f"    {key}: {_show(old, key)} there, {_show(new, key)} now" for key in changed[:8]
-        )
-        more = f"\n    and {len(changed) - 8} more" if len(changed) > 8 else ""
-        raise OutputError(
-            f"{output_dir} holds a run of another recipe:\n{shown}{more}\n"
-            f"{_elsewhere(config, output_dir)}"
-        )
+    lines = (f"    {key}: {_show(old, key)} there, {_show(new, key)} now" for key in changed[:8])
+    more = [f"    and {len(changed) - 8} more"] if len(changed) > 8 else []
+    return "\n".join([*lines, *more])
 
 
 def _settled(flat: dict[str, Any], inherited: Iterable[KeyPath]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from dinov3_framework.kinds import DatasetConfig, ObserverConfig, OptimizerConfi
 from dinov3_framework.parallel import ParallelConfig
 
 CHECKPOINTS = "checkpoints"  # below a run's folder
+RECIPE_IDENTITY = "recipe"  # in a checkpoint: what decides on what its run learns
 DATA = "data"  # in a checkpoint: the digest of the run's data
 
 
@@ -77,6 +78,9 @@ class TrainingConfig(TaskConfig):
         complete = (output_dir / RESULTS).exists()
         if complete or DATA not in CheckpointStore(output_dir / CHECKPOINTS).peek():
             return ()
+        return self.places()
+
+    def places(self) -> Sequence[str]:
         dataset: Any = type(self.dataset)
-        places = [field for field in attrs.fields(dataset) if field.metadata.get("is_place")]
-        return [f"dataset.{field.name}" for field in places]
+        fields = [field for field in attrs.fields(dataset) if field.metadata.get("is_place")]
+        return [f"dataset.{field.name}" for field in fields]

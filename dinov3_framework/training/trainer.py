@@ -19,17 +19,29 @@ from dinov3_framework.contracts.running import Observer, StepRecord
 from dinov3_framework.contracts.training import Batch, Step, TrainUnit
 from dinov3_framework.data.loader import BatchMaker, TrainingLoader
 from dinov3_framework.data.workers import WorkerError
-from dinov3_framework.errors import DataError, DivergenceError, PeerError, UserError
+from dinov3_framework.errors import (
+    DataError,
+    DivergenceError,
+    OutputError,
+    PeerError,
+    UserError,
+)
 from dinov3_framework.randomness import keyed_seed
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.console import TrainingProgress
+from dinov3_framework.runtime.output import identity_complaint
 from dinov3_framework.runtime.stopping import StopFlag
 from dinov3_framework.schedules import Span, iterations_of
-from dinov3_framework.training import DATA, TrainingConfig
+from dinov3_framework.training import DATA, RECIPE_IDENTITY, TrainingConfig
 from dinov3_framework.training.clock import StepClock
 from dinov3_framework.training.coordination import NullCoordinator
 from dinov3_framework.training.data import data_complaint
-from dinov3_framework.training.metrics import FiniteCheck, MetricsFile, reduce_step_metrics
+from dinov3_framework.training.metrics import (
+    FiniteCheck,
+    MetricsFile,
+    format_metrics,
+    reduce_step_metrics,
+)
 from dinov3_framework.training.optimizer import Optimizer
 from dinov3_framework.training.run import TrainingRun
 
@@ -68,6 +80,7 @@ class Trainer:
     reduce: Reduce = reduce_step_metrics
     done: int = 0  # iterations
     origin: Mapping[str, str] = {}  # of the first values, where they were not drawn
+    identity: Mapping[str, Any] | None = None  # of the recipe, for checkpoints
     _skipped: int = field(default=0, init=False)  # in a row
     _streams: dict[str, Any] = field(factory=dict, init=False)  # where streams go on, by part
 
@@ -90,6 +103,10 @@ class Trainer:
         return True
 
     def _accept(self, state: Mapping[str, Any]) -> None:
+        if self.identity and (
+            complaint := identity_complaint(state.get(RECIPE_IDENTITY), self.identity)
+        ):
+            raise OutputError(f"{self.store.folder}: a checkpoint there {complaint}")
         if complaint := data_complaint(state, self.maker.dataset):
             raise DataError(f"dataset: {complaint}")
         self.unit.accept(state)
@@ -104,6 +121,8 @@ class Trainer:
         state: dict[str, Any] = {"iterations": self.config.iterations, **self.unit.notes()}
         if isinstance(self.maker.dataset, Dataset):
             state[DATA] = self.maker.dataset.digest()
+        if self.identity:
+            state[RECIPE_IDENTITY] = dict(self.identity)
         if self.origin:
             state["init_from"] = dict(self.origin)
         if self._streams:
@@ -135,7 +154,10 @@ class Trainer:
         try:
             shown = self.run.is_main and self.coordinator.is_logging_rank
             with StopFlag() as stop, TrainingProgress(self.done, total, shown) as bar:
-                self._write(metrics, self._start_observers())
+                first = self._start_observers()
+                if first:
+                    log.info("iteration %s: %s", f"{self.done:,}", format_metrics(first))
+                self._write(metrics, first)
                 while self.done < total:
                     self._iterate(batches, stop, bar, metrics)
         except RuntimeError as error:
@@ -171,7 +193,9 @@ class Trainer:
         if self._is_logged() or self.device.type != "cuda":  # it waits for the device
             measured |= self.clock.read()
         bar.update(self.done, measured["loss"], measured["images_per_second"], outcome.wait)
-        observed = self._call_observers(measured)
+        observed, rare = self._call_observers(measured)
+        if rare:
+            log.info("iteration %s: %s", f"{self.done:,}", format_metrics(rare))
         if observed or self._is_logged():
             self._write(metrics, measured | observed)
         last = self.done == self.config.iterations
@@ -282,17 +306,26 @@ class Trainer:
                 added |= observer.on_start(self.run, self.done) or {}
         return added
 
-    def _call_observers(self, measured: Mapping[str, float]) -> dict[str, float]:
-        """What observers add; those that follow metrics come last, and see all of them."""
+    def _call_observers(
+        self, measured: Mapping[str, float]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """What observers add, and those of it that are not of every step.
+
+        Observers that follow metrics come last, and see all of them.
+        """
         added: dict[str, float] = {}
+        rare: dict[str, float] = {}
         last = self.done == self.config.iterations
         for name in sorted(self.observers, key=lambda n: self.observers[n].follows_metrics):
             if last or self._is_due(self.config.observers[name].every):
                 observer = self.observers[name]
                 seen = {**measured, **added} if observer.follows_metrics else dict(measured)
                 with _observing(name):
-                    added |= observer.on_step(self.run, StepRecord(self.done, seen)) or {}
-        return added
+                    new = observer.on_step(self.run, StepRecord(self.done, seen)) or {}
+                added |= new
+                if self.config.observers[name].every != 1:
+                    rare |= new
+        return added, rare
 
     def conclude(self) -> dict[str, Any]:
         """What observers add to the results at the end."""

@@ -14,8 +14,14 @@ from dinov3_framework.configs import (
     positive,
     replace,
 )
-from dinov3_framework.kinds import AugmentationConfig, BackboneConfig, LossConfig, OptimizerConfig
-from dinov3_framework.schedules import Schedule
+from dinov3_framework.kinds import (
+    AugmentationConfig,
+    BackboneConfig,
+    LossConfig,
+    ObserverConfig,
+    OptimizerConfig,
+)
+from dinov3_framework.schedules import Schedule, Span
 from dinov3_framework.training import TrainingConfig
 
 
@@ -203,6 +209,21 @@ class MultiDistillConfig(SelfSupervisedConfig):
         default=False,
     )
     students: dict[str, StudentConfig] = option("who learns, by names of your choice")
+
+
+@config
+class RankMeConfig(ObserverConfig):
+    """Watches for collapse without labels: RankMe and the deviation of class tokens.
+
+    ``rankme`` is the effective rank of features, at most the smaller of ``images`` and the width;
+    ``feature_std`` is 0 for features that are all alike, 1 for an even spread.
+    """
+
+    every: Span = option("iterations between two measurements", default=1000, check=positive)
+    images: int = option(
+        "samples whose first global crops are looked at", default=256, check=positive
+    )
+    batch_size: int = option("crops at a time", default=64, check=positive)
 
 
 def of_student(config: MultiDistillConfig, name: str, output_dir: str | None) -> DistillConfig:

@@ -19,6 +19,7 @@ from dinov3_framework.data.loader import Layout
 from dinov3_framework.errors import Problem, RecipeError
 from dinov3_framework.parallel.sharder import Sharder
 from dinov3_framework.runtime.agreement import OwnErrors, run_on_all_ranks
+from dinov3_framework.runtime.environment import software
 from dinov3_framework.training.simulation import SimulatedBatch
 from dinov3_framework.training.task import (
     CHECKPOINTS,
@@ -286,6 +287,7 @@ class StudentMethod(TrainingMethod):
         config, path = self.config, trainer.run.output_dir / EXPORT
         provenance = {
             "network": "teacher",
+            "software": software(),
             "iterations": str(config.iterations),
             "images_seen": str(config.iterations * config.batch_size),
             **trainer.origin,

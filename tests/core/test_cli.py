@@ -83,14 +83,21 @@ def trace(registry: Registry, write: Write, monkeypatch: pytest.MonkeyPatch) -> 
             return trace.code
 
     def run_task(
-        task: Any, config: ToyConfig, registry: Registry, output_dir: Path, plan: Plan | None
+        task: Any,
+        config: ToyConfig,
+        registry: Registry,
+        output_dir: Path,
+        plan: Plan | None,
+        report: str,
     ) -> int:
         trace.ran.append((config, output_dir))
         if trace.run_error:
             raise trace.run_error
         return trace.code
 
-    def prepare_output(config: ToyConfig, registry: Registry, output_dir: Path) -> None:
+    def prepare_output(
+        config: ToyConfig, registry: Registry, output_dir: Path, report: str
+    ) -> None:
         trace.prepared.append(output_dir)
 
     ours = Registry()

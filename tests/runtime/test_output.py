@@ -18,11 +18,11 @@ from dinov3_framework.recipes.structure import structure_recipe
 from dinov3_framework.runtime.output import (
     RunComplete,
     locked,
-    prepare_output,
     prepared,
     write_aside,
 )
 from dinov3_framework.runtime.results import write_results
+from dinov3_framework.runtime.session import prepare_output
 
 
 def prepare(output: Path, *overrides: str) -> None:
