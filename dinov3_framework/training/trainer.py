@@ -13,6 +13,7 @@ import torch
 from attrs import define, field, frozen
 from torch import Tensor
 
+from dinov3_framework.checkpoints.finite import nonfinite_tensors
 from dinov3_framework.checkpoints.store import CheckpointStore, Restored
 from dinov3_framework.contracts.data import Dataset
 from dinov3_framework.contracts.running import Observer, StepRecord
@@ -25,6 +26,7 @@ from dinov3_framework.errors import (
     OutputError,
     PeerError,
     UserError,
+    first_few,
 )
 from dinov3_framework.randomness import keyed_seed
 from dinov3_framework.runtime import collectives
@@ -128,7 +130,14 @@ class Trainer:
         if self._streams:
             parts: list[Any] = collectives.all_gather_object(self._streams)
             state["streams"] = {name: each for part in parts for name, each in part.items()}
-        path = self.store.save(self.done, self.tensors(), state)
+        tensors = self.tensors()
+        if bad := nonfinite_tensors(tensors):
+            raise DivergenceError(
+                f"iteration {self.done:,}: not finite after the update, so not saved: "
+                f"{first_few(bad)}\n    what is saved is sound, and the same command goes on from "
+                "it; lower the learning rate, or look at the loss whose buffers these are"
+            )
+        path = self.store.save(self.done, tensors, state)
         for name, observer in self.observers.items():
             with _observing(name):
                 observer.on_checkpoint(self.run, self.done, path)
