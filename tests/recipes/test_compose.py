@@ -418,9 +418,19 @@ def test_packages_hold_recipes(
     write("lib/studio/base.toml", "x = 1")
     write("lib/studio/first.toml", 'extends = "base.toml"\ny = 2')
     write("top.toml", 'extends = ["studio:first", "studio:base.toml"]\nz = 3')
+    write("lib/studio/inner/deep.toml", "w = 4")
+    write("lib/studio/inner/__init__.py", "raise SystemExit('nor is what is inside')")
+    write("lib/base.toml", "x = 5")
     monkeypatch.syspath_prepend(str(tmp_path / "lib"))
+    assert "no package 'studio' with recipes" in mistakes("studio:first"), "it declares none"
+    write("lib/studio-1.0.dist-info/METADATA", "Name: studio\nVersion: 1.0\n")
+    write(
+        "lib/studio-1.0.dist-info/entry_points.txt", "[dinov3_framework.recipes]\nours = studio\n"
+    )
     composed = compose("top.toml")
     assert composed.data == {"x": 1, "y": 2, "z": 3}
+    assert compose("studio.inner:deep").data == {"w": 4}
+    assert "has no recipe" in mistakes("studio:../base")
     assert composed.origins[("y",)] == "studio:first"
     assert composed.origins[("x",)] == "studio:base"
     assert compose("studio:first").source == "studio:first"
@@ -428,8 +438,8 @@ def test_packages_hold_recipes(
     text = mistakes("studio:frist")
     assert "package 'studio' has no recipe 'frist'" in text
     assert "did you mean 'first'?" in text
-    assert "no package is named 'no_such'" in mistakes("no_such:base")
-    assert "studio" not in sys.modules
+    assert "no package 'no_such' with recipes is installed" in mistakes("no_such:base")
+    assert not {"studio", "studio.inner"} & set(sys.modules)
 
 
 def test_installed_recipes_are_known_by_name(write: Write) -> None:
