@@ -10,10 +10,10 @@ import re
 from importlib.metadata import entry_points
 from pathlib import Path
 
-import tomli
 from attrs import frozen
 
 from dinov3_framework.errors import Problem, first_few, suggest
+from dinov3_framework.recipes.toml_text import parse_toml
 
 PROJECT = "dinov3_framework"
 RECIPES_PACKAGE = "dinov3_recipes"
@@ -43,11 +43,11 @@ class Source:
 
     def load(self) -> dict[str, object]:
         try:
-            return tomli.loads(self.path.read_text("utf-8"))
-        except tomli.TOMLDecodeError as error:
-            raise Mistake(f"is not TOML: {error}") from error
+            return parse_toml(self.path.read_text("utf-8"))
         except UnicodeDecodeError as error:
             raise Mistake(f"is not UTF-8: {error}") from error
+        except ValueError as error:
+            raise Mistake(f"is not TOML: {error}") from error
         except OSError as error:
             raise Mistake(f"cannot be read: {error.strerror}") from error
 

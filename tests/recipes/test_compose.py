@@ -596,3 +596,16 @@ def test_composition_leaves_its_inputs_alone(write: Write) -> None:
     first.data["backbone"]["use"] = "changed"
     assert second.data["backbone"]["use"] == "vit_small"
     assert isinstance(first, Composed)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [f"x = {'[' * 5000}{']' * 5000}", f"{'a.' * 5000}a = 1", f"x = {'9' * 5000}"],
+    ids=["arrays", "keys", "digits"],
+)
+def test_what_is_too_much_to_be_read_is_a_mistake(write: Write, content: str) -> None:
+    write("top.toml", content)
+    assert "top.toml: is not TOML" in mistakes("top.toml")
+    write("small.toml", "y = 1")
+    with pytest.raises(RecipeError, match="is not a TOML value"):
+        compose("small.toml", [f"x={{ {content} }}"])
