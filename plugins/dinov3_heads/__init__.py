@@ -33,6 +33,9 @@ class TrainHeadConfig(TrainingConfig):
         "weights of the backbone: a file or folder of any known format, or a published name",
         default=None,
     )
+    unused: tuple[str, ...] = option(
+        "names, or patterns with *, of tensors of the weights that may be left over", default=()
+    )
     backbone: BackboneConfig | None = option(
         "a backbone as it is initialized with the recipe's seed, in place of weights", default=None
     )

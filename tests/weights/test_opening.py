@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dinov3_framework import WEB_IMAGES, CheckpointError, Registry, load_backbone
 from dinov3_framework.checkpoints.store import CheckpointStore
 from dinov3_framework.cli import main
+from dinov3_framework.weights.cli import main as weights_main
+from dinov3_framework.weights.convert import convert_backbone
 
 VIT: dict[str, Any] = {"patch_size": 7, "embed_dim": 96, "depth": 4, "num_heads": 3}
 VIT |= {"ffn_ratio": 2.0, "in_chans": 1}
@@ -173,6 +177,74 @@ def test_classifiers_and_averages_give_their_backbone_aloud(
         loaded = load_backbone(tmp_path / name, images=WEB_IMAGES, registry=registry)
         assert torch.equal(loaded.backbone.cls_token, backbone.cls_token + change)
         assert said in caplog.text
+
+
+@pytest.mark.parametrize("format", ["meta", "huggingface"])
+def test_a_mask_token_may_be_missing_aloud(
+    tmp_path: Path, registry: Registry, caplog: pytest.LogCaptureFixture, format: str
+) -> None:
+    """As in exports for inference; no other tensor may."""
+    backbone = registry.build("backbone", "vit", **VIT | {"in_chans": 3})
+    nn.init.ones_(backbone.mask_token)
+    expected = {k: t.bfloat16() for k, t in backbone.state_dict().items()}
+    torch.save(expected, tmp_path / "whole.pth")
+    whole = load_backbone(tmp_path / "whole.pth", images=WEB_IMAGES, registry=registry)
+    source, file, prefix = tmp_path / "x.pth", tmp_path / "x.pth", ""
+    if format == "huggingface":
+        source, file, prefix = tmp_path / "hf", tmp_path / "hf/model.safetensors", "embeddings."
+        convert_backbone(
+            tmp_path / "whole.pth", source, format, images=WEB_IMAGES, registry=registry
+        )
+    state = load_file(file) if format == "huggingface" else expected
+    without = {k: t for k, t in state.items() if k != f"{prefix}mask_token"}
+
+    def write(tensors: dict[str, Any]) -> None:
+        save_file(tensors, file) if format == "huggingface" else torch.save(tensors, file)
+
+    write(without)
+    loaded = load_backbone(source, images=WEB_IMAGES, registry=registry)
+    assert "mask_token; masked training begins with a new one" in caplog.text
+    ours, theirs = (dict(each.backbone.named_parameters()) for each in (loaded, whole))
+    assert ours["mask_token"].dtype == torch.bfloat16
+    assert not ours.pop("mask_token").any()
+    assert all(torch.equal(t, theirs[k]) for k, t in ours.items())
+    write({k: t for k, t in without.items() if k != f"{prefix}cls_token"})
+    with pytest.raises(CheckpointError):
+        load_backbone(source, images=WEB_IMAGES, registry=registry)
+
+
+def test_tensors_may_be_left_over_by_name(
+    tmp_path: Path, registry: Registry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hint of the error is accepted as it is, wherever weights are read."""
+    state = dict(registry.build("backbone", "vit_small").state_dict())
+    odd = {"probe[0].weight": torch.ones(2), "probe[0].bias": torch.ones(2), "it's*": torch.ones(1)}
+    path = tmp_path / "x.pth"
+    torch.save(state | odd | {"blocks.0.extra": torch.ones(1)}, path)
+    with pytest.raises(CheckpointError) as caught:
+        load_backbone(path, registry=registry)
+    text = str(caught.value)
+    (hint,) = (line.strip() for line in text.splitlines() if "unused =" in line)
+    flags = shlex.split(text.partition("(--")[2].partition("):")[0])
+    given: dict[str, Any] = {}
+    exec(hint, given)
+    loaded = load_backbone(path, unused=given["unused"], registry=registry)
+    assert torch.equal(loaded.backbone.cls_token, state["cls_token"])
+    with pytest.raises(CheckpointError, match=r"1 in the file.*\n.*it's\*"):
+        load_backbone(path, unused=["probe*", "blocks.0.extra"], registry=registry)
+
+    flags[0] = f"--{flags[0]}"
+    assert weights_main(["show", str(path)]) == 2
+    assert weights_main(["show", str(path), *flags]) == 0
+    assert weights_main(["convert", str(path), str(tmp_path / "y.safetensors"), *flags]) == 0
+    assert weights_main(["show", str(tmp_path / "y.safetensors")]) == 0
+
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'extends = ["dinov3_recipes:knn"]\nweights = "{path}"\n')
+    assert main([str(recipe), "--check"]) == 2
+    recipe.write_text(f"{recipe.read_text()}{hint}\n")
+    capsys.readouterr()
+    assert main([str(recipe), "--check"]) == 0, capsys.readouterr().err
 
 
 def test_networks_of_lightning_are_known_by_their_names(tmp_path: Path, registry: Registry) -> None:
