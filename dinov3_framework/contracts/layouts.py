@@ -216,7 +216,10 @@ class Layout(abc.ABC):
     def settings(
         self, config: Any, images: ImagesConfig, size: int
     ) -> Mapping[str, Mapping[str, Any]]:
-        """JSON files to stand beside ``model.safetensors`` in a folder; none: a single file."""
+        """JSON files to stand beside ``model.safetensors`` in a folder; none: a single file.
+
+        A ``dtype`` in one of them becomes that of the tensors.
+        """
         return {}
 
 
