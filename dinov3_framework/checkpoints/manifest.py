@@ -136,6 +136,16 @@ def is_plain_name(name: object) -> bool:
     return bool(name) and name not in (".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
+def leads_out(path: Path) -> bool:
+    """Whether a file is a link to the outside of its folder.
+
+    In Hugging Face's cache, where all files are links, of the folder of its model.
+    """
+    folder = path.parent.resolve()
+    model = next((each for each in folder.parents if each.name.startswith("models--")), folder)
+    return not path.resolve().is_relative_to(model)
+
+
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem
 
-from dinov3_framework.checkpoints.manifest import is_plain_name
+from dinov3_framework.checkpoints.manifest import is_plain_name, leads_out
 from dinov3_framework.checkpoints.shard_writer import INDEX
 from dinov3_framework.errors import CheckpointError, summarize_names
 
@@ -90,6 +90,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 def read_index(path: Path, files: Container[str], foreign: bool = False) -> Metadata:
     """The index of a checkpoint, with nothing in it but tensors in ``files``."""
+    _check_links([path])
     try:
         with path.open("rb") as stream:
             index = _IndexUnpickler(stream).load()
@@ -134,6 +135,16 @@ def _check(path: Path, index: Any, files: Container[str]) -> None:
             raise _refusal(path, f"{where.fqn!r} lies in {file!r}, not a file of this checkpoint")
         if place.transform_descriptors:
             raise _refusal(path, f"{where.fqn!r} is stored with a transformation")
+    _check_links(path.with_name(file) for file in {each.relative_path for each in places.values()})
+
+
+def _check_links(files: Iterable[Path]) -> None:
+    for file in files:
+        if leads_out(file):
+            raise CheckpointError(
+                f"{file}: refused, since it is a link that leads out of its folder; put the file "
+                "itself there"
+            )
 
 
 def _refusal(path: Path, reason: str) -> CheckpointError:

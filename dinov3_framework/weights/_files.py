@@ -17,6 +17,7 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
+from dinov3_framework.checkpoints.manifest import leads_out
 from dinov3_framework.contracts.layouts import Shape
 from dinov3_framework.errors import CheckpointError
 from dinov3_framework.weights import _file_diagnosis as diagnosis
@@ -33,7 +34,10 @@ _FOLDER_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "open_clip_pytorch_model.bin",
+    "adapter_model.safetensors",  # of PEFT, whose adapters are refused for what they are
+    "adapter_model.bin",
 )
+_ADAPTER = "adapter_config.json"
 
 
 @frozen
@@ -54,6 +58,7 @@ class OpenWeights:
     settings: Mapping[str, Any] = field(factory=dict)  # config.json of a folder
     preprocessor: Mapping[str, Any] = field(factory=dict)  # preprocessor_config.json of a folder
     metadata: Mapping[str, str] = field(factory=dict)  # of a safetensors file
+    notes: Sequence[str] = ()  # what a user should know of how it was opened
     shapes: Mapping[str, Shape] = field(init=False, repr=False)
 
     @shapes.default
@@ -179,18 +184,46 @@ def _open_folder(folder: Path, stack: ExitStack) -> OpenWeights:
             f"{folder} is a sharded checkpoint (torch.distributed.checkpoint) and not one file of "
             "weights\nexport a backbone from it first"
         )
+    notes: list[str] = []
     weights = next((folder / n for n in _FOLDER_FILES if (folder / n).is_file()), None)
     if weights is None:
+        weights = _variant_in(folder)
+        notes.append(f"there are no weights but {weights.name}, which are taken")
+    names = ["config.json", "open_clip_config.json"]
+    if weights.name.startswith("adapter_"):
+        names = [_ADAPTER]
+    elif (folder / _ADAPTER).is_file():
+        notes.append(f"the adapter beside its weights ({_ADAPTER}) is left out")
+    file = _open_shards(weights, stack) if weights.suffix == ".json" else _File.open(weights, stack)
+    settings = next(filter(None, (_json(folder / name) for name in names)), {})
+    preprocessor = _json(folder / "preprocessor_config.json")
+    description = _folder_description(settings)
+    opened = file.named(), settings, preprocessor, file.metadata
+    return OpenWeights(folder, description, *opened, notes=notes)
+
+
+def _variant_in(folder: Path) -> Path:
+    """The weights that transformers saved as a variant: ``model.fp16.safetensors``."""
+    variants = set()
+    for file in folder.iterdir():
+        name, _, rest = file.stem.rpartition(".")
+        known = f"{name}{file.suffix}" in _FOLDER_FILES and file.is_file()
+        if known and "-" not in rest:  # as fp16-00001-of-00002 has it, one of several shards
+            variants.add(rest)
+    if not variants:
         raise CheckpointError(
             f"{folder} is a folder without weights ({', '.join(_FOLDER_FILES[:2])}, "
             f"pytorch_model.bin){diagnosis.usable(folder)}\n{diagnosis.EXPECTED}"
         )
-    index = weights.name.endswith(".index.json")
-    file = _open_shards(weights, stack) if index else _File.open(weights, stack)
-    settings = _json(folder / "config.json") or _json(folder / "open_clip_config.json")
-    preprocessor = _json(folder / "preprocessor_config.json")
-    description = _folder_description(settings)
-    return OpenWeights(folder, description, file.named(), settings, preprocessor, file.metadata)
+    if len(variants) > 1:
+        raise CheckpointError(
+            f"{folder} holds weights in several variants, {', '.join(sorted(variants))}; leave "
+            "those of one in it"
+        )
+    (variant,) = variants
+    names = (name.rpartition(".") for name in _FOLDER_FILES)
+    files = (folder / f"{stem}.{variant}.{suffix}" for stem, _, suffix in names)
+    return next(file for file in files if file.is_file())
 
 
 def _folder_description(settings: Mapping[str, Any]) -> str:
@@ -216,6 +249,11 @@ def _open_shards(index: Path, stack: ExitStack) -> _File:
             raise CheckpointError(
                 f"{index} names {shard}, which is not there\ndownload the missing shard, or the "
                 "folder again"
+            )
+        if leads_out(path):
+            raise CheckpointError(
+                f"{path} is a link that leads out of its folder, and is not followed\n"
+                "put the shard itself into the folder"
             )
         file = _File.open(path, stack)
         expected = {name for name, place in places.items() if place == shard}

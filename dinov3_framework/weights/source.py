@@ -152,6 +152,7 @@ class WeightSource:
             )
         if found.note:
             notes.insert(0, found.note)
+        notes = [*opened.notes, *notes]
         if left := sum(not name.startswith(found.prefix) for name in opened.shapes):
             notes.insert(0, f"{left:,} tensors beside {found.prefix}* left out")
         for note in notes if collectives.is_main() else ():

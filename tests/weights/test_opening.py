@@ -288,6 +288,50 @@ def test_nothing_in_others_checkpoints_is_run(tmp_path: Path, registry: Registry
     assert not sprung.exists()
 
 
+def test_shards_that_are_links_out_of_their_folder(
+    copied: Path, tmp_path: Path, registry: Registry
+) -> None:
+    ours, theirs = copied / "checkpoints/step_00000002", tmp_path / "theirs"
+    backbone = registry.build("backbone", "vit", **VIT | {"in_chans": 3})
+    dcp.save(
+        {f"teacher.backbone.{k}": v for k, v in backbone.state_dict().items()},
+        checkpoint_id=theirs,
+    )
+    for folder in (ours, theirs):
+        (shard,) = folder.glob("*.distcp")
+        shard.symlink_to(shard.rename(tmp_path / f"{folder.name}.away"))
+        with pytest.raises(CheckpointError, match=rf"{shard.name}.*link that leads out"):
+            load_backbone(folder, images=WEB_IMAGES, registry=registry)
+
+
+@pytest.mark.parametrize("form", ["folder", "file", "beside the base"])
+def test_an_adapter_is_named(
+    tmp_path: Path, registry: Registry, form: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As PEFT saves it, and as a state dict of what it wraps."""
+    state = dict(registry.build("backbone", "vit_small").state_dict())
+    path, name = tmp_path, "base_model.model.blocks.0.attn.qkv"
+    lora = {f"{name}.lora_A.weight": torch.ones(4, 384), f"{name}.lora_B.weight": torch.ones(9, 4)}
+    if form == "file":
+        path = tmp_path / "last.pth"
+        base = {f"base_model.model.{k}": t for k, t in state.items()}
+        base[f"{name}.base_layer.weight"] = base.pop(f"{name}.weight")
+        torch.save({"model": base | lora}, path)
+    else:
+        save_file(lora, tmp_path / "adapter_model.safetensors")
+        config = '{"peft_type": "LORA", "base_model_name_or_path": "facebook/some-base"}'
+        (tmp_path / "adapter_config.json").write_text(config)
+    if form == "beside the base":
+        save_file(state, tmp_path / "model.safetensors")
+        load_backbone(tmp_path, registry=registry)
+        assert "adapter beside its weights" in caplog.text
+        return
+    with pytest.raises(CheckpointError, match=r"LoRA adapter .*merge it") as caught:
+        load_backbone(path, registry=registry)
+    assert len(str(caught.value).splitlines()) == 1
+    assert ("facebook/some-base" in str(caught.value)) == (form == "folder")
+
+
 # --------------------------------------------------------------------------- names
 def test_published_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registry: Registry
