@@ -83,9 +83,8 @@ def _check_zip(path: Path) -> bool:
         )
     if "data.pkl" not in inner:
         raise CheckpointError(
-            f"{path} is a zip archive that torch.save did not write: it holds "
-            f"{first_few(sorted(names)) or 'nothing'}"
-            "\nif weights are among these, unpack it and give their file"
+            f"{path} is a zip archive of {len(names)} files that torch.save did not write\n"
+            "if weights are among these, unpack it and give their file"
         )
     # Whoever repacked the archive may have compressed it. torch would map the compressed bytes and
     # take them for numbers.

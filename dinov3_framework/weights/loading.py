@@ -18,7 +18,7 @@ from dinov3_framework.registry import Registry
 from dinov3_framework.runtime.agreement import OwnErrors, run_on_all_ranks
 from dinov3_framework.runtime.processes import pick_device
 from dinov3_framework.weights.loaded import LoadedBackbone
-from dinov3_framework.weights.locations import exists, published_file
+from dinov3_framework.weights.locations import exists, missing_hint, published_file
 from dinov3_framework.weights.source import WeightSource
 
 if TYPE_CHECKING:
@@ -247,8 +247,7 @@ def _problems(config: BackboneChoice, registry: Registry) -> list[Problem]:
         message = "weights know what images they were trained on"
         problems.append(Problem("images", message, "leave [images] out"))
     if not exists(str(weights), registry):
-        hint = "the path is relative to the current folder; training writes its own into exports/"
-        if registry.published:
-            hint += f"; published names: {', '.join(sorted(registry.published))}"
+        hint = "the path is relative to the current folder; training writes its own into exports/; "
+        hint += missing_hint(str(weights), registry)
         problems.append(Problem("weights", f"there is no file {weights}", hint))
     return problems

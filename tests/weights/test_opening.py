@@ -351,6 +351,30 @@ def test_published_names(
         load_backbone("dinov3_vit16", registry=registry)
 
 
+@pytest.mark.parametrize("prefix", ["", "hf-hub:"])
+def test_models_of_the_hub_are_named(
+    tmp_path: Path,
+    registry: Registry,
+    prefix: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for model in ("facebook/dinov3-vits16-pretrain-lvd1689m", "timm/vit_small_patch16_dinov3.x"):
+        advice = f"hf download {model} --local-dir {model.partition('/')[2]}"
+        with pytest.raises(CheckpointError, match=f"Hugging Face hub.*{advice}") as caught:
+            load_backbone(f"{prefix}{model}", registry=registry)
+        assert len(str(caught.value).splitlines()) == 1
+        assert main(["knn", f'weights="{prefix}{model}"', "--check"]) == 2
+        assert advice in capsys.readouterr().err
+    (tmp_path / "facebook").mkdir()
+    with pytest.raises(CheckpointError, match="published names"):
+        load_backbone("facebook/dinov3-vits16", registry=registry)
+    state = registry.build("backbone", "vit_small").state_dict()
+    torch.save(state, tmp_path / "facebook/dinov3-vits16")
+    load_backbone("facebook/dinov3-vits16", registry=registry)
+
+
 def test_recipes_take_published_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
