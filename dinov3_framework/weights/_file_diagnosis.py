@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -71,6 +73,30 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
     if isinstance(error, PermissionError):
         text += "\nask its owner for read access to it and its folders (chmod a+rX)"
     return CheckpointError(text)
+
+
+@contextmanager
+def exhaustion(path: Path) -> Iterator[None]:
+    """Make running out of memory or of stack the fault of what is being read."""
+    try:
+        yield
+    except (MemoryError, RecursionError, RuntimeError) as error:
+        # torch raises a bare RuntimeError for it too, which means other things elsewhere.
+        if type(error) is RuntimeError and not re.search("allocate mem|overflowed", str(error)):
+            raise
+        what = "nested too deeply" if isinstance(error, RecursionError) else "more than the memory"
+        raise CheckpointError(
+            f"{path} cannot be read: what it declares is {what}\n"
+            "it is damaged or malicious, or wants a larger machine"
+        ) from error
+
+
+def declares_too_much(path: Path, what: str, size: int) -> CheckpointError:
+    """The error for a file whose ``what`` is larger than its ``size`` bytes can hold."""
+    return CheckpointError(
+        f"{path} is damaged or malicious: {what}, more than its {size:,} bytes can hold; nothing "
+        "was read\ndownload or copy it again"
+    )
 
 
 def missing(path: Path) -> str:

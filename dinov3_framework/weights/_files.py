@@ -6,6 +6,7 @@ What a file is follows from its content, not from its name. Nothing in it is run
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -69,7 +70,8 @@ class OpenWeights:
         """One tensor, as :class:`StoredTensor` gives it."""
         if name not in self.tensors:
             raise CheckpointError(f"{self.path}: there is no tensor {name!r} in it")
-        return self.tensors[name].read()
+        with diagnosis.exhaustion(self.path):
+            return self.tensors[name].read()
 
     def below(self, prefix: str) -> OpenWeights:
         """The tensors whose names begin with ``prefix``, without it."""
@@ -89,7 +91,8 @@ def open_weights(path: Path) -> Iterator[OpenWeights]:
     path = Path(path)
     with ExitStack() as stack:
         try:
-            opened = _open_folder(path, stack) if path.is_dir() else _open_file(path, stack)
+            with diagnosis.exhaustion(path):
+                opened = _open_folder(path, stack) if path.is_dir() else _open_file(path, stack)
         except OSError as error:
             raise diagnosis.unreadable(path, error) from error
         yield opened
@@ -111,9 +114,12 @@ class _File:
         if container is None:
             raise diagnosis.not_weights(path)
         if container == "safetensors":
-            return _open_safetensors(path, stack)
-        tensors = [(n, _stored(tuple(t.shape), partial(_same, t))) for n, t in read_pickle(path)]
-        return cls(path, "a PyTorch file", tensors)
+            file, size = _open_safetensors(path, stack), path.stat().st_size
+        else:
+            content, size = read_pickle(path)
+            tensors = [(n, _stored(tuple(t.shape), partial(_same, t))) for n, t in content]
+            file = cls(path, "a PyTorch file", tensors)
+        return attrs.evolve(file, tensors=[(n, bounded(path, n, t, size)) for n, t in file.tensors])
 
     def named(self) -> dict[str, StoredTensor]:
         """The tensors under names without the parts of wrappers."""
@@ -136,6 +142,21 @@ class _File:
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def bounded(path: Path, name: str, tensor: StoredTensor, size: int) -> StoredTensor:
+    """The tensor, or one that refuses to be read if it has more values than a file has bytes.
+
+    Views repeat numbers without end, and an axis of 0 hides how long the others are.
+    """
+    if (count := math.prod(max(1, axis) for axis in tensor.shape)) <= size:
+        return tensor
+
+    def refuse() -> Tensor:
+        declared = f"{name!r} {list(tensor.shape)} has {count:,} values"
+        raise diagnosis.declares_too_much(path, declared, size)
+
+    return attrs.evolve(tensor, read=refuse)
 
 
 def _open_file(path: Path, stack: ExitStack) -> OpenWeights:

@@ -21,7 +21,7 @@ from dinov3_framework.checkpoints.safe_reader import SafeReader
 from dinov3_framework.checkpoints.shard_writer import INDEX
 from dinov3_framework.checkpoints.shards import read_whole
 from dinov3_framework.errors import CheckpointError
-from dinov3_framework.weights._files import OpenWeights, StoredTensor
+from dinov3_framework.weights._files import OpenWeights, StoredTensor, bounded
 
 log = logging.getLogger(__name__)
 
@@ -86,10 +86,12 @@ def _open_own(path: Path, kind: str, thorough: bool) -> OpenWeights:
 def _opened(
     path: Path, description: str, reader: SafeReader, metadata: Mapping[str, str]
 ) -> OpenWeights:
-    tensors = {
+    size = sum(each.stat().st_size for each in path.iterdir() if each.is_file())
+    stored = {
         name: StoredTensor(tuple(entry.size), partial(_read, reader, name, entry))
         for name, entry in reader.tensors().items()
     }
+    tensors = {name: bounded(path, name, tensor, size) for name, tensor in stored.items()}
     return OpenWeights(path, description, tensors, metadata=metadata)
 
 

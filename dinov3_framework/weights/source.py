@@ -19,6 +19,7 @@ from dinov3_framework.contracts.networks import Backbone
 from dinov3_framework.errors import CheckpointError, UserError, first_few, summarize_names
 from dinov3_framework.parallel.state_dicts import load_tensor
 from dinov3_framework.runtime import collectives
+from dinov3_framework.weights._file_diagnosis import exhaustion
 from dinov3_framework.weights._files import OpenWeights
 from dinov3_framework.weights._recognition import (
     Catalog,
@@ -97,24 +98,31 @@ class WeightSource:
         """
         path = find_path(source, registry, kind)
         with ExitStack() as stack:
-            opened = open_path(
-                path, stack, kind=kind, network=network, projectors=projectors, thorough=thorough
-            )
-            info = ComponentInfo.from_metadata(opened.path, opened.metadata, kind)
-            if info is None and kind == "backbone" and is_checkpoint(opened.path):
-                # Here, since it needs the libraries of recipes, which torch.hub's users lack.
-                from dinov3_framework.weights._runs import recipe_info
+            with exhaustion(path):
+                opened = open_path(
+                    path,
+                    stack,
+                    kind=kind,
+                    network=network,
+                    projectors=projectors,
+                    thorough=thorough,
+                )
+                info = ComponentInfo.from_metadata(opened.path, opened.metadata, kind)
+                if info is None and kind == "backbone" and is_checkpoint(opened.path):
+                    # Here, since it needs the libraries of recipes, which torch.hub's users lack.
+                    from dinov3_framework.weights._runs import recipe_info
 
-                info = recipe_info(opened.path, registry)
-            yield cls.recognize(
-                opened,
-                registry,
-                kind=kind,
-                network=network,
-                images=images,
-                unused=unused,
-                info=info,
-            )
+                    info = recipe_info(opened.path, registry)
+                found = cls.recognize(
+                    opened,
+                    registry,
+                    kind=kind,
+                    network=network,
+                    images=images,
+                    unused=unused,
+                    info=info,
+                )
+            yield found
 
     @classmethod
     def recognize(
@@ -179,13 +187,13 @@ class WeightSource:
 
     def build(self, **runtime: Any) -> Any:
         """The module on the meta device, where it takes no memory."""
-        try:
-            with torch.device("meta"):
+        with torch.device("meta"), exhaustion(self.path):
+            try:
                 module = self._catalog.build(self.config, **runtime)
-        except UserError as error:
-            raise CheckpointError(
-                f"{self.path}: its {self.kind} cannot be built: {error}"
-            ) from error
+            except UserError as error:
+                raise CheckpointError(
+                    f"{self.path}: its {self.kind} cannot be built: {error}"
+                ) from error
         if self.kind == "backbone":
             if not isinstance(module, Backbone):
                 raise CheckpointError(f"{self.path}: got a {type(module).__name__}, no backbone")
