@@ -244,20 +244,14 @@ def _asked(path: Path) -> tuple[list[str], list[str]]:
 
 
 def _declared(path: Path) -> int:
-    """How many values a pickle would have torch allocate before any is read.
+    """How many values the storages of a pickle have, which torch allocates before it reads any.
 
-    In the older format those of all storages; in either the bytes of a ``bytearray``, which is
-    made of its length alone.
+    Or the bytes of a ``bytearray``, which is made of its length alone.
     """
-    arrays = False
-    if diagnosis.container_of(path) == "zip":
-        with _pickle_of(path) as stream:
-            arrays = b"bytearray" in stream.read()
-        if not arrays:
-            return 0
     asks, _, sizes = _listed(path)
-    arrays = arrays or any("bytearray" in each for each in asks)
-    return max(sizes.get("", 0) if arrays else 0, sum(n for key, n in sizes.items() if key))
+    arrays = any("bytearray" in each for each in asks)
+    largest = sizes.pop("", 0)
+    return max(largest if arrays else 0, sum(sizes.values()))
 
 
 def _listed(path: Path) -> tuple[dict[str, None], dict[str, None], dict[str, int]]:

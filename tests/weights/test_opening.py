@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shlex
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from dinov3_framework.checkpoints.store import CheckpointStore
 from dinov3_framework.cli import main
 from dinov3_framework.weights.cli import main as weights_main
 from dinov3_framework.weights.convert import convert_backbone
+from dinov3_framework.weights.sharded import open_checkpoint
 
 VIT: dict[str, Any] = {"patch_size": 7, "embed_dim": 96, "depth": 4, "num_heads": 3}
 VIT |= {"ffn_ratio": 2.0, "in_chans": 1}
@@ -271,8 +273,6 @@ class Trap:
 
 
 def test_nothing_in_others_checkpoints_is_run(tmp_path: Path, registry: Registry) -> None:
-    import pickle
-
     sprung = tmp_path / "sprung"
     folder = tmp_path / "12499"
     backbone = registry.build("backbone", "vit", **VIT | {"in_chans": 3})
@@ -302,6 +302,18 @@ def test_shards_that_are_links_out_of_their_folder(
         shard.symlink_to(shard.rename(tmp_path / f"{folder.name}.away"))
         with pytest.raises(CheckpointError, match=rf"{shard.name}.*link that leads out"):
             load_backbone(folder, images=WEB_IMAGES, registry=registry)
+
+
+def test_a_sharded_tensor_that_declares_too_much(tmp_path: Path) -> None:
+    dcp.save({"w": torch.ones(3), "v": torch.ones(3)}, checkpoint_id=tmp_path / "12499")
+    index = tmp_path / "12499/.metadata"
+    content = pickle.loads(index.read_bytes())
+    content.state_dict_metadata["w"].size = torch.Size([10**13])
+    index.write_bytes(pickle.dumps(content))
+    opened = open_checkpoint(tmp_path / "12499")
+    assert opened.read("v").sum() == 3
+    with pytest.raises(CheckpointError, match=r"'w' \[10000000000000\] has .* can hold"):
+        opened.read("w")
 
 
 @pytest.mark.parametrize("form", ["folder", "file", "beside the base"])
