@@ -139,11 +139,13 @@ def is_plain_name(name: object) -> bool:
 def leads_out(path: Path) -> bool:
     """Whether a file is a link to the outside of its folder.
 
-    In Hugging Face's cache, where all files are links, of the folder of its model.
+    In Hugging Face's cache all files are links: to blobs in the folder of their model, or in one
+    beside it that models share (huggingface_hub 2).
     """
-    folder = path.parent.resolve()
-    model = next((each for each in folder.parents if each.name.startswith("models--")), folder)
-    return not path.resolve().is_relative_to(model)
+    folder, file = path.parent.resolve(), path.resolve()
+    models = (each for each in folder.parents if each.name.startswith("models--"))
+    inside = [folder, *(place for each in models for place in (each, each.with_name("blobs")))]
+    return not any(file.is_relative_to(each) for each in inside)
 
 
 def _read(path: Path) -> bytes:

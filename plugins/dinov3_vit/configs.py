@@ -22,7 +22,7 @@ SWIGLU_MULTIPLE = {"swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 128
 
 def _depth(value: int) -> str | None:
     """Files name depths too; a far deeper one would be built without end."""
-    return None if 0 < value <= 1000 else f"must be in 1..1,000, is {value:,}"
+    return positive(value) or (None if value <= 1000 else f"must be at most 1,000, is {value:,}")
 
 
 def _below_one(value: float) -> str | None:
