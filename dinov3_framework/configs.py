@@ -157,8 +157,8 @@ class AnchorConfig:
         default=None,
     )
     network: str = option("which network of a training checkpoint is read", default="teacher")
-    unused: tuple[str, ...] = option(
-        "names, or patterns with *, of tensors of the weights that may be left over", default=()
+    unused: tuple[str, ...] | None = option(
+        "names, or patterns with *, of tensors of the weights that may be left over", default=None
     )
     start: int | None = option(
         "iteration before which the momentum teacher is copied for the first time; left out, that "

@@ -147,7 +147,7 @@ class BackboneChoice(Protocol):
     @property
     def weights(self) -> str | None: ...
     @property
-    def unused(self) -> tuple[str, ...]: ...
+    def unused(self) -> tuple[str, ...] | None: ...
     @property
     def backbone(self) -> BackboneConfig | None: ...
     @property
@@ -167,7 +167,7 @@ def describe_recipe_backbone(
     _refuse_contradictions(config, registry)
     if config.weights is not None:
         return describe_backbone(
-            config.weights, unused=config.unused, fetch=not simulated, registry=registry
+            config.weights, unused=config.unused or (), fetch=not simulated, registry=registry
         )
     images = config.images or ImagesConfig()
     backbone = replace(cast(Any, config.backbone), in_chans=images.channels)
@@ -199,7 +199,7 @@ def load_recipe_backbone(
     :func:`describe_recipe_backbone`.
     """
     _refuse_contradictions(config, registry)
-    weights, unused = config.weights, config.unused
+    weights, unused = config.weights, config.unused or ()
     if weights is not None and sharder is not None:
         return load_sharded(
             weights, sharder=sharder, trains=trains, unused=unused, registry=registry

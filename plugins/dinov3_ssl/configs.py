@@ -34,8 +34,8 @@ class FrozenTeacherConfig:
         "name"
     )
     network: str = option("which network of a training checkpoint is read", default="teacher")
-    unused: tuple[str, ...] = option(
-        "names, or patterns with *, of tensors of the weights that may be left over", default=()
+    unused: tuple[str, ...] | None = option(
+        "names, or patterns with *, of tensors of the weights that may be left over", default=None
     )
     projectors: Literal["auto", "weights", "new"] = option(
         "where its projectors come from: weights that hold them, or new ones, whose prototypes "
