@@ -19,7 +19,8 @@ from dinov3_framework.recipes.toml_text import KeyPath
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.console import console_handler
-from dinov3_framework.runtime.output import prepare_output, prepared, unwritable
+from dinov3_framework.runtime.durable import unwritable
+from dinov3_framework.runtime.output import prepare_output, prepared
 from dinov3_framework.runtime.processes import pick_device, process_group
 
 __all__ = ["prepare_output", "run_here", "run_task"]

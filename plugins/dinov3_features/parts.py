@@ -22,7 +22,8 @@ from torch import Tensor
 
 from dinov3_framework.contracts.data import Dataset
 from dinov3_framework.errors import DataError, OutputError
-from dinov3_framework.runtime.output import output_file, unwritable, write_aside
+from dinov3_framework.runtime.durable import unwritable
+from dinov3_framework.runtime.output import output_file, write_aside
 from dinov3_framework.weights.tensor_file import CODES, write_array_file, write_tensor_file
 
 FOLDER, PLAN = "features", "plan.json"
