@@ -23,6 +23,7 @@ from dinov3_framework.errors import DataError, DivergenceError, PeerError, UserE
 from dinov3_framework.randomness import keyed_seed
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.console import TrainingProgress
+from dinov3_framework.runtime.lock import verify_held
 from dinov3_framework.runtime.stopping import StopFlag
 from dinov3_framework.training import DATA, TrainingConfig
 from dinov3_framework.training.check import data_complaint
@@ -133,10 +134,19 @@ class Trainer:
         batches = iter(loader)
         try:
             shown = self.run.is_main and self.coordinator.is_logging_rank
-            with StopFlag() as stop, TrainingProgress(self.done, total, shown) as bar:
+            with (
+                StopFlag(self.config.parallel.timeout) as stop,
+                TrainingProgress(self.done, total, shown) as bar,
+            ):
                 self._write(metrics, self._start_observers())
                 while self.done < total:
                     self._iterate(batches, stop, bar, metrics)
+                    stop.note_step()
+                # A signal in the last step; exports and evaluations to come may take long.
+                late = torch.tensor(int(self.coordinator.any_stop(bool(stop))))
+                if collectives.all_reduce_max(late).item():
+                    stop.heeded = True
+                    raise stop.stopped(f"iteration {self.done:,}")
         except RuntimeError as error:
             loader.explain(error)
             raise
@@ -173,8 +183,10 @@ class Trainer:
         observed = self._call_observers(measured)
         if observed or self._is_logged():
             self._write(metrics, measured | observed)
+        verify_held()
         last = self.done == self.config.iterations
         stopping = outcome.check.stop and not last
+        stop.heeded = stopping
         if stopping or last or left or self.done % self.config.checkpoint.every == 0:
             self._save()
         if left:

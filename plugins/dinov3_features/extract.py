@@ -116,7 +116,9 @@ class Extraction:
         rows: list[Row] = []
         skipped: list[Skipped] = []
         for batch in itertools.islice(batches, count):
+            stop.note_step()
             if stop:
+                stop.heeded = True
                 parts = self.store.partition.parts
                 raise stop.stopped(f"{parts - len(self.store.missing())} of {parts} parts")
             for index, error in batch.refused.items():
