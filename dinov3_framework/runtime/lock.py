@@ -29,6 +29,8 @@ class _FolderLock:
     def __init__(self, folder: Path) -> None:
         self.name, self.folder = folder, Path(os.path.abspath(folder))
         self._path = self.folder / LOCK
+        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        self._owner = f"process {os.getpid()} on host {socket.gethostname()} since {since}\n"
         self.file = self._acquire()
         self._inode = _inode(self.folder)
 
@@ -43,7 +45,7 @@ class _FolderLock:
                 fcntl.fcntl(file, fcntl.F_OFD_SETLK, _WHOLE_FILE)
                 if _inode(file) == _inode(self._path):  # nobody removed it in between
                     os.ftruncate(file, 0)
-                    os.pwrite(file, _owner().encode(), 0)
+                    os.pwrite(file, self._owner.encode(), 0)
                     os.fsync(file)
                     return file
             except (BlockingIOError, PermissionError):
@@ -120,11 +122,6 @@ os.register_at_fork(after_in_child=_let_go)
 def _inode(file: int | Path) -> tuple[int, int]:
     found = os.stat(file)
     return found.st_dev, found.st_ino
-
-
-def _owner() -> str:
-    since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    return f"process {os.getpid()} on host {socket.gethostname()} since {since}\n"
 
 
 def _read_owner(file: int | Path) -> str:

@@ -199,7 +199,7 @@ class EndOnSignal(_Handlers):
             self._deadline = now + _UNWIND
 
     def _end(self, words: str) -> None:
-        _say(words)
+        _say(f"{words}\x1b[?25h" if os.isatty(2) else words)  # the cursor, which a bar hides
         os._exit(exit_code_of(self.received or self._first))
 
 

@@ -22,6 +22,7 @@ from dinov3_framework.runtime.stopping import LAUNCHER
 from dinov3_launchers import LocalConfig
 
 # Exit codes by which a process says that it has explained itself.
+_STOPPED = {ExitCode.REQUEUE.value, ExitCode.INTERRUPTED.value}
 _EXPLAINED = {code.value for code in ExitCode} - {ExitCode.OK, ExitCode.FAILED}
 
 
@@ -112,10 +113,13 @@ class LocalJob(JobHandle):
 
 def _exit_code(failed: ChildFailedError) -> int:
     """The code of a process that explained itself; else a line that names those that died."""
-    for failure in failed.failures.values():
+    failures = failed.failures
+    # Where one fails, the others are stopped for that reason.
+    own = {rank: each for rank, each in failures.items() if each.exitcode not in _STOPPED}
+    for failure in (own or failures).values():
         if failure.exitcode in _EXPLAINED:
             return int(failure.exitcode)
-    first_rank, first = failed.get_first_failure()
+    first_rank, first = min(own.items(), key=lambda each: each[1].timestamp)
     reason = (
         f"was killed by {signal.Signals(-first.exitcode).name}"
         if first.exitcode < 0
