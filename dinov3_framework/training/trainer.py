@@ -24,6 +24,7 @@ from dinov3_framework.randomness import keyed_seed
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.console import TrainingProgress
 from dinov3_framework.runtime.lock import verify_held
+from dinov3_framework.runtime.processes import note_place
 from dinov3_framework.runtime.stopping import StopFlag
 from dinov3_framework.training import DATA, TrainingConfig
 from dinov3_framework.training.check import data_complaint
@@ -171,6 +172,7 @@ class Trainer:
             self.coordinator.announce_exit(str(error))
             raise
         self.done += 1
+        note_place(f"iteration {self.done}, observers and checkpoint")
         left = self.coordinator.gather_exit_reasons()
         seconds = time.perf_counter() - started
         measured = outcome.check.metrics | {
@@ -242,10 +244,13 @@ class Trainer:
         count, wait = self.config.accumulation_steps, 0.0
         metrics: dict[str, Any] = defaultdict(float)
         losses: dict[str, Any] = defaultdict(float)
+        where = f"iteration {step.iteration + 1}"
         for micro in range(count):
             asked = time.perf_counter()
+            note_place(f"{where}, waiting for its batch")
             batch = self.coordinator.next(batches).to(self.device)
             wait += time.perf_counter() - asked
+            note_place(f"{where}, forward and backward")
             # Drop path and RoPE augmentation draw from the global generator.
             rank = collectives.rank()
             seed = keyed_seed(self.config.seed, "forward", step.iteration, micro, rank)

@@ -112,6 +112,7 @@ def test_a_rank_that_hangs_ends_the_job(tmp_path: Path) -> None:
     assert time.monotonic() - started < 90
     text = "\n".join(lines_of(done))
     assert "did not come to a collective within parallel.timeout = 5 s" in text
+    assert "(rank 1, last seen at iteration 3, forward and backward)" in text
     assert "loader" not in text
     assert not processes_with(str(output))
 
