@@ -13,10 +13,14 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import ClassVar
+from typing import ClassVar, ParamSpec, TypeVar
 
 from dinov3_framework.errors import ExitCode, StopRequested
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # In the environment of a process: the launcher without which it has to end.
 LAUNCHER = "DINOV3_LAUNCHER_PID"
@@ -59,17 +63,16 @@ class StopFlag(_Handlers):
     """Set by SIGTERM, SIGUSR2, SIGHUP or Ctrl-C for the duration of a ``with``.
 
     A handler runs in the middle of anything, so it only takes note; a second Ctrl-C interrupts at
-    once, for whoever does not want to wait for the checkpoint. Where the program is alone
-    (:class:`EndOnSignal`), it ends without the checkpoint if no step is reached in ``grace``
-    seconds, or in twice the longest step so far.
+    once, for whoever does not want to wait for the checkpoint. A program (:class:`EndOnSignal`)
+    that was asked to stop ends without the checkpoint if a step takes longer than ``grace``
+    seconds, and than twice the longest before.
     """
 
     active: ClassVar[StopFlag | None] = None
 
     def __init__(self, grace: float = _GRACE) -> None:
         self._grace, self._longest = min(grace, _GRACE), 0.0
-        self._moved = time.monotonic()
-        self.heeded = False  # whether the loop has seen it, and saves or unwinds
+        self._since: float | None = None  # when the step began that goes on
 
     def __bool__(self) -> bool:
         return self.received is not None
@@ -94,18 +97,19 @@ class StopFlag(_Handlers):
             _say(_acknowledgment(number))
         self.received = signal.Signals(number)
 
-    def note_step(self) -> None:
-        """To be called after each step."""
-        now = time.monotonic()
-        self._longest = max(self._longest, now - self._moved)
-        self._moved = now
+    def limited(self, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do a step, which must not hang once a stop is asked for; what it gives."""
+        started = self._since = time.monotonic()
+        result = step(*args, **kwargs)
+        self._since = None
+        self._longest = max(self._longest, time.monotonic() - started)
+        return result
 
     def seconds_left(self, asked: float) -> float:
-        """Until the loop, ``asked`` to stop at that time, counts as one that hangs."""
-        if self.heeded:
+        """Until a step that goes on, with a stop ``asked`` for at that time, counts as hanging."""
+        if (since := self._since) is None:
             return math.inf
-        patience = max(self._grace, 2 * self._longest)
-        return max(asked, self._moved) + patience - time.monotonic()
+        return max(asked, since) + max(self._grace, 2 * self._longest) - time.monotonic()
 
     def stopped(self, after: str) -> StopRequested:
         """The error that ends the process ``after`` something whose state was saved."""
@@ -168,8 +172,8 @@ class EndOnSignal(_Handlers):
         while True:
             flag = StopFlag.active
             left = self._deadline - time.monotonic()
-            if flag is not None:
-                left = min(left, flag.seconds_left(self._asked))
+            if flag is not None and self._asked < math.inf:
+                left = min(left, flag.seconds_left(self._asked), 1.0)  # a step may begin
             if left <= 0:
                 hangs = flag is not None and self._deadline == math.inf
                 self._end(f"{describe(self._first)}{' (no step was reached)' if hangs else ''}")

@@ -142,11 +142,9 @@ class Trainer:
                 self._write(metrics, self._start_observers())
                 while self.done < total:
                     self._iterate(batches, stop, bar, metrics)
-                    stop.note_step()
                 # A signal in the last step; exports and evaluations to come may take long.
                 late = torch.tensor(int(self.coordinator.any_stop(bool(stop))))
                 if collectives.all_reduce_max(late).item():
-                    stop.heeded = True
                     raise stop.stopped(f"iteration {self.done:,}")
         except RuntimeError as error:
             loader.explain(error)
@@ -165,7 +163,7 @@ class Trainer:
     ) -> None:
         started = time.perf_counter()
         try:
-            outcome = self.step(batches, self.coordinator.any_stop(bool(stop)))
+            outcome = stop.limited(self.step, batches, self.coordinator.any_stop(bool(stop)))
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory(error) from error
         except DivergenceError as error:
@@ -188,7 +186,6 @@ class Trainer:
         verify_held()
         last = self.done == self.config.iterations
         stopping = outcome.check.stop and not last
-        stop.heeded = stopping
         if stopping or last or left or self.done % self.config.checkpoint.every == 0:
             self._save()
         if left:

@@ -115,10 +115,9 @@ class Extraction:
         name, features = self.dataset.name, []
         rows: list[Row] = []
         skipped: list[Skipped] = []
-        for batch in itertools.islice(batches, count):
-            stop.note_step()
+        read = itertools.islice(batches, count)
+        while (batch := stop.limited(next, read, None)) is not None:
             if stop:
-                stop.heeded = True
                 parts = self.store.partition.parts
                 raise stop.stopped(f"{parts - len(self.store.missing())} of {parts} parts")
             for index, error in batch.refused.items():
