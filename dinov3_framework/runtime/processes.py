@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -90,7 +90,8 @@ def wait_for_all(seconds: float) -> None:
 def note_place(place: str) -> None:
     """Note where this process is, for what others say if it does not come to a collective."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        _store().set(f"place/{dist.get_rank()}", place)
+        with suppress(RuntimeError):  # gone with its process; the next collective has more to say
+            _store().set(f"place/{dist.get_rank()}", place)
 
 
 def missing_ranks(seconds: float) -> list[str]:

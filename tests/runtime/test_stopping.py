@@ -102,11 +102,12 @@ with EndOnSignal(), StopFlag() as stop:
 def test_the_end_of_a_program_keeps_its_code() -> None:
     script = """
 import sys
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid()):
+        kill(pid, 15)
+late = Late()
 with EndOnSignal() as ending:
     ending.code = 3
-import atexit
-atexit.register(time.sleep, 0.5)
-atexit.register(os.kill, os.getpid(), signal.SIGTERM)
 sys.exit(3)
 """
     assert python(script).returncode == 3
@@ -196,14 +197,16 @@ def test_a_terminal_that_closes(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ranks_end_with_their_launcher(tmp_path: Path) -> None:
     output = tmp_path / "run"
-    words = command(output, *LONG, *TWO, "loader.workers=1")
+    hangs = ("dataset.use=flaky", "dataset.hang_at=30", "loader.workers=1")
+    words = command(output, *LONG, *TWO, *hangs)
     with (tmp_path / "log").open("w") as log:
         launcher = subprocess.Popen(words, env=environment(), stdout=log, stderr=log)
-    wait_until(output / "metrics.jsonl", Started(launcher, (TINY, TINY)), '"iteration": 2')
+    wait_until(output / "metrics.jsonl", Started(launcher, (TINY, TINY)), '"iteration": 1')
+    time.sleep(3)
     assert len(processes_with(str(output))) == 5
     launcher.kill()
     launcher.wait()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 4
     while processes_with(str(output)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
