@@ -23,7 +23,7 @@ from dinov3_framework.runtime.stopping import (
     LAUNCHER,
     EndOnSignal,
     Interrupted,
-    describe,
+    describe_stop,
     end_with,
     exit_code_of,
 )
@@ -80,7 +80,7 @@ def _main(argv: Sequence[str]) -> int:
             traceback.print_exc()
         received = error.received if isinstance(error, Interrupted) else signal.SIGINT
         if not _rank():
-            _complain(describe(received))
+            _complain(describe_stop(received))
         return int(exit_code_of(received))
     except Exception as error:
         from dinov3_framework.plugins import author_of

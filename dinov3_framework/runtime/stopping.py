@@ -160,7 +160,7 @@ class EndOnSignal(_Handlers):
         if self.received is None:
             self.received = signal.Signals(number)
             if _is_importing(frame):
-                self._end(describe(self.received))
+                self._end(describe_stop(self.received))
             raise Interrupted(self.received)
 
     def _ignore(self) -> None:
@@ -176,7 +176,8 @@ class EndOnSignal(_Handlers):
                 left = min(left, flag.seconds_left(self._asked), 1.0)  # a step may begin
             if left <= 0:
                 hangs = flag is not None and self._deadline == math.inf
-                self._end(f"{describe(self._first)}{' (no step was reached)' if hangs else ''}")
+                note = " (no step was reached)" if hangs else ""
+                self._end(f"{describe_stop(self._first)}{note}")
             self._heard.settimeout(None if left == math.inf else left)
             try:
                 numbers = self._heard.recv(64)
@@ -207,7 +208,7 @@ class EndOnSignal(_Handlers):
         os._exit(exit_code_of(self.received or self._first))
 
 
-def describe(received: signal.Signals | None) -> str:
+def describe_stop(received: signal.Signals | None) -> str:
     """What to say of a process that a signal has interrupted."""
     if received in (None, signal.SIGINT):
         return "interrupted"
