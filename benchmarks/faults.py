@@ -291,7 +291,7 @@ def other_data(work: Path) -> Iterator[Outcome]:
 
 def two_runs(work: Path) -> Iterator[Outcome]:
     output = work / "shared"
-    process = start(output, PAUSE)
+    process = start(output, "observers.pause.seconds=1.5")  # longer than another start takes
     wait_for(output, 1)
     (output / ".lock").open().close()  # somebody looks at it
     yield refused(output, "in use")
