@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dinov3_framework import __version__
 from dinov3_framework.errors import DataError, ExitCode, UserError
 from dinov3_framework.kinds import resolve
+from dinov3_framework.plugins import author_of, describe_error, exited
 
 if TYPE_CHECKING:
     from dinov3_framework.contracts.running import Job, Launcher, Plan, Task
@@ -46,12 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         registry = Registry.load(block=_blocked(argv))
         options = _parse(argv, registry)
-        return _dispatch(options, registry)
+        try:
+            return _dispatch(options, registry)
+        except SystemExit as error:
+            raise exited(error) from None
     except UserError as error:
         if options.traceback:
             traceback.print_exc()
         if not (error.shared and _rank()):
-            _complain(str(error))
+            _complain(describe_error(error))
         return int(error.exit_code)
     except KeyboardInterrupt:
         if options.traceback:
@@ -59,10 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain("interrupted")
         return int(ExitCode.INTERRUPTED)
     except Exception as error:
-        from dinov3_framework.plugins import author_of
-
         traceback.print_exc()
         author = author_of(error)
+        _complain(describe_error(error), always=True)
         where = "the program" if author is None else f"a plugin of {author}"
         _complain(f"this is a fault of {where}, not of your recipe; please report it as it is")
         return int(ExitCode.FAILED)
@@ -128,8 +131,8 @@ def _given(options: argparse.Namespace, name: str) -> Any:
 
 def _dispatch(options: argparse.Namespace, registry: Registry) -> int:
     if _rank() in (None, 0):
-        for broken in registry.broken:
-            print(f"warning: {broken}", file=sys.stderr)
+        for warning in (*registry.broken, *registry.printed):
+            print(f"warning: {warning}", file=sys.stderr)
     if options.list is not None or options.describe is not None:
         from dinov3_framework.recipes import describe as console
 
@@ -276,7 +279,8 @@ def _show(text: str) -> int:
     return ExitCode.OK
 
 
-def _complain(message: str) -> None:
+def _complain(message: str, always: bool = False) -> None:
+    """Print to standard error; ``always`` with the rank, where there are several."""
     rank = _rank()
-    prefix = f"[rank {rank}] " if rank else ""
+    prefix = f"[rank {rank}] " if rank or (always and rank is not None) else ""
     print(f"{prefix}{message}", file=sys.stderr, flush=True)

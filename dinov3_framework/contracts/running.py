@@ -141,7 +141,7 @@ class Evaluation(abc.ABC):
     def problems(self, model: Model) -> Sequence[Problem]:
         """Why such a model cannot be measured; it may be on the meta device.
 
-        Called after ``prepare``.
+        Called after ``prepare``. Raises ``DataError`` for what this machine lacks.
         """
         return ()
 

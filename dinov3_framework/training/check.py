@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 
 from dinov3_framework.contracts.data import Dataset, StreamDataset
+from dinov3_framework.data import workers
 from dinov3_framework.errors import Problem
 from dinov3_framework.schedules import Schedule
 from dinov3_framework.training import DATA, TrainingConfig
@@ -66,6 +67,20 @@ def course(schedule: Schedule, total: int) -> str:
     return " -> ".join(f"{value:.3g}" for value in values)
 
 
+def memory_complaint(config: TrainingConfig, image: int, world_size: int, ahead: int) -> str:
+    """Why loader workers cannot hold ``ahead`` batches each, or "".
+
+    ``image`` is the bytes of one image in a batch.
+    """
+    return workers.memory_complaint(
+        image * config.batch_size / (world_size * config.accumulation_steps),
+        workers=config.loader.workers,
+        processes=world_size,
+        ahead=ahead,
+        key="loader.workers",
+    )
+
+
 def data_complaint(state: Mapping[str, Any], dataset: Dataset | StreamDataset | None) -> str:
     """How data differ from those that a checkpoint's run has seen; "" if they do not."""
     before = state.get(DATA)
@@ -78,9 +93,12 @@ def data_complaint(state: Mapping[str, Any], dataset: Dataset | StreamDataset | 
 
 
 def data_rows(
-    config: TrainingConfig, dataset: Dataset | StreamDataset | None
+    config: TrainingConfig, dataset: Dataset | StreamDataset | None, complaint: str = ""
 ) -> list[tuple[str, str]]:
-    """What is known of the data; ``dataset`` is None where this machine does not have it."""
+    """What is known of the data; ``dataset`` is None where this machine does not have it.
+
+    ``complaint`` is one more note.
+    """
     seen = config.iterations * config.batch_size
     rows = [("images seen", f"{seen:,}")]
     if dataset is not None:
@@ -96,4 +114,6 @@ def data_rows(
         if passes > _MANY:
             notes.append("so many passes are meant for more data; fewer iterations may do")
         rows += [("note", note) for note in notes]
+    if complaint:
+        rows.append(("note", complaint.replace("\n    ", "; ")))
     return rows

@@ -47,6 +47,7 @@ from dinov3_framework.training.check import (
     batch_problems,
     data_complaint,
     data_rows,
+    memory_complaint,
     schedule_problems,
 )
 from dinov3_framework.training.clock import StepClock
@@ -148,6 +149,10 @@ class TrainingMethod(abc.ABC):
     ) -> BatchMaker[Any, Any]:
         """What makes the unit's batches."""
 
+    def image_bytes(self, prepared: Any) -> int:
+        """Bytes of one image in a batch, all its crops; 0 if that is not known beforehand."""
+        return 0
+
     def simulated_batches(self, prepared: Any, layout: Layout) -> Iterator[SimulatedBatch]:
         """Batches without values, of each sort of steps that there is, for an estimate."""
         raise UserError(f"{self.name}: this training cannot be estimated: it has no such batches")
@@ -240,6 +245,13 @@ class TrainingTask(Task):
         missing += method.missing(done)
         prepared = method.prepare(dataset)
         missing += self._absent_data(method.model(prepared))
+        crowded = ""
+        if not self.simulated:
+            image = method.image_bytes(prepared)
+            crowded = memory_complaint(config, image, world_size, config.loader.prefetch)
+            if lack := memory_complaint(config, image, world_size, 1):
+                missing.append(lack)
+                crowded = ""
         network = method.shardable(prepared)
         _refuse(
             [
@@ -251,7 +263,7 @@ class TrainingTask(Task):
         sections = {
             **method.sections(prepared, world_size, done),
             "parallel": parallel_rows(config.parallel, network, world_size),
-            "data": data_rows(config, dataset),
+            "data": data_rows(config, dataset, crowded),
             **method.sections_after(prepared, done),
         }
         return Plan(sections, missing, Checked(dataset, prepared))

@@ -41,7 +41,10 @@ class Evaluate(Task):
             head = describe_head(config.head, loaded.backbone, registry=self.registry)
         evaluations = Evaluations(config.evaluations, self.registry.build)
         missing = evaluations.prepare(loaded.images)
-        evaluations.check(_model(loaded, head))
+        try:
+            evaluations.check(_model(loaded, head))
+        except DataError as error:
+            missing.append(str(error))
         parameters = sum(parameter.numel() for parameter in loaded.backbone.parameters())
         sections = {"backbone": [*loaded.origin, ("parameters", f"{parameters:,}")]}
         if head is not None:

@@ -53,10 +53,16 @@ class Evaluations:
         return missing
 
     def check(self, model: Model) -> None:
-        """Raise ``RecipeError`` where the model, perhaps on the meta device, does not fit."""
+        """Raise ``RecipeError`` where the model, perhaps on the meta device, does not fit.
+
+        What this machine lacks is a ``DataError``.
+        """
         problems: list[Problem] = []
         for name, evaluation in self.prepared.items():
-            found = list(evaluation.problems(model))
+            try:
+                found = list(evaluation.problems(model))
+            except DataError as error:
+                raise DataError(f"evaluations.{name}: {error}") from error
             if found:
                 problems += problems_at(f"evaluations.{name}", RecipeError(found))
         if problems:
