@@ -276,6 +276,15 @@ def _at(config: Any, key: str) -> Any:
 
 
 # --------------------------------------------------------------------------- observers
+def test_an_evaluation_has_the_size_of_the_global_crops(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["quickstart", "--output-dir", str(tmp_path / "run"), "--check"]
+    for size in (28, 35):
+        assert main([*words, f"augmentation.global_size={size}"]) == 0
+        assert f", size {size}, " in capsys.readouterr().out
+
+
 def test_what_an_observer_misses_is_known_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

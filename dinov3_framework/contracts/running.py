@@ -231,6 +231,10 @@ class Observer:
     def check_model(self, model: Model) -> None:
         """After ``check``, with what is to be trained, on the meta device: raise ``UserError``."""
 
+    def rows(self, model: Model) -> Rows:
+        """After ``check_model``: what a check shows of it, (label, value)."""
+        return ()
+
     def on_start(self, run: Run, iteration: int) -> Mapping[str, float] | None:
         """Before the first step of this process; ``iteration`` steps are already done."""
 

@@ -244,7 +244,8 @@ class TrainingTask(Task):
             missing.append(str(error))
         missing += method.missing(done)
         prepared = method.prepare(dataset)
-        missing += self._absent_data(method.model(prepared))
+        observed: list[tuple[str, str]] = []
+        missing += self._absent_data(method.model(prepared), observed)
         crowded = ""
         if not self.simulated:
             image = method.image_bytes(prepared)
@@ -264,6 +265,7 @@ class TrainingTask(Task):
             **method.sections(prepared, world_size, done),
             "parallel": parallel_rows(config.parallel, network, world_size),
             "data": data_rows(config, dataset, crowded),
+            "observers": observed,
             **method.sections_after(prepared, done),
         }
         return Plan(sections, missing, Checked(dataset, prepared))
@@ -306,14 +308,18 @@ class TrainingTask(Task):
         device = pick_device(self.config.parallel.device)
         return [str(problem) for problem in machine_problems(self.config.parallel, device)]
 
-    def _absent_data(self, model: Model | None) -> Iterator[str]:
-        """What the observers want and this machine does not have."""
+    def _absent_data(self, model: Model | None, rows: list[tuple[str, str]]) -> Iterator[str]:
+        """What the observers want and this machine does not have; adds what they show to ``rows``.
+
+        Raises ``RecipeError``.
+        """
         for name, config in self.config.observers.items():
             observer = self._observer(config)
             try:
                 observer.check(self.registry.build, self.method.images())
                 if model is not None:
                     observer.check_model(model)
+                    rows += observer.rows(model)
             except DataError as error:
                 yield f"observers.{name}: {error}"
             except UserError as error:

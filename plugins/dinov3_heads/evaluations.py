@@ -68,6 +68,15 @@ class Evaluations:
         if problems:
             raise RecipeError(problems)
 
+    def described(self, model: Model) -> list[tuple[str, str]]:
+        """What a check shows: the data of each, and how they are measured."""
+        found = []
+        for name, each in self.prepared.items():
+            found.append((name, each.data()))
+            protocol = ", ".join(f"{key} {value}" for key, value in each.protocol(model).items())
+            found.append(("protocol", protocol))
+        return found
+
     def run(self, model: Model) -> Metrics:
         return {name: dict(each.run(model)) for name, each in self.prepared.items()}
 

@@ -71,7 +71,9 @@ def test_labels_can_be_switched_off(tmp_path: Path) -> None:
 def test_an_image_outside_every_class_folder(tmp_path: Path) -> None:
     save(tmp_path / "dog" / "1.png")
     stray = save(tmp_path / "stray.png")
-    assert labels(build(tmp_path)) == [None, None]
+    dataset = build(tmp_path)
+    assert labels(dataset) == [None, None]
+    assert "no labels (stray.png lies in no class folder)" in dataset.describe()
     with pytest.raises(DataError, match=f"{stray} lies in no class folder"):
         build(tmp_path, labels="folders")
 
