@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from dinov3_framework.checkpoints.manifest import is_plain_name
 from dinov3_framework.checkpoints.shard_writer import INDEX
 from dinov3_framework.errors import CheckpointError, summarize_names
+from dinov3_framework.runtime.durable import open_file
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _ALLOWED = frozenset(
@@ -91,7 +92,7 @@ class _IndexUnpickler(pickle.Unpickler):
 def read_index(path: Path, files: Container[str], foreign: bool = False) -> Metadata:
     """The index of a checkpoint, with nothing in it but tensors in ``files``."""
     try:
-        with path.open("rb") as stream:
+        with open_file(path) as stream:
             index = _IndexUnpickler(stream).load()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error

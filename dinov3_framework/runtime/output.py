@@ -23,7 +23,13 @@ from dinov3_framework.kinds import TaskConfig
 from dinov3_framework.recipes.plain import unstructure
 from dinov3_framework.recipes.toml_text import KeyPath, to_toml
 from dinov3_framework.registry import Registry
-from dinov3_framework.runtime.durable import clear_aside, no_room, written_aside
+from dinov3_framework.runtime.durable import (
+    clear_aside,
+    irregular,
+    no_room,
+    read_file,
+    written_aside,
+)
 from dinov3_framework.runtime.inner_runs import naming_stage
 
 RECIPE, RESULTS, LOCK = "recipe.toml", "results.json", ".lock"
@@ -94,6 +100,8 @@ def prepared(
     the folder is in use, belongs to another recipe, or cannot be written.
     """
     with locked(output_dir):
+        if complaint := irregular(output_dir):
+            raise OutputError(f"{complaint}, or choose another --output-dir")
         recipe = unstructure(registry, config)
         _refuse_another_recipe(recipe, output_dir, inherited, config.free_keys(output_dir))
         complete = (output_dir / RESULTS).exists()
@@ -182,7 +190,7 @@ def _refuse_another_recipe(
     if not path.exists():
         return
     try:
-        before = tomli.loads(path.read_text(encoding="utf-8"))
+        before = tomli.loads(read_file(path).decode("utf-8"))
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} is no recipe: {error}; choose another --output-dir") from error
     old, new = _settled(flatten(before), inherited), _settled(flatten(recipe), inherited)

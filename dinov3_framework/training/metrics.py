@@ -14,6 +14,7 @@ from attrs import frozen
 from torch import Tensor
 
 from dinov3_framework.runtime import collectives
+from dinov3_framework.runtime.durable import read_file
 from dinov3_framework.runtime.output import unwritable, write_aside
 
 
@@ -52,7 +53,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in read_file(path).decode("utf-8", "replace").splitlines():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:

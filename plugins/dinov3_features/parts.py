@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dinov3_framework.contracts.data import Dataset
 from dinov3_framework.errors import DataError, OutputError
+from dinov3_framework.runtime.durable import read_file
 from dinov3_framework.runtime.output import output_file, unwritable, write_aside
 from dinov3_framework.weights.tensor_file import CODES, write_array_file, write_tensor_file
 
@@ -102,7 +103,7 @@ class PartStore:
             for pattern in (f"{FOLDER}/.part-*", ".features.*", ".index.csv.*", ".skipped.csv.*"):
                 for left in self.folder.parent.glob(pattern):
                     left.unlink()
-            before = json.loads(path.read_text("utf-8")) if path.exists() else None
+            before = json.loads(read_file(path)) if path.exists() else None
         except OSError as error:
             raise unwritable(error, path) from error
         except ValueError as error:

@@ -197,6 +197,18 @@ def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monke
         build(tmp_path)
 
 
+def test_pipes_are_passed_over_aloud(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "b.png")
+    (tmp_path / "c.png").symlink_to("b.png")
+    (tmp_path / "d.png").symlink_to("/dev/zero")
+    (tmp_path / "gone.png").symlink_to("nowhere")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    dataset = build(tmp_path)
+    assert listed(dataset) == ["a.png", "gone.png", "loop.png"]
+    assert dataset.notes() == ["3 other files passed over: 3 that are pipes, sockets or devices"]
+
+
 def test_a_check_says_what_is_left_out(tmp_path: Path) -> None:
     assert build_with(tmp_path / "a.png").notes() == []
     for name in ("b.heic", "c.HEIC", "notes.txt", "README"):

@@ -203,6 +203,14 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder nobody can write to")
+@pytest.mark.parametrize("name", ["recipe.toml", "results.json", "metrics.jsonl", "stage/run.log"])
+def test_pipes_in_the_folder_are_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    (tmp_path / "stage").mkdir()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(OutputError, match=f"{name} is no regular file .* remove it"):
+        prepare(tmp_path)
+
+
 def test_a_folder_that_cannot_be_made() -> None:
     with pytest.raises(OutputError, match="/proc/self/run cannot be written"):
         prepare(Path("/proc/self/run"))
