@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinov3_framework import __version__
-from dinov3_framework.errors import DataError, ExitCode, UserError
+from dinov3_framework.errors import (
+    DataError,
+    ExitCode,
+    UserError,
+    escape_unencodable,
+    printable,
+)
 from dinov3_framework.kinds import resolve
 from dinov3_framework.plugins import author_of, describe_error, exited
 
@@ -41,6 +47,7 @@ LAUNCHED = "--launched"
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    escape_unencodable()
     options = argparse.Namespace(traceback="--traceback" in argv)
     try:
         from dinov3_framework.registry import Registry
@@ -132,7 +139,7 @@ def _given(options: argparse.Namespace, name: str) -> Any:
 def _dispatch(options: argparse.Namespace, registry: Registry) -> int:
     if _rank() in (None, 0):
         for warning in (*registry.broken, *registry.printed):
-            print(f"warning: {warning}", file=sys.stderr)
+            _complain(f"warning: {warning}")
     if options.list is not None or options.describe is not None:
         from dinov3_framework.recipes import describe as console
 
@@ -271,7 +278,7 @@ def _job(output_dir: Path, blocked: Sequence[str], run: Any) -> Job:
 def _show(text: str) -> int:
     """Print to standard output; a reader that went away (``| head``) is no mistake."""
     try:
-        print(text, flush=True)
+        print(printable(text), flush=True)
     except BrokenPipeError:
         # Python flushes once more at exit; give it somewhere to write.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -283,4 +290,4 @@ def _complain(message: str, always: bool = False) -> None:
     """Print to standard error; ``always`` with the rank, where there are several."""
     rank = _rank()
     prefix = f"[rank {rank}] " if rank or (always and rank is not None) else ""
-    print(f"{prefix}{message}", file=sys.stderr, flush=True)
+    print(printable(f"{prefix}{message}"), file=sys.stderr, flush=True)

@@ -312,6 +312,14 @@ def test_broken_plugins_are_warned_of_on_every_command(
         assert err.startswith("warning: plugin 'bad' of distribution 'bad-dist' cannot be loaded")
 
 
+def test_what_a_terminal_would_obey_reaches_it_escaped(
+    trace: Trace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace.run_error = DataError("cat\x1b[2J/caf\udce9\n    its hint")
+    assert main(["r.toml"]) == ExitCode.WRONG_INPUT
+    assert capsys.readouterr().err == "cat\\x1b[2J/caf\\xe9\n    its hint\n"
+
+
 def test_usage(trace: Trace, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from disks import small_disk
 from trainer_support import registry, tiny_config
 
-from dinov3_framework import ExitCode, OutputError
+from dinov3_framework import CorruptSampleError, ExitCode, OutputError
 from dinov3_framework.recipes.compose import compose
 from dinov3_framework.recipes.structure import structure_recipe
 from dinov3_framework.runtime.output import (
@@ -23,10 +24,21 @@ from dinov3_framework.runtime.output import (
     write_aside,
 )
 from dinov3_framework.runtime.results import write_results
+from dinov3_framework.runtime.session import log_file
 
 
 def prepare(output: Path, *overrides: str) -> None:
     prepare_output(tiny_config(*overrides), registry(), output)
+
+
+def test_odd_names_are_escaped_in_the_log(tmp_path: Path) -> None:
+    log = logging.getLogger("dinov3_framework.odd")
+    with log_file(tmp_path):
+        log.warning("left out: %s", "caf\udce9\x1b[2J.png")
+        log.warning("%s", CorruptSampleError("new\nline.png", "is half"))
+    first, second = (tmp_path / "run.log").read_text("utf-8").splitlines()
+    assert first.endswith(r"left out: caf\xe9\x1b[2J.png")
+    assert second.endswith(r"new\nline.png: is half")
 
 
 # --------------------------------------------------------------------------- the recipe in it
