@@ -7,6 +7,7 @@ once.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -19,6 +20,8 @@ from dinov3_framework import __version__
 from dinov3_framework.errors import (
     DataError,
     ExitCode,
+    Problem,
+    RecipeError,
     UserError,
     escape_unencodable,
     printable,
@@ -42,6 +45,7 @@ change first, 3 training diverged, 75 stopped on request (the same command goes 
 """
 
 LAUNCHED = "--launched"
+_LONGEST = 255  # bytes of a name on the file systems of Linux
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain("interrupted")
         return int(ExitCode.INTERRUPTED)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            _complain(f"{error.filename}: {error.strerror}; give a shorter path")
+            return int(ExitCode.WRONG_INPUT)
         traceback.print_exc()
         author = author_of(error)
         _complain(describe_error(error), always=True)
@@ -161,6 +168,10 @@ def _recipe(options: argparse.Namespace, registry: Registry) -> int:
     if options.print_recipe:
         return _show(annotated_toml(unstructure(registry, config), composed.origins).rstrip())
     output_dir = Path(config.output_dir or f"runs/{composed.name}")
+    for part in output_dir.parts:
+        if len(os.fsencode(part)) > _LONGEST:
+            what = f"{part[:40]}... has more than {_LONGEST} bytes, too long for a folder's name"
+            raise RecipeError([Problem("output_dir", what, "choose a shorter --output-dir")])
     config = replace(config, output_dir=str(output_dir))
     task: Task = registry.build(config, registry=registry)
     launcher = None if options.launched else _launcher(config, registry)
