@@ -27,7 +27,7 @@ from dinov3_framework.errors import (
     printable,
 )
 from dinov3_framework.kinds import resolve
-from dinov3_framework.plugins import author_of, describe_error, exited
+from dinov3_framework.plugins import as_error, author_of, describe_error
 
 if TYPE_CHECKING:
     from dinov3_framework.contracts.running import Job, Launcher, Plan, Task
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _dispatch(options, registry)
         except SystemExit as error:
-            raise exited(error) from None
+            raise as_error(error) from None
     except UserError as error:
         if options.traceback:
             traceback.print_exc()

@@ -166,10 +166,7 @@ def describe_error(error: BaseException) -> str:
 
 
 class blaming:
-    """A context that notes where an error came up; ``sys.exit()`` in it is one, too.
-
-    Not a generator: one of those errors may be a ``StopIteration``.
-    """
+    """A context that notes where an error came up; ``sys.exit()`` in it is one, too."""
 
     def __init__(self, where: Callable[[], str]) -> None:
         self.where = where
@@ -178,18 +175,20 @@ class blaming:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, SystemExit):
-            exit_ = exited(error)
-            blame(exit_, self.where())
-            raise exit_
+        if isinstance(error, SystemExit | StopIteration):  # the latter would end a loop in silence
+            ended = as_error(error)
+            blame(ended, self.where())
+            raise ended
         if isinstance(error, Exception) and not isinstance(error, CorruptSampleError):
             blame(error, self.where())
 
 
-def exited(error: SystemExit) -> RuntimeError:
-    """What to raise of a plugin that called ``sys.exit()``."""
-    found = RuntimeError(f"sys.exit({error.code!r}) was called")
-    return found.with_traceback(error.__traceback__)
+def as_error(error: SystemExit | StopIteration) -> RuntimeError:
+    """What to raise in place of what would end the program, or a loop, and say nothing."""
+    text = "StopIteration was raised"
+    if isinstance(error, SystemExit):
+        text = f"sys.exit({error.code!r}) was called"
+    return RuntimeError(text).with_traceback(error.__traceback__)
 
 
 def _refuse_unknown(block: Iterable[str], known: list[str]) -> None:

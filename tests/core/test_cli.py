@@ -217,6 +217,12 @@ def test_a_fault_of_a_plugin_names_its_distribution(
     assert "a fault of a plugin of fine-hats" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_an_exit_is_a_fault(trace: Trace, capsys: pytest.CaptureFixture[str]) -> None:
+    trace.run_error = SystemExit(0)
+    assert main(["r.toml"]) == ExitCode.FAILED
+    assert "sys.exit(0) was called" in capsys.readouterr().err
+
+
 def test_ctrl_c(trace: Trace, capsys: pytest.CaptureFixture[str]) -> None:
     trace.run_error = KeyboardInterrupt()
     assert main(["r.toml"]) == 130

@@ -208,7 +208,9 @@ class Picky(Exception):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("error", [KeyError("top"), Picky("hat", "coat"), SystemExit(0)])
+@pytest.mark.parametrize(
+    "error", [KeyError("top"), Picky("hat", "coat"), SystemExit(0), StopIteration()]
+)
 def test_an_error_names_its_dataset_and_sample(error: Any, workers: int) -> None:
     _, batches = loader(maker(Faulty(error), workers=workers), workers=workers)
     with pytest.raises(Exception) as caught:  # noqa: PT011
