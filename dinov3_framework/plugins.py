@@ -146,12 +146,12 @@ def author_of(error: BaseException) -> str | None:
 def blame(error: BaseException, where: str = "") -> None:
     """Note at an error, which may travel to another process, whose it is and where it came up."""
     inner = vars(error).get(_BLAME, (None, ""))[1]
-    setattr(error, _BLAME, (author_of(error), ": ".join(filter(None, (where, inner)))))
+    vars(error)[_BLAME] = (author_of(error), ": ".join(filter(None, (where, inner))))
 
 
 def take_blame(error: Exception, other: Exception) -> Exception:
     """``error`` with what is noted at ``other``."""
-    setattr(error, _BLAME, vars(other)[_BLAME])
+    vars(error)[_BLAME] = vars(other)[_BLAME]
     return error
 
 

@@ -23,7 +23,6 @@ from dinov3_framework.plugins import blame, blaming, take_blame
 T = TypeVar("T")
 
 MEMORY = "worker memory"  # how its complaints begin
-PREFETCH = 2  # batches that each worker makes ahead, where nothing else is said
 _GRACE = 60  # seconds that a worker goes on after SIGTERM
 _SHM = "/dev/shm"  # where batches are while they pass from a worker to its process
 _UNUSABLE = f"{_SHM} is full or cannot be written"
@@ -93,7 +92,7 @@ class ReadingLog:
             try:
                 self._samples.share_memory_()
             except RuntimeError as error:
-                text = f"{MEMORY}: {_UNUSABLE}: {error}\n    {_remedy('loader.workers')}"
+                text = f"{MEMORY}: {_UNUSABLE}: {error}\n    {_remedy('the number of workers')}"
                 raise WorkerError(text) from error
 
     def note(self, index: int) -> None:
@@ -109,8 +108,12 @@ class ReadingLog:
             index = int(self._samples[worker.id if worker is not None else 0])
             if index < 0 or not isinstance(dataset, Dataset):
                 return f"dataset {type(dataset).__name__}"
-            name = "" if (found := dataset.name(index)) == str(index) else f" ({found})"
-            return f"dataset {type(dataset).__name__}, sample {index}{name}"
+            try:
+                name = dataset.name(index)
+            except Exception:  # the error is to be heard of whatever else fails
+                name = str(index)
+            named = "" if name == str(index) else f" ({name})"
+            return f"dataset {type(dataset).__name__}, sample {index}{named}"
 
         return blaming(where)
 
@@ -138,7 +141,7 @@ class WorkerLoader(Generic[T]):
         limit: str,
         reading: ReadingLog,
         key: str = "workers",
-        prefetch: int = PREFETCH,
+        prefetch: int = 2,
         pin_memory: bool = False,
     ) -> None:
         self.limit, self.reading, self.key = limit, reading, key
@@ -218,8 +221,8 @@ class _Unmade:
         blame(error)
         trace = "".join(traceback.format_exception(error))
         try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:  # one that cannot be made of its message alone
+            take_blame(error, pickle.loads(pickle.dumps(error)))  # it must arrive, too
+        except Exception:  # one that cannot be made of its message alone, say
             plain = RuntimeError(f"{type(error).__name__}: {error}")
             return cls(take_blame(plain, error), trace)
         return cls(error, trace)

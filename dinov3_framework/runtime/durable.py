@@ -23,7 +23,8 @@ def open_file(path: Path) -> BufferedReader:
 
     Raises ``OSError`` for what is no regular one, too: a pipe would be waited for without end.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # of a folder, open says so
         raise OSError(errno.EINVAL, _IRREGULAR, str(path))
     return path.open("rb")
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attrs import frozen
 from dinov3_ssl.batches import CropBatches
 from loader_support import BATCH, ONE, Numbers, assert_same, loader
 from torch import Tensor
@@ -200,6 +201,13 @@ def test_a_datasets_own_errors_are_not_mistaken_for_a_dead_worker(
         next(batches)
 
 
+@frozen
+class Frozen(Exception):
+    """One that takes no attributes."""
+
+    what: str
+
+
 class Picky(Exception):
     """One that cannot be made of its message alone."""
 
@@ -209,7 +217,7 @@ class Picky(Exception):
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
-    "error", [KeyError("top"), Picky("hat", "coat"), SystemExit(0), StopIteration()]
+    "error", [KeyError("top"), Picky("hat", "coat"), SystemExit(0), StopIteration(), Frozen("x")]
 )
 def test_an_error_names_its_dataset_and_sample(error: Any, workers: int) -> None:
     _, batches = loader(maker(Faulty(error), workers=workers), workers=workers)
