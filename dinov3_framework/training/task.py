@@ -265,7 +265,7 @@ class TrainingTask(Task):
             **method.sections(prepared, world_size, done),
             "parallel": parallel_rows(config.parallel, network, world_size),
             "data": data_rows(config, dataset, crowded),
-            "observers": observed,
+            **({"observers": observed} if observed else {}),
             **method.sections_after(prepared, done),
         }
         return Plan(sections, missing, Checked(dataset, prepared))
