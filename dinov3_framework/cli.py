@@ -7,6 +7,7 @@ once.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -17,8 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinov3_framework import __version__
-from dinov3_framework.errors import DataError, ExitCode, RecipeError, UserError
+from dinov3_framework.errors import (
+    DataError,
+    ExitCode,
+    Problem,
+    RecipeError,
+    UserError,
+    escape_unencodable,
+    printable,
+)
 from dinov3_framework.kinds import resolve
+from dinov3_framework.plugins import as_error, author_of, describe_error
 from dinov3_framework.runtime.stopping import (
     LAUNCHER,
     EndOnSignal,
@@ -45,6 +55,7 @@ on), 130 Ctrl-C
 """
 
 LAUNCHED = "--launched"
+_LONGEST = 255  # bytes of a name on the file systems of Linux
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,18 +73,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
+    escape_unencodable()
     options = argparse.Namespace(traceback="--traceback" in argv)
     try:
         from dinov3_framework.registry import Registry
 
         registry = Registry.load(block=_blocked(argv))
         options = _parse(argv, registry)
-        return _dispatch(options, registry)
+        try:
+            return _dispatch(options, registry)
+        except SystemExit as error:
+            raise as_error(error) from None
     except UserError as error:
         if options.traceback:
             traceback.print_exc()
         if not (error.shared and _rank()):
-            _complain(str(error))
+            _complain(describe_error(error))
         return int(error.exit_code)
     except KeyboardInterrupt as error:
         if options.traceback:
@@ -83,10 +98,12 @@ def _main(argv: Sequence[str]) -> int:
             _complain(describe_stop(received))
         return int(exit_code_of(received))
     except Exception as error:
-        from dinov3_framework.plugins import author_of
-
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            _complain(f"{error.filename}: {error.strerror}; give a shorter path")
+            return int(ExitCode.WRONG_INPUT)
         traceback.print_exc()
         author = author_of(error)
+        _complain(describe_error(error), always=True)
         where = "the program" if author is None else f"a plugin of {author}"
         _complain(f"this is a fault of {where}, not of your recipe; please report it as it is")
         return int(ExitCode.FAILED)
@@ -152,8 +169,8 @@ def _given(options: argparse.Namespace, name: str) -> Any:
 
 def _dispatch(options: argparse.Namespace, registry: Registry) -> int:
     if _rank() in (None, 0):
-        for broken in registry.broken:
-            print(f"warning: {broken}", file=sys.stderr)
+        for warning in (*registry.broken, *registry.printed):
+            _complain(f"warning: {warning}")
     if options.list is not None or options.describe is not None:
         from dinov3_framework.recipes import describe as console
 
@@ -176,6 +193,10 @@ def _recipe(options: argparse.Namespace, registry: Registry) -> int:
     if options.print_recipe:
         return _show(annotated_toml(unstructure(registry, config), composed.origins).rstrip())
     output_dir = Path(config.output_dir or f"runs/{composed.name}")
+    for part in output_dir.parts:
+        if len(os.fsencode(part)) > _LONGEST:
+            what = f"{part[:40]}... has more than {_LONGEST} bytes, too long for a folder's name"
+            raise RecipeError([Problem("output_dir", what, "choose a shorter --output-dir")])
     config = replace(config, output_dir=str(output_dir))
     task: Task = registry.build(config, registry=registry)
     launcher = None if options.launched else _launcher(config, registry)
@@ -307,7 +328,7 @@ def _job(output_dir: Path, blocked: Sequence[str], run: Any) -> Job:
 def _show(text: str) -> int:
     """Print to standard output; a reader that went away (``| head``) is no mistake."""
     try:
-        print(text, flush=True)
+        print(printable(text), flush=True)
     except BrokenPipeError:
         # Python flushes once more at exit; give it somewhere to write.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -315,8 +336,9 @@ def _show(text: str) -> int:
     return ExitCode.OK
 
 
-def _complain(message: str) -> None:
+def _complain(message: str, always: bool = False) -> None:
+    """Print to standard error; ``always`` with the rank, where there are several."""
     rank = _rank()
-    prefix = f"[rank {rank}] " if rank else ""
+    prefix = f"[rank {rank}] " if rank or (always and rank is not None) else ""
     with suppress(OSError):  # nobody reads it any more; the exit code says it, too
-        print(f"{prefix}{message}", file=sys.stderr, flush=True)
+        print(printable(f"{prefix}{message}"), file=sys.stderr, flush=True)

@@ -7,8 +7,11 @@ what to do. The command line prints it without a traceback (``--traceback`` show
 from __future__ import annotations
 
 import difflib
+import re
+import sys
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from io import TextIOWrapper
 from typing import NamedTuple
 
 
@@ -91,7 +94,7 @@ class CorruptSampleError(Exception):
 
     def __init__(self, name: str, reason: str) -> None:
         self.name, self.reason = name, reason
-        super().__init__(f"{name}: {reason}")
+        super().__init__(printable(f"{name}: {reason}", kept=""))
 
     def __reduce__(self) -> tuple[type[CorruptSampleError], tuple[str, str]]:
         return type(self), (self.name, self.reason)
@@ -128,6 +131,26 @@ class PeerError(UserError):
 
 # --------------------------------------------------------------------------- parts of messages
 _SHOWN = 12  # names in a list
+# Control characters, which a terminal obeys, and bytes of file names that are no UTF-8.
+_ODD = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def printable(text: str, kept: str = "\n\t") -> str:
+    r"""``text`` for a log, a terminal or a table: \x1b, say, in place of what does not print."""
+    return _ODD.sub(lambda found: found[0] if found[0] in kept else _escaped(found[0]), text)
+
+
+def _escaped(character: str) -> str:
+    byte = ord(character) - 0xDC00  # of a name that is no UTF-8
+    if 0x80 <= byte < 0x100:
+        return f"\\x{byte:02x}"
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def escape_unencodable() -> None:
+    """Have standard output escape what its encoding lacks, as standard error does."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def suggest(name: str, known: Sequence[str], introduction: str = "known") -> str:

@@ -11,15 +11,17 @@ from __future__ import annotations
 import inspect
 import os
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from importlib import metadata
+from io import StringIO
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import pluggy
-from attrs import frozen
+from attrs import field, frozen
 
-from dinov3_framework.errors import PluginError, suggest
+from dinov3_framework.errors import CorruptSampleError, PluginError, UserError, suggest
 from dinov3_framework.kinds import KINDS
 
 PROJECT = "dinov3_framework"  # also the entry-point group
@@ -76,6 +78,17 @@ class FoundPlugins:
     distributions: dict[str, str]
     broken: list[BrokenPlugin]
     blocked: list[str]
+    printed: list[str] = field(factory=list)  # what plugins wrote to standard output, in words
+
+    @contextmanager
+    def listening(self, plugin: str, origin: str) -> Iterator[None]:
+        """Keep what a plugin prints while it loads from what the command line is asked for."""
+        try:
+            with redirect_stdout(StringIO()) as out:
+                yield
+        finally:
+            if text := out.getvalue().strip():
+                self.printed.append(f"plugin {plugin!r} of distribution {origin!r} printed: {text}")
 
 
 def blocked_by_environment() -> list[str]:
@@ -108,17 +121,74 @@ def find_plugins(block: Iterable[str] = ()) -> FoundPlugins:
     return found
 
 
+# --------------------------------------------------------------------------- whose fault it is
+_BLAME = "_dinov3_blame"  # attribute of an error: (the plugin's distribution, where it came up)
+
+
 def author_of(error: BaseException) -> str | None:
     """The distribution whose plugin raised ``error``; None where that was the framework's own."""
+    known = vars(error).get(_BLAME)
+    if known is not None:
+        return cast("str | None", known[0])
     owners = {PROJECT: DISTRIBUTION}
     for distribution in metadata.distributions():
-        for entry in distribution.entry_points.select(group=PROJECT):
-            owners[entry.module.partition(".")[0]] = distribution.metadata["Name"]
+        entries = distribution.entry_points.select(group=PROJECT)
+        others = (distribution.read_text("top_level.txt") or "").split() if entries else []
+        for module in (*(entry.module for entry in entries), *others):
+            owners[module.partition(".")[0]] = distribution.metadata["Name"]
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     modules = [str(frame.f_globals.get("__name__")) for frame in reversed(frames)]
     packages = [module.partition(".")[0] for module in modules]
     author = next((owners[package] for package in packages if package in owners), DISTRIBUTION)
     return None if author == DISTRIBUTION else author
+
+
+def blame(error: BaseException, where: str = "") -> None:
+    """Note at an error, which may travel to another process, whose it is and where it came up."""
+    inner = vars(error).get(_BLAME, (None, ""))[1]
+    vars(error)[_BLAME] = (author_of(error), ": ".join(filter(None, (where, inner))))
+
+
+def take_blame(error: Exception, other: Exception) -> Exception:
+    """``error`` with what is noted at ``other``."""
+    vars(error)[_BLAME] = vars(other)[_BLAME]
+    return error
+
+
+def describe_error(error: BaseException) -> str:
+    """An error in words; those of a plugin begin with its distribution and where it came up."""
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    author = author_of(error)
+    if author is None and isinstance(error, UserError):
+        return text  # says it itself
+    where = vars(error).get(_BLAME, (None, ""))[1]
+    return ": ".join(filter(None, (author, where, text)))
+
+
+class blaming:
+    """A context that notes where an error came up; ``sys.exit()`` in it is one, too."""
+
+    def __init__(self, where: Callable[[], str]) -> None:
+        self.where = where
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, SystemExit | StopIteration):  # the latter would end a loop in silence
+            ended = as_error(error)
+            blame(ended, self.where())
+            raise ended
+        if isinstance(error, Exception) and not isinstance(error, CorruptSampleError):
+            blame(error, self.where())
+
+
+def as_error(error: SystemExit | StopIteration) -> RuntimeError:
+    """What to raise in place of what would end the program, or a loop, and say nothing."""
+    text = "StopIteration was raised"
+    if isinstance(error, SystemExit):
+        text = f"sys.exit({error.code!r}) was called"
+    return RuntimeError(text).with_traceback(error.__traceback__)
 
 
 def _refuse_unknown(block: Iterable[str], known: list[str]) -> None:
@@ -139,7 +209,8 @@ def _load(found: FoundPlugins, entry: metadata.EntryPoint, origin: str) -> None:
             f"{found.distributions[entry.name]!r}, one of {origin!r}; uninstall one of them"
         )
     try:
-        plugin = entry.load()
+        with found.listening(entry.name, origin):
+            plugin = entry.load()
     except (Exception, SystemExit) as error:  # whatever a stranger's module may raise
         found.broken.append(BrokenPlugin(entry.name, origin, f"{type(error).__name__}: {error}"))
         return

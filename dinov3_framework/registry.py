@@ -33,6 +33,7 @@ class Registry:
         self.weights_writers: dict[str, WeightsWriter] = {}
         self.flags: dict[str, Flag] = {}
         self.broken: list[BrokenPlugin] = []
+        self.printed: list[str] = []
         self.blocked: list[str] = []
         self.distributions: dict[str, str] = {}
 
@@ -45,7 +46,7 @@ class Registry:
     def from_plugins(cls, found: FoundPlugins) -> Registry:
         registry = cls()
         registry.broken, registry.blocked = found.broken, found.blocked
-        registry.distributions = found.distributions
+        registry.distributions, registry.printed = found.distributions, found.printed
         for name, kind in KINDS.items():
             for plugin, origin, component in _offered(registry, found, kind.hook):
                 registry.add(name, component, plugin, origin)
@@ -187,8 +188,9 @@ def _offered(registry: Registry, found: FoundPlugins, hook: str) -> Iterator[tup
         plugin = implementation.plugin_name
         origin = found.distributions.get(plugin, "?")
         try:
-            offered = implementation.function()
-        except Exception as error:  # whatever a stranger's function may raise
+            with found.listening(plugin, origin):
+                offered = implementation.function()
+        except (Exception, SystemExit) as error:  # whatever a stranger's function may raise
             reason = f"{hook}: {type(error).__name__}: {error}"
             registry.broken.append(BrokenPlugin(plugin, origin, reason))
             continue

@@ -291,7 +291,45 @@ def _at(config: Any, key: str) -> Any:
     return config
 
 
+# --------------------------------------------------------------------------- odd paths
+@pytest.mark.parametrize(
+    ("key", "path", "words"),
+    [
+        ("output_dir", "a" * 300, "too long"),
+        ("output_dir", "new/" + "a" * 300 + "/b", "too long"),
+        ("output_dir", "caf\udce9", "no UTF-8"),
+        ("dataset.root", "a" * 300, "too long"),
+        ("dataset.root", "caf\udce9", "no UTF-8"),
+        ("init_from.weights", "a" * 300, "too long"),
+    ],
+)
+def test_paths_that_cannot_be_are_found_by_a_check(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    key: str,
+    path: str,
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["dataset.use=image_folder", "dataset.root=."] if key == "dataset.root" else []
+    assert main(["quickstart", "--check", *given, f"{key}={path}"]) == ExitCode.WRONG_INPUT
+    err = capsys.readouterr().err
+    assert words in err
+    assert len(err.splitlines()) <= 3
+    assert not list(tmp_path.iterdir())
+
+
 # --------------------------------------------------------------------------- observers
+def test_an_evaluation_has_the_size_of_the_global_crops(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["quickstart", "--output-dir", str(tmp_path / "run"), "--check"]
+    for size in (28, 35):
+        assert main([*words, f"augmentation.global_size={size}"]) == 0
+        assert f", size {size}, " in capsys.readouterr().out
+
+
 def test_what_an_observer_misses_is_known_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from dinov3_framework.checkpoints.manifest import is_plain_name, leads_out
 from dinov3_framework.errors import CheckpointError
+from dinov3_framework.runtime.durable import read_file
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 # What an index consists of: classes that are filled, and what is called with arguments.
@@ -65,7 +66,7 @@ def read_index(path: Path, files: Container[str], foreign: bool = False) -> Meta
     """
     _refuse_links([path])
     try:
-        content = path.read_bytes()
+        content = read_file(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     try:

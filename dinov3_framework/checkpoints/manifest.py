@@ -16,7 +16,7 @@ from typing import Any
 from attrs import asdict, frozen
 
 from dinov3_framework.errors import CheckpointError
-from dinov3_framework.runtime.durable import sync, write_and_sync
+from dinov3_framework.runtime.durable import open_file, read_file, sync, write_and_sync
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -43,7 +43,7 @@ class FileRecord:
 
     @classmethod
     def of(cls, path: Path) -> FileRecord:
-        with path.open("rb") as stream:
+        with open_file(path) as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
             return cls(stream.tell(), digest)
 
@@ -150,7 +150,7 @@ def leads_out(path: Path) -> bool:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path)
     except FileNotFoundError:
         raise Damage(path.name, "is missing") from None
     except OSError as error:

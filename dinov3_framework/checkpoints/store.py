@@ -33,7 +33,7 @@ from dinov3_framework.runtime.agreement import (
     gather_from_all_ranks,
     run_on_all_ranks,
 )
-from dinov3_framework.runtime.durable import no_room, write_and_sync
+from dinov3_framework.runtime.durable import no_room, read_file, write_and_sync
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class CheckpointStore:
         """
         for path in self._entries.newest_first():
             try:
-                state: dict[str, Any] = json.loads((path / STATE).read_bytes())
+                state: dict[str, Any] = json.loads(read_file(path / STATE))
             except (OSError, ValueError):
                 continue
             return state
@@ -263,6 +263,6 @@ def _open(path: Path) -> tuple[_Sound | None, list[str]]:
         damages = manifest.damages(path, [STATE])
         if damages:
             return None, damages
-        return _Sound(path, manifest, json.loads((path / STATE).read_bytes())), []
+        return _Sound(path, manifest, json.loads(read_file(path / STATE))), []
     except Damage as damage:
         return None, [str(damage)]

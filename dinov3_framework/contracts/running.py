@@ -145,7 +145,7 @@ class Evaluation(abc.ABC):
     def problems(self, model: Model) -> Sequence[Problem]:
         """Why such a model cannot be measured; it may be on the meta device.
 
-        Called after ``prepare``.
+        Called after ``prepare``. Raises ``DataError`` for what this machine lacks.
         """
         return ()
 
@@ -234,6 +234,10 @@ class Observer:
 
     def check_model(self, model: Model) -> None:
         """After ``check``, with what is to be trained, on the meta device: raise ``UserError``."""
+
+    def rows(self, model: Model) -> Rows:
+        """After ``check_model``: what a check shows of it, (label, value)."""
+        return ()
 
     def on_start(self, run: Run, iteration: int) -> Mapping[str, float] | None:
         """Before the first step of this process; ``iteration`` steps are already done."""

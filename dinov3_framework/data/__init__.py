@@ -15,7 +15,7 @@ class LoaderConfig:
         "seconds to wait for a batch before the run ends", default=300.0, check=seconds
     )
     max_corrupt: int = option(
-        "undecodable samples, counted per process, after which the run ends",
+        "undecodable samples, each counted once in each process, after which the run ends",
         default=1000,
         check=not_negative,
     )

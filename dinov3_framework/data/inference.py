@@ -87,7 +87,8 @@ class InferenceLoader(Generic[Item, Data]):
                 continue
             self.reading.note(index)
             try:
-                items.append(self.prepare(self.dataset[index], index))
+                with self.reading.blaming(self.dataset):
+                    items.append(self.prepare(self.dataset[index], index))
                 places.append(place)
             except CorruptSampleError as error:
                 corrupt[index] = error

@@ -90,10 +90,11 @@ class BatchMaker(abc.ABC, Generic[Item, B]):
     def __getitem__(self, key: tuple[int, int]) -> B:
         step, micro = key
         corrupt: list[str] = []
-        items = [
-            self.prepare(self._read(place, corrupt), place, step)
-            for place in self.layout.places(step, micro)
-        ]
+        with self.reading.blaming(self.dataset):
+            items = [
+                self.prepare(self._read(place, corrupt), place, step)
+                for place in self.layout.places(step, micro)
+            ]
         return self.collate(items, step, micro, tuple(corrupt))
 
     def from_stream(
@@ -102,12 +103,13 @@ class BatchMaker(abc.ABC, Generic[Item, B]):
         """The next batch of a stream's part, and the state of the stream after it."""
         corrupt: list[str] = []
         items, state = [], None
-        for place in self.layout.places(step, micro):
-            sample, state = self._next(samples)
-            while not isinstance(sample, Sample):
-                corrupt.append(str(sample))
+        with self.reading.blaming(self.dataset):
+            for place in self.layout.places(step, micro):
                 sample, state = self._next(samples)
-            items.append(self.prepare(sample, place, step))
+                while not isinstance(sample, Sample):
+                    corrupt.append(str(sample))
+                    sample, state = self._next(samples)
+                items.append(self.prepare(sample, place, step))
         return self.collate(items, step, micro, tuple(corrupt)), state
 
     def _next(
@@ -254,7 +256,7 @@ class TrainingLoader(Generic[B]):
     ) -> None:
         self.maker, self.config = maker, config
         self.streams = {} if streams is None else streams
-        self.corrupt = 0
+        self._corrupt: set[str] = set()  # those that were warned of
         keys = _Keys(start, stop, maker.layout.accumulation_steps)
         indexed = isinstance(maker.dataset, Dataset)
         parts = max(config.workers, 1)
@@ -267,6 +269,7 @@ class TrainingLoader(Generic[B]):
             timeout=config.timeout,
             limit=f"loader.timeout = {config.timeout:g} s",
             reading=maker.reading,
+            key="loader.workers",
             prefetch=config.prefetch,
             pin_memory=pin_memory,
         )
@@ -296,14 +299,21 @@ class TrainingLoader(Generic[B]):
                     self.streams[made.part] = made.state
                 yield made.batch
 
+    @property
+    def corrupt(self) -> int:
+        """How many different samples could not be decoded."""
+        return len(self._corrupt)
+
     def _count(self, corrupt: Sequence[str]) -> None:
         for name in corrupt:
-            self.corrupt += 1
-            log.warning("undecodable sample %d, substituted: %s", self.corrupt, name)
+            if name not in self._corrupt:
+                self._corrupt.add(name)
+                log.warning("undecodable sample %d, substituted: %s", self.corrupt, name)
         if self.corrupt > self.config.max_corrupt:
             raise DataError(
                 f"{self.corrupt} samples could not be decoded, the last: {corrupt[-1]}\n"
-                f"    loader.max_corrupt = {self.config.max_corrupt} are allowed"
+                f"    loader.max_corrupt = {self.config.max_corrupt} are allowed; mend or remove "
+                "the files that the warnings name, or allow more"
             )
 
 

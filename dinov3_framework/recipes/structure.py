@@ -163,6 +163,8 @@ def _scalar(value: Any, declared: Any) -> Any:
         raise _fault("must not be nan")
     if declared is str and "\0" in value:
         raise _fault("holds a NUL character, which no name or path may")
+    if declared is str and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise _fault(f"{value!r} holds bytes that are no UTF-8; a recipe can hold UTF-8 alone")
     # Once and for all: to everything else a path that begins so is a folder of that name.
     return os.path.expanduser(value) if declared is str and value.startswith("~/") else value
 

@@ -13,6 +13,7 @@ import torch
 from attrs import frozen
 
 from dinov3_framework.errors import CheckpointError, ExitCode, PeerError, UserError, first_few
+from dinov3_framework.plugins import describe_error
 from dinov3_framework.runtime import collectives
 
 T = TypeVar("T")
@@ -30,10 +31,8 @@ class Failure:
 
     @classmethod
     def of(cls, rank: int, error: BaseException) -> Failure:
-        errno = getattr(error, "errno", None)
-        if isinstance(error, UserError):
-            return cls(rank, str(error), errno, int(error.exit_code))
-        return cls(rank, f"{type(error).__name__}: {error}", errno)
+        code = error.exit_code if isinstance(error, UserError) else ExitCode.FAILED
+        return cls(rank, describe_error(error), getattr(error, "errno", None), int(code))
 
 
 class RankFailure(Exception):
@@ -75,7 +74,8 @@ class OwnErrors:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, RankFailure):
-            raise error.for_process() from error.own
+            found = error.for_process()
+            raise found from found.__cause__  # a worker's traceback, perhaps
 
 
 def run_on_all_ranks(action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

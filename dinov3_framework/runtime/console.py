@@ -12,6 +12,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
+from dinov3_framework.errors import printable
+
 log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -25,10 +27,20 @@ def console() -> Console:
 
 def console_handler() -> logging.Handler:
     if console().is_terminal:
-        return RichHandler(console=console(), show_path=False, show_time=False, show_level=False)
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+        handler: logging.Handler = RichHandler(
+            console=console(), show_path=False, show_time=False, show_level=False
+        )
+    else:
+        handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(message)s"))
     return handler
+
+
+class PrintableFormatter(logging.Formatter):
+    """Escapes what a terminal would obey or a file cannot hold: names come from anywhere."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class _Rate(ProgressColumn):

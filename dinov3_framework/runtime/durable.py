@@ -8,8 +8,10 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 
 from dinov3_framework.errors import OutputError
@@ -17,7 +19,33 @@ from dinov3_framework.errors import OutputError
 _log = logging.getLogger(__name__)
 
 _ASIDE = re.compile(r"\..+\.[0-9a-f]{8}")  # names of what is being written
+_IRREGULAR = "is no regular file (a pipe, a socket or a device)"
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def open_file(path: Path) -> BufferedReader:
+    """Open a file to read its bytes.
+
+    Raises ``OSError`` for what is no regular one, too: a pipe would be waited for without end.
+    """
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # of a folder, open says so
+        raise OSError(errno.EINVAL, _IRREGULAR, str(path))
+    return path.open("rb")
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file; errors as of :func:`open_file`."""
+    with open_file(path) as stream:
+        return stream.read()
+
+
+def irregular(folder: Path) -> str:
+    """What in a folder, or one level below, is neither a file nor a folder; "" if nothing is."""
+    for path in sorted((*folder.glob("*"), *folder.glob("*/*"))):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            return f"{path} {_IRREGULAR}; remove it"
+    return ""
 
 
 def sync(path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dinov3_framework import __version__
 from dinov3_framework.registry import Registry
+from dinov3_framework.runtime.durable import read_file
 from dinov3_framework.runtime.output import write_aside
 
 ENVIRONMENT = "environment.json"
@@ -45,7 +46,7 @@ def note_start(output_dir: Path, registry: Registry) -> None:
     """Add a start to those that ``environment.json`` lists."""
     path = output_dir / ENVIRONMENT
     try:
-        before = json.loads(path.read_text("utf-8"))["starts"]
+        before = json.loads(read_file(path))["starts"]
     except (OSError, ValueError, LookupError, TypeError):
         before = []
     start = {

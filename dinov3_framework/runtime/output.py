@@ -21,7 +21,13 @@ from dinov3_framework.kinds import TaskConfig
 from dinov3_framework.recipes.plain import unstructure
 from dinov3_framework.recipes.toml_text import KeyPath, parse_toml, to_toml
 from dinov3_framework.registry import Registry
-from dinov3_framework.runtime.durable import clear_aside, unwritable, written_aside
+from dinov3_framework.runtime.durable import (
+    clear_aside,
+    irregular,
+    read_file,
+    unwritable,
+    written_aside,
+)
 from dinov3_framework.runtime.inner_runs import naming_stage
 from dinov3_framework.runtime.lock import locked, refuse_in_use, verify_held
 
@@ -113,6 +119,8 @@ def _refuse(
     config: TaskConfig, registry: Registry, output_dir: Path, inherited: Iterable[KeyPath] = ()
 ) -> None:
     """Raise :class:`OutputError` where this recipe cannot run in a folder, or need not."""
+    if complaint := irregular(output_dir):
+        raise OutputError(f"{complaint}, or choose another --output-dir")
     _refuse_another_recipe(config, registry, output_dir, inherited)
     if not _inner_runs_complete(config, registry, output_dir):
         return
@@ -133,7 +141,7 @@ def _elsewhere(config: TaskConfig, output_dir: Path) -> str:
 def is_complete(output_dir: Path) -> bool:
     """Whether a run has left its results, whole, beside its recipe."""
     try:
-        json.loads((output_dir / RESULTS).read_bytes())
+        json.loads(read_file(output_dir / RESULTS))
     except (OSError, ValueError):
         return False
     return (output_dir / RECIPE).exists()
@@ -185,7 +193,7 @@ def _refuse_another_recipe(
     if not path.exists():
         return
     try:
-        before = parse_toml(path.read_text(encoding="utf-8"))
+        before = parse_toml(read_file(path).decode("utf-8"))
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} is no recipe: {error}; choose another --output-dir") from error
     recipe, free = unstructure(registry, config), config.free_keys(output_dir)

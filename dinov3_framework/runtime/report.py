@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,6 +15,7 @@ import numpy as np
 from jinja2 import Environment
 from markupsafe import Markup
 
+from dinov3_framework.errors import printable
 from dinov3_framework.runtime.output import write_aside
 from dinov3_framework.runtime.results import Row, format_value, tabulated
 
@@ -36,7 +38,7 @@ class Image:
     @property
     def uri(self) -> str:
         if isinstance(self.source, str):
-            return quote(self.source)
+            return quote(os.fsencode(self.source))
         png = _encoded(self.source, "PNG", optimize=True)
         jpeg = png if self.crisp else _encoded(self.source, "JPEG", quality=90)
         # Photographs are smaller as JPEG, drawings and tiny images as PNG.
@@ -69,13 +71,16 @@ class Section:
 def write_report(
     path: Path, title: str, sections: Sequence[Section], *, style: str = "", script: str = ""
 ) -> None:
-    """Write a page; all text is escaped, but for ``Markup``.
+    """Write a page; all text is escaped, and what does not print in it, but for ``Markup``.
 
     ``style`` (CSS) and ``script`` (JavaScript) come on top of the page's own and are trusted. A
     page without a script forbids any. Raises ``OutputError`` where it cannot be written.
     """
     titled = [place for place, section in enumerate(sections) if section.title]
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_PAGE)
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_printable
+    )
+    template = environment.from_string(_PAGE)
     page = template.render(
         title=title,
         sections=sections,
@@ -86,7 +91,11 @@ def write_report(
         tabulated=tabulated,
         format_value=format_value,
     )
-    write_aside(path, page.encode("utf-8", "replace").decode("utf-8"))
+    write_aside(path, page)
+
+
+def _printable(value: Any) -> Any:
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _kind(block: Block) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dinov3_framework.errors import printable
 from dinov3_framework.runtime.output import RESULTS, output_file, write_aside
 
 TABLE = "results.csv"
@@ -55,16 +57,21 @@ def write_results(
         rows = list(_records(results))
     if rows:
         flat, columns = tabulated(rows)
-        # Paths may hold bytes that are no UTF-8; they come out as they are.
-        with (
-            output_file(output_dir / TABLE) as aside,
-            aside.open("x", encoding="utf-8", errors="surrogateescape", newline="") as stream,
-        ):
-            writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(flat)
+        cells = ([row.get(name, "") for name in columns] for row in flat)
+        with output_file(output_dir / TABLE) as aside:
+            write_csv(aside, columns, cells)
     content = json.dumps(_plain(results), indent=2, allow_nan=False)
     write_aside(output_dir / RESULTS, content + "\n")
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table, a line for each row; what does not print in its texts is escaped."""
+    with path.open("x", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        for row in itertools.chain([columns], rows):
+            writer.writerow(
+                [printable(cell, kept="") if isinstance(cell, str) else cell for cell in row]
+            )
 
 
 def print_results(title: str, rows: Sequence[Row]) -> None:
@@ -97,8 +104,7 @@ def tabulated(rows: Sequence[Row]) -> tuple[list[Mapping[str, Any]], list[str]]:
 
 
 def format_value(value: Any) -> str:
-    text = str(float(f"{value:.6g}") if isinstance(value, float) else value)
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return printable(str(float(f"{value:.6g}") if isinstance(value, float) else value))
 
 
 def _records(value: Any) -> Iterator[Record]:

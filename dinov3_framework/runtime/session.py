@@ -17,7 +17,7 @@ from dinov3_framework.kinds import TaskConfig
 from dinov3_framework.recipes.toml_text import KeyPath
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
-from dinov3_framework.runtime.console import console_handler
+from dinov3_framework.runtime.console import PrintableFormatter, console_handler
 from dinov3_framework.runtime.durable import unwritable
 from dinov3_framework.runtime.environment import note_start
 from dinov3_framework.runtime.output import prepared
@@ -121,7 +121,7 @@ def _console() -> Iterator[None]:
         handler = console_handler()
     else:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter(f"[rank {collectives.rank()}] %(message)s"))
+        handler.setFormatter(PrintableFormatter(f"[rank {collectives.rank()}] %(message)s"))
         handler.setLevel(logging.WARNING)
     level = root.level
     root.setLevel(logging.INFO)
@@ -145,7 +145,7 @@ def log_file(output_dir: Path, report: str = "") -> Iterator[None]:
         file = logging.FileHandler(output_dir / "run.log", encoding="utf-8")
     except OSError as error:
         raise unwritable(error, output_dir / "run.log") from error
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    file.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s"))
     with _handled(file, logging.getLogger("dinov3_framework"), _captured()):
         yield
 

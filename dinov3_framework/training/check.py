@@ -7,6 +7,7 @@ from typing import Any
 
 import attrs
 
+from dinov3_framework.data import workers
 from dinov3_framework.errors import Problem
 from dinov3_framework.schedules import Schedule
 from dinov3_framework.training import TrainingConfig
@@ -61,3 +62,17 @@ def course(schedule: Schedule, total: int) -> str:
     if len(set(values)) == 1:
         return f"{values[0]:g}"
     return " -> ".join(f"{value:.3g}" for value in values)
+
+
+def memory_complaint(config: TrainingConfig, image: int, world_size: int, ahead: int) -> str:
+    """Why loader workers cannot hold ``ahead`` batches each, or "".
+
+    ``image`` is the bytes of one image in a batch.
+    """
+    return workers.memory_complaint(
+        image * config.batch_size / (world_size * config.accumulation_steps),
+        workers=config.loader.workers,
+        processes=world_size,
+        ahead=ahead,
+        key="loader.workers",
+    )

@@ -59,9 +59,12 @@ def data_complaint(state: Mapping[str, Any], dataset: Dataset | StreamDataset | 
 
 
 def data_rows(
-    config: TrainingConfig, dataset: Dataset | StreamDataset | None
+    config: TrainingConfig, dataset: Dataset | StreamDataset | None, complaint: str = ""
 ) -> list[tuple[str, str]]:
-    """What is known of the data; ``dataset`` is None where this machine does not have it."""
+    """What is known of the data; ``dataset`` is None where this machine does not have it.
+
+    ``complaint`` is one more note.
+    """
     seen = config.iterations * config.batch_size
     rows = [("images seen", f"{seen:,}")]
     if dataset is not None:
@@ -77,4 +80,6 @@ def data_rows(
         if passes > _MANY:
             notes.append("so many passes are meant for more data; fewer iterations may do")
         rows += [("note", note) for note in notes]
+    if complaint:
+        rows.append(("note", complaint.replace("\n    ", "; ")))
     return rows

@@ -16,7 +16,7 @@ from attrs import frozen
 from torch import Tensor
 
 from dinov3_framework.runtime import collectives
-from dinov3_framework.runtime.durable import unwritable
+from dinov3_framework.runtime.durable import open_file, unwritable
 
 
 class MetricsFile:
@@ -57,7 +57,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a ``metrics.jsonl``; what was damaged or cut off is left out."""
     if not path.exists():
         return []
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return [line for text in file if (line := _line_of(text)) is not None]
 
 

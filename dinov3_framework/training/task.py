@@ -43,7 +43,7 @@ from dinov3_framework.runtime.output import RECIPE, identity, identity_complaint
 from dinov3_framework.runtime.processes import pick_device
 from dinov3_framework.runtime.results import Record, print_results, write_results
 from dinov3_framework.training import CHECKPOINTS, RECIPE_IDENTITY, TrainingConfig
-from dinov3_framework.training.check import batch_problems, schedule_problems
+from dinov3_framework.training.check import batch_problems, memory_complaint, schedule_problems
 from dinov3_framework.training.clock import StepClock
 from dinov3_framework.training.coordination import NullCoordinator
 from dinov3_framework.training.data import (
@@ -152,6 +152,10 @@ class TrainingMethod(abc.ABC):
     ) -> BatchMaker[Any, Any]:
         """What makes the unit's batches."""
 
+    def image_bytes(self, prepared: Any) -> int:
+        """Bytes of one image in a batch, all its crops; 0 if that is not known beforehand."""
+        return 0
+
     def simulated_batches(self, prepared: Any, layout: Layout) -> Iterator[SimulatedBatch]:
         """Batches without values, of each sort of steps that there is, for an estimate."""
         raise UserError(f"{self.name}: this training cannot be estimated: it has no such batches")
@@ -243,7 +247,15 @@ class TrainingTask(Task):
             missing.append(str(error))
         missing += method.missing(done)
         prepared = method.prepare(dataset)
-        missing += self._absent_data(method.model(prepared))
+        observed: list[tuple[str, str]] = []
+        missing += self._absent_data(method.model(prepared), observed)
+        crowded = ""
+        if not self.simulated:
+            image = method.image_bytes(prepared)
+            crowded = memory_complaint(config, image, world_size, config.loader.prefetch)
+            if lack := memory_complaint(config, image, world_size, 1):
+                missing.append(lack)
+                crowded = ""
         network = method.shardable(prepared)
         _refuse(
             [
@@ -255,7 +267,8 @@ class TrainingTask(Task):
         sections = {
             **method.sections(prepared, world_size, done),
             "parallel": parallel_rows(config.parallel, network, world_size),
-            "data": data_rows(config, dataset),
+            "data": data_rows(config, dataset, crowded),
+            **({"observers": observed} if observed else {}),
             **method.sections_after(prepared, done),
         }
         return Plan(sections, missing, Checked(dataset, prepared))
@@ -300,14 +313,18 @@ class TrainingTask(Task):
         device = pick_device(self.config.parallel.device)
         return [str(problem) for problem in machine_problems(self.config.parallel, device)]
 
-    def _absent_data(self, model: Model | None) -> Iterator[str]:
-        """What the observers want and this machine does not have."""
+    def _absent_data(self, model: Model | None, rows: list[tuple[str, str]]) -> Iterator[str]:
+        """What the observers want and this machine does not have; adds what they show to ``rows``.
+
+        Raises ``RecipeError``.
+        """
         for name, config in self.config.observers.items():
             observer = self._observer(config)
             try:
                 observer.check(self.registry.build, self.method.images())
                 if model is not None:
                     observer.check_model(model)
+                    rows += observer.rows(model)
             except DataError as error:
                 yield f"observers.{name}: {error}"
             except UserError as error:

@@ -28,6 +28,7 @@ from dinov3_framework.errors import (
     UserError,
     first_few,
 )
+from dinov3_framework.plugins import blaming
 from dinov3_framework.randomness import keyed_seed
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.console import TrainingProgress
@@ -366,15 +367,16 @@ class Trainer:
         for name, observer in self.observers.items():
             try:
                 observer.on_close(self.run, error)
-            except Exception:
+            except (Exception, SystemExit):
                 log.exception("observer %r failed while the run was closed", name)
 
 
 @contextmanager
 def _observing(name: str) -> Iterator[None]:
-    """Report a loader worker that dies in an observer's own loader as the observer's."""
+    """Report what goes wrong in an observer, or in a loader of its own, as the observer's."""
     try:
-        yield
+        with blaming(lambda: f"observer {name!r}"):
+            yield
     except WorkerError as error:
         raise WorkerError(f"observer {name!r}: {error}") from error
     except RuntimeError as error:

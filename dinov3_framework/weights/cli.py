@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dinov3_framework import __version__
-from dinov3_framework.errors import ExitCode, UserError
+from dinov3_framework.errors import ExitCode, UserError, escape_unencodable, printable
 
 if TYPE_CHECKING:
     from dinov3_framework.weights.loaded import LoadedBackbone
@@ -28,13 +28,14 @@ The list has the published names, and the formats to convert to.
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = _parser().parse_args(argv)
+    escape_unencodable()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         {"show": _show, "convert": _convert, "list": _list}[options.verb](options)
     except UserError as error:
         if options.traceback:
             traceback.print_exc()
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return int(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -98,7 +99,7 @@ def _show(options: argparse.Namespace) -> None:
     # Loaded in full: only then is it known that nothing is missing, cut off or not finite.
     loaded = load_backbone(options.source, **_reading(options))
     for label, value in _rows(loaded):
-        print(f"{label:<12} {value}")
+        print(printable(f"{label:<12} {value}"))
 
 
 def _rows(loaded: LoadedBackbone) -> list[tuple[str, str]]:

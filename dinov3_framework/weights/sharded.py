@@ -21,6 +21,7 @@ from dinov3_framework.checkpoints.safe_reader import SafeReader
 from dinov3_framework.checkpoints.shard_writer import INDEX
 from dinov3_framework.checkpoints.shards import read_whole
 from dinov3_framework.errors import CheckpointError
+from dinov3_framework.runtime.durable import read_file
 from dinov3_framework.weights._files import OpenWeights, StoredTensor
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def _open_own(path: Path, kind: str, thorough: bool) -> OpenWeights:
     if damages:
         raise CheckpointError(f"{path} is damaged: {'; '.join(damages)}")
     # A run's recipe says what its checkpoints hold; one that stands alone says it by itself.
-    metadata = json.loads((path / STATE).read_bytes()).get(kind, {})
+    metadata = json.loads(read_file(path / STATE)).get(kind, {})
     reader = SafeReader(path, manifest.files)
     return _opened(path, "a sharded checkpoint of dinov3_framework", reader, metadata)
 

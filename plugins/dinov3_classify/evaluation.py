@@ -11,6 +11,7 @@ from dinov3_classify import KnnConfig
 from dinov3_classify.knn import knn_classify
 from dinov3_framework import (
     CorruptSampleError,
+    DataError,
     Dataset,
     Evaluation,
     Features,
@@ -21,6 +22,8 @@ from dinov3_framework import (
     extract_features,
     raw_pixels,
 )
+from dinov3_framework.data.workers import memory_complaint
+from dinov3_framework.runtime.processes import environment_world_size
 
 
 class KnnEvaluation(Evaluation):
@@ -40,6 +43,10 @@ class KnnEvaluation(Evaluation):
             raise RecipeError(problems)
 
     def problems(self, model: Model) -> list[Problem]:
+        batch = self.config.batch_size * model.images.channels * (self._size(model) or 0) ** 2
+        processes = environment_world_size() or 1
+        if lack := memory_complaint(batch, workers=self.config.workers, processes=processes):
+            raise DataError(lack)
         size, patch = self.config.size, model.backbone.patch_size
         if size is None or size % patch == 0:
             return []

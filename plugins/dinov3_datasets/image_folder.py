@@ -24,6 +24,8 @@ class ImageFolder(Dataset):
     for a folder that is missing, empty, or has not the layout that ``labels`` asks for.
     """
 
+    stray = ""  # the picture beside class folders that keeps them from giving labels
+
     def __init__(self, config: ImageFolderConfig, *, channels: int) -> None:
         self.config, self.channels = config, channels
         self.root = Path(config.root).expanduser()
@@ -62,6 +64,8 @@ class ImageFolder(Dataset):
 
     def describe(self) -> str:
         kind = "no labels" if self.n_classes is None else f"{self.n_classes:,} classes"
+        if self.stray:
+            kind += f" ({self.stray} lies in no class folder)"
         return f"image_folder {self.root}: {len(self):,} images, {kind}"
 
     def digest(self) -> str:
@@ -92,9 +96,10 @@ class ImageFolder(Dataset):
         # The listing goes folder by folder, so that each class is one run of files.
         runs = [(name, sum(1 for _ in run)) for name, run in groupby(self.files, key=_class_folder)]
         if any(name == "" for name, _ in runs):
-            if self.config.labels == "auto":
-                return None
             stray = next(name for name in self.files if not _class_folder(name))
+            if self.config.labels == "auto":
+                self.stray = stray if any(name for name, _ in runs) else ""
+                return None
             raise DataError(
                 f'image_folder: labels = "folders", but {self.root / stray} lies in no class '
                 'folder; move it into one, or set labels = "none"'

@@ -92,8 +92,11 @@ def _walk(
                     continue
                 if _is_folder(entry):
                     folders.add(entry.name)
-                elif not entry.name.lower().endswith(endings) or not _is_file(entry):
+                elif not entry.name.lower().endswith(endings):
                     passed_over[os.path.splitext(entry.name.lower())[1]] += 1
+                    continue
+                elif not _is_file(entry):
+                    passed_over["that are pipes, sockets or devices"] += 1
                     continue
                 names.append(entry.name)
     except OSError as error:
@@ -115,4 +118,4 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
     # A broken link counts: that its image is missing comes out when it is read.
-    return entry.is_symlink() or entry.is_file()
+    return os.path.isfile(entry.path) or (entry.is_symlink() and not os.path.exists(entry.path))

@@ -7,7 +7,6 @@ there is whole, so a run that was killed goes on with those that are missing.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import shutil
@@ -22,8 +21,9 @@ from torch import Tensor
 
 from dinov3_framework.contracts.data import Dataset
 from dinov3_framework.errors import DataError, OutputError
-from dinov3_framework.runtime.durable import clear_aside, unwritable
+from dinov3_framework.runtime.durable import clear_aside, read_file, unwritable
 from dinov3_framework.runtime.output import output_file, write_aside
+from dinov3_framework.runtime.results import write_csv
 from dinov3_framework.weights.tensor_file import CODES, write_array_file, write_tensor_file
 
 FOLDER, PLAN = "features", "plan.json"
@@ -100,7 +100,7 @@ class PartStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             clear_aside(self.folder.parent)
-            before = json.loads(path.read_text("utf-8")) if path.exists() else None
+            before = json.loads(read_file(path)) if path.exists() else None
         except OSError as error:
             raise unwritable(error, path) from error
         except ValueError as error:
@@ -273,14 +273,8 @@ def write_tables(store: PartStore, output_dir: Path, merged: bool) -> None:
         (INDEX, columns if merged else ("file", *columns), index),
         (SKIPPED, ("index", "path", "reason"), (each for p in store.parts() for each in p.skipped)),
     ):
-        # Names of files may hold bytes that are no UTF-8; they come out as they are.
-        with (
-            output_file(output_dir / name) as aside,
-            aside.open("x", encoding="utf-8", errors="surrogateescape", newline="") as stream,
-        ):
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(head)
-            writer.writerows(rows)
+        with output_file(output_dir / name) as aside:
+            write_csv(aside, head, rows)
 
 
 def patch_offsets(grids: Tensor) -> Tensor:

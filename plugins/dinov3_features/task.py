@@ -16,6 +16,7 @@ from dinov3_framework.contracts.data import Dataset
 from dinov3_framework.contracts.running import Plan, Task
 from dinov3_framework.data.images import SQUARE, ImageFit
 from dinov3_framework.data.tokens import TokenReader
+from dinov3_framework.data.workers import memory_complaint
 from dinov3_framework.errors import DataError, RecipeError
 from dinov3_framework.parallel.sharder import Sharder
 from dinov3_framework.parallel.state_dicts import full_tensors
@@ -57,6 +58,10 @@ class FeaturesTask(Task):
             some = read_some(dataset, fit)
             images = [("dataset", dataset.describe()), ("sizes", describe_sizes(some))]
             images += [("note", note) for note in dataset.notes()]
+            if some.data is not None:
+                batch = len(some.data.pixels) / len(some.data.shapes) * config.batch_size
+                if lack := memory_complaint(batch, workers=config.workers, processes=world_size):
+                    missing.append(lack)
             features = feature_rows(config, reader, fit, some, len(dataset))
         parameters = sum(parameter.numel() for parameter in subject.backbone.parameters())
         sharded = f"sharded over {world_size}" if config.sharded else "whole in each process"

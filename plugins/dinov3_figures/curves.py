@@ -14,6 +14,7 @@ import numpy as np
 
 from dinov3_figures.sheet import FAINT, INK, MUTED
 from dinov3_framework import DataError
+from dinov3_framework.runtime.durable import read_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,7 +91,7 @@ def read_series(path: Path) -> dict[str, Series]:
     (the last one of a run that was killed) is left out, and so is what is no number.
     """
     points: dict[str, list[tuple[int, float]]] = {}
-    for text in path.read_text("utf-8", "replace").splitlines() if path.exists() else ():
+    for text in read_file(path).decode("utf-8", "replace").splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:

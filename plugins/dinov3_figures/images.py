@@ -24,7 +24,7 @@ from dinov3_framework import (
     normalize,
 )
 from dinov3_framework.data.images import resize
-from dinov3_framework.errors import suggest
+from dinov3_framework.errors import printable, suggest
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.agreement import OwnErrors, gather_from_all_ranks
 
@@ -161,7 +161,7 @@ def readable(dataset: Dataset, candidates: Sequence[int]) -> tuple[str, Sample] 
             log.warning("left out, since it cannot be decoded: %s", error)
             continue
         # Names of files may hold bytes that are no text.
-        return dataset.name(index).encode("utf-8", "replace").decode("utf-8"), sample
+        return printable(dataset.name(index), kept=""), sample
     return None
 
 

@@ -41,12 +41,16 @@ class Evaluate(Task):
             head = describe_head(config.head, loaded.backbone, registry=self.registry)
         evaluations = Evaluations(config.evaluations, self.registry.build)
         missing = evaluations.prepare(loaded.images)
-        evaluations.check(_model(loaded, head))
+        model = _model(loaded, head)
+        try:
+            evaluations.check(model)
+        except DataError as error:
+            missing.append(str(error))
         parameters = sum(parameter.numel() for parameter in loaded.backbone.parameters())
         sections = {"backbone": [*loaded.origin, ("parameters", f"{parameters:,}")]}
         if head is not None:
             sections["head"] = _rows(head)
-        measured = [(name, each.data()) for name, each in evaluations.prepared.items()]
+        measured = evaluations.described(model)
         sections["evaluations"] = [*measured, ("processes", str(world_size))]
         return Plan(sections, missing, None if missing else evaluations)
 

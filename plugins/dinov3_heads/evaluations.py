@@ -53,14 +53,29 @@ class Evaluations:
         return missing
 
     def check(self, model: Model) -> None:
-        """Raise ``RecipeError`` where the model, perhaps on the meta device, does not fit."""
+        """Raise ``RecipeError`` where the model, perhaps on the meta device, does not fit.
+
+        What this machine lacks is a ``DataError``.
+        """
         problems: list[Problem] = []
         for name, evaluation in self.prepared.items():
-            found = list(evaluation.problems(model))
+            try:
+                found = list(evaluation.problems(model))
+            except DataError as error:
+                raise DataError(f"evaluations.{name}: {error}") from error
             if found:
                 problems += problems_at(f"evaluations.{name}", RecipeError(found))
         if problems:
             raise RecipeError(problems)
+
+    def described(self, model: Model) -> list[tuple[str, str]]:
+        """What a check shows: the data of each, and how they are measured."""
+        found = []
+        for name, each in self.prepared.items():
+            found.append((name, each.data()))
+            protocol = ", ".join(f"{key} {value}" for key, value in each.protocol(model).items())
+            found.append(("protocol", protocol))
+        return found
 
     def run(self, model: Model) -> Metrics:
         return {name: dict(each.run(model)) for name, each in self.prepared.items()}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dinov3_framework import DataError, ImagesConfig, Model, Observer, Run, StepRecord
+from dinov3_framework.contracts.running import Rows
 from dinov3_heads import EvaluateWhileTrainingConfig
 from dinov3_heads.evaluations import Evaluations, Metrics, label_of
 
@@ -28,6 +29,9 @@ class EvaluateWhileTraining(Observer):
     def check_model(self, model: Model) -> None:
         if self._evaluations is not None:
             self._evaluations.check(model)
+
+    def rows(self, model: Model) -> Rows:
+        return [] if self._evaluations is None else self._evaluations.described(model)
 
     def on_start(self, run: Run, iteration: int) -> Mapping[str, float] | None:
         # The data are built whether or not they are used now: what is wrong with them should not

@@ -224,6 +224,10 @@ class TrainHead(TrainingMethod):
             dataset, prepared.transform, layout, config.seed, config.loader.workers
         )
 
+    def image_bytes(self, prepared: HeadParts) -> int:
+        height, width = prepared.transform.size or (0, 0)
+        return 4 * self.images().channels * height * width
+
     def simulated_batches(self, prepared: HeadParts, layout: Layout) -> Iterator[SimulatedBatch]:
         size, count = prepared.transform.size, layout.per_micro_batch
         if size is None:

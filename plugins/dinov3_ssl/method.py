@@ -272,6 +272,10 @@ class StudentMethod(TrainingMethod):
             dataset, prepared.augmentation, layout, config.seed, config.loader.workers
         )
 
+    def image_bytes(self, prepared: Parts) -> int:
+        views = prepared.augmentation.views.values()
+        return self.config.images.channels * sum(view.crops * view.size**2 for view in views)
+
     def simulated_batches(self, prepared: Parts, layout: Layout) -> Iterator[SimulatedBatch]:
         teacher = self.simulated_teacher(prepared)
         return simulated_batches(self.config, prepared, layout, layout.per_micro_batch, teacher)

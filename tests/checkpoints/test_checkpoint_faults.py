@@ -40,7 +40,15 @@ def flip(count: int) -> Callable[[Path], None]:
     return damage
 
 
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGES = [
+    ("manifest.json", pipe, "no regular file"),
+    ("COMPLETE", pipe, "no regular file"),
+    ("state.json", pipe, "bytes, the manifest says"),
     (SHARD, truncate, "bytes, the manifest says"),
     (SHARD, Path.unlink, "is missing"),
     (SHARD, flip(1), "SHA-256"),

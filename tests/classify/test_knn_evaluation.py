@@ -12,7 +12,8 @@ from dinov3_classify.evaluation import KnnEvaluation
 
 from dinov3_framework import Model
 from dinov3_framework.configs import InvalidOption
-from dinov3_framework.errors import RecipeError
+from dinov3_framework.data import workers as loader_workers
+from dinov3_framework.errors import DataError, RecipeError
 from dinov3_framework.testing import EvaluationSuite
 
 
@@ -85,6 +86,16 @@ def test_a_size_that_is_no_multiple_of_the_patch() -> None:
     assert [str(problem.where) for problem in problems] == ["size"]
     assert "take 4 or 6" in str(problems[0])
     assert not evaluation(size=6).problems(Model(tiny(), GRAY))
+
+
+def test_batches_that_do_not_fit_into_shared_memory_are_what_the_machine_lacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loader_workers, "free_shared_memory", lambda: 1000)
+    model = Model(tiny(), GRAY, size=8)
+    assert not evaluation(workers=1, batch_size=15).problems(model)
+    with pytest.raises(DataError, match="worker memory: 1 batches"):
+        evaluation(workers=1, batch_size=16).problems(model)
 
 
 @pytest.mark.parametrize("k", [(), (0,), (-3, 5), (5, 5)])

@@ -227,6 +227,12 @@ def test_a_fault_of_a_plugin_names_its_distribution(
     assert "a fault of a plugin of fine-hats" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_an_exit_is_a_fault(trace: Trace, capsys: pytest.CaptureFixture[str]) -> None:
+    trace.run_error = SystemExit(0)
+    assert main(["r.toml"]) == ExitCode.FAILED
+    assert "sys.exit(0) was called" in capsys.readouterr().err
+
+
 def test_ctrl_c(trace: Trace, capsys: pytest.CaptureFixture[str]) -> None:
     trace.run_error = KeyboardInterrupt()
     assert main(["r.toml"]) == 130
@@ -323,6 +329,14 @@ def test_broken_plugins_are_warned_of_on_every_command(
         assert main(arguments) == 0
         err = capsys.readouterr().err
         assert err.startswith("warning: plugin 'bad' of distribution 'bad-dist' cannot be loaded")
+
+
+def test_what_a_terminal_would_obey_reaches_it_escaped(
+    trace: Trace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace.run_error = DataError("cat\x1b[2J/caf\udce9\n    its hint")
+    assert main(["r.toml"]) == ExitCode.WRONG_INPUT
+    assert capsys.readouterr().err == "cat\\x1b[2J/caf\\xe9\n    its hint\n"
 
 
 def test_usage(trace: Trace, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dinov3_framework import PluginError, Registry
+from dinov3_framework import ExitCode, PluginError, Registry
+from dinov3_framework.cli import main
 from dinov3_framework.plugins import BLOCK_VARIABLE, find_plugins
 
 Install = Callable[[str, dict[str, str], dict[str, str]], Path]
@@ -74,6 +75,31 @@ def test_a_hook_that_raises_takes_nothing_down(distribution: Install) -> None:
     (broken,) = [plugin for plugin in registry.broken if plugin.name == "raising"]
     assert broken.distribution == "raising-dist"
     assert broken.error == "dinov3_losses: RuntimeError: no luck"
+
+
+def test_what_plugins_print_and_their_exits_spoil_nothing(
+    distribution: Install, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = """
+        import sys
+        from dinov3_framework import hookimpl
+        print("welcome")
+
+        @hookimpl
+        def dinov3_losses():
+            print("all aboard")
+            sys.exit(0)
+    """
+    distribution("loud-dist", {"loud": "loud_plugin"}, {"loud_plugin": source})
+    assert main(["--list", "task"]) == ExitCode.OK
+    out, err = capsys.readouterr()
+    assert out.startswith("task\n")
+    assert "welcome" not in out
+    assert "aboard" not in out
+    for words in ("printed: welcome", "printed: all aboard", "cannot be loaded: dinov3_losses"):
+        (line,) = [line for line in err.splitlines() if words in line]
+        assert "plugin 'loud' of distribution 'loud-dist'" in line
+    assert "SystemExit: 0" in err
 
 
 def test_a_plugin_without_hooks_is_reported(distribution: Install) -> None:

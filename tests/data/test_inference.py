@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 from classify_support import GRAY, Memory, gray_images
+from dinov3_datasets.configs import ImageFolderConfig
+from dinov3_datasets.image_folder import ImageFolder
+from PIL import Image
 from torch import Tensor
 
 from dinov3_framework import CorruptSampleError, DataError, Dataset, RecipeError, Sample
@@ -114,6 +117,21 @@ def test_images_are_fitted_and_targets_go_along() -> None:
             image = images[place]
             assert image is not None
             assert torch.equal(found, fit(image))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_takes_too_much_memory_is_a_corrupt_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+
+    def load(self: Image.Image) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    config = ImageFolderConfig(root=str(tmp_path))
+    (batch,) = loader(ImageFolder(config, channels=1), [[0]], workers=workers)
+    assert "more memory" in batch.corrupt[0].reason
 
 
 def test_anything_can_be_prepared_and_collated() -> None:

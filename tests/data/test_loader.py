@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
+import re
+import signal
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from attrs import frozen
 from dinov3_ssl.batches import CropBatches
 from loader_support import BATCH, ONE, Numbers, assert_same, loader
 from torch import Tensor
 from trainer_support import dataset_of, pretrain, registry
 
 from dinov3_framework import Augmentation, DataError, Dataset, Sample, View
+from dinov3_framework.data import workers as loader_workers
 from dinov3_framework.data.loader import Layout
+from dinov3_framework.plugins import describe_error
 
 
 class Plain(Augmentation):
@@ -131,12 +138,18 @@ def test_a_corrupt_sample_is_substituted_the_same_way_every_time() -> None:
 
 def test_corrupt_samples_are_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     made = maker(Numbers(36, corrupt={3, 4, 11}))
-    counted, batches = loader(made, 0, 3)
+    counted, batches = loader(made, 0, 9)
     with caplog.at_level(logging.WARNING):
         found = list(batches)
-    assert counted.corrupt == sum(len(batch.corrupt) for batch in found) >= 3
-    assert len(caplog.records) == counted.corrupt
+    # Each once, however often it came up.
+    assert sum(len(batch.corrupt) for batch in found) > 3
+    assert counted.corrupt == len(caplog.records) == 3
     assert "undecodable sample 1, substituted: image" in caplog.text
+
+
+def test_one_bad_file_that_comes_up_again_and_again_does_not_end_the_run() -> None:
+    _, batches = loader(maker(Numbers(4, corrupt={1})), 0, 4, max_corrupt=1)
+    assert len(list(batches)) == 4
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -160,12 +173,15 @@ def test_a_dataset_of_rubbish_is_given_up() -> None:
 
 # --------------------------------------------------------------------------- other errors
 class Faulty(Numbers):
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: Any) -> None:
         super().__init__()
         self.error = error
 
     def __getitem__(self, index: int) -> Sample:
         raise self.error
+
+    def name(self, index: int) -> str:
+        return f"image of {index}"
 
 
 @pytest.mark.parametrize(
@@ -183,6 +199,48 @@ def test_a_datasets_own_errors_are_not_mistaken_for_a_dead_worker(
     _, batches = loader(maker(Faulty(error), workers=workers), workers=workers)
     with pytest.raises(type(error), match=str(error.args[-1])):
         next(batches)
+
+
+@frozen
+class Frozen(Exception):
+    """One that takes no attributes."""
+
+    what: str
+
+
+class Picky(Exception):
+    """One that cannot be made of its message alone."""
+
+    def __init__(self, one: str, other: str) -> None:
+        super().__init__(f"{one} and {other}")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "error", [KeyError("top"), Picky("hat", "coat"), SystemExit(0), StopIteration(), Frozen("x")]
+)
+def test_an_error_names_its_dataset_and_sample(error: Any, workers: int) -> None:
+    _, batches = loader(maker(Faulty(error), workers=workers), workers=workers)
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        next(batches)
+    said = "sys.exit(0)" if isinstance(error, SystemExit) else str(error)
+    text = describe_error(caught.value)
+    assert re.match(r"dataset Faulty, sample \d+ \(image of \d+\): ", text), text
+    assert said in text
+
+
+def test_what_cannot_leave_a_worker_is_an_error_at_once() -> None:
+    class Unsendable(Plain):
+        def __call__(self, image: Tensor, rng: np.random.Generator) -> Any:
+            return super().__call__(image, rng) | {"global": lambda: image}
+
+    made = CropBatches(Numbers(), Unsendable(), ONE, seed=7, workers=1)
+    made.collate = lambda items, *rest: list(items)  # type: ignore[assignment, method-assign]
+    _, batches = loader(made, workers=1, timeout=60.0)
+    started = time.monotonic()
+    with pytest.raises(Exception, match="pickle"):
+        next(batches)
+    assert time.monotonic() - started < 30
 
 
 def test_a_datasets_complaint_arrives_as_it_is() -> None:
@@ -219,3 +277,49 @@ def test_a_worker_that_dies_or_hangs_is_named_with_its_sample(trouble: str, word
         list(batches)
     assert "sample 30" in str(caught.value)
     assert "worker 0: sample" in str(caught.value)
+
+
+# --------------------------------------------------------------------------- shared memory
+@pytest.mark.parametrize(
+    ("free", "batch", "workers", "ahead", "complains"),
+    [
+        (100, 10, 5, 2, False),
+        (99, 10, 5, 2, True),
+        (99, 0, 5, 2, False),
+        (0, 0, 1, 1, True),
+        (0, 10, 0, 2, False),
+    ],
+)
+def test_batches_ahead_have_to_fit_into_shared_memory(
+    monkeypatch: pytest.MonkeyPatch,
+    free: int,
+    batch: int,
+    workers: int,
+    ahead: int,
+    complains: bool,
+) -> None:
+    monkeypatch.setattr(loader_workers, "free_shared_memory", lambda: free)
+    found = loader_workers.memory_complaint(batch, workers=workers, processes=1, ahead=ahead)
+    assert found.startswith("worker memory") == complains == ("--shm-size" in found)
+
+
+def test_processes_of_other_machines_have_memory_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loader_workers, "free_shared_memory", lambda: 100)
+    assert loader_workers.memory_complaint(10, workers=5, processes=4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert not loader_workers.memory_complaint(10, workers=5, processes=4)
+
+
+class NoMemory(Numbers):
+    def __getitem__(self, index: int) -> Sample:
+        os.kill(os.getpid(), signal.SIGBUS)
+        return super().__getitem__(index)
+
+
+def test_a_worker_without_memory_is_reported_as_such() -> None:
+    _, batches = loader(maker(NoMemory(), workers=1), workers=1)
+    with pytest.raises(DataError, match=r"^worker memory: ") as caught:
+        next(batches)
+    assert "lower loader.workers" in str(caught.value)

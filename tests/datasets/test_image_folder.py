@@ -71,7 +71,9 @@ def test_labels_can_be_switched_off(tmp_path: Path) -> None:
 def test_an_image_outside_every_class_folder(tmp_path: Path) -> None:
     save(tmp_path / "dog" / "1.png")
     stray = save(tmp_path / "stray.png")
-    assert labels(build(tmp_path)) == [None, None]
+    dataset = build(tmp_path)
+    assert labels(dataset) == [None, None]
+    assert "no labels (stray.png lies in no class folder)" in dataset.describe()
     with pytest.raises(DataError, match=f"{stray} lies in no class folder"):
         build(tmp_path, labels="folders")
 
@@ -193,6 +195,18 @@ def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "scandir", guarded)
     with pytest.raises(DataError, match=f"cannot read the folder {tmp_path}/a/?: Permission"):
         build(tmp_path)
+
+
+def test_pipes_are_passed_over_aloud(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "b.png")
+    (tmp_path / "c.png").symlink_to("b.png")
+    (tmp_path / "d.png").symlink_to("/dev/zero")
+    (tmp_path / "gone.png").symlink_to("nowhere")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    dataset = build(tmp_path)
+    assert listed(dataset) == ["a.png", "gone.png", "loop.png"]
+    assert dataset.notes() == ["3 other files passed over: 3 that are pipes, sockets or devices"]
 
 
 def test_a_check_says_what_is_left_out(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,6 +90,19 @@ def test_all_outputs_of_two_layers(weights: Path, photographs: Path, tmp_path: P
     assert results["tensors"]["layer0.class"] == {"dtype": "F32", "shape": [8, DIM]}
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"features.safetensors", "index.csv", "skipped.csv", "results.json"}
+
+
+def test_odd_names_are_escaped_in_tables(weights: Path, tmp_path: Path) -> None:
+    folder(tmp_path / "images", corrupt=(2,))
+    first, second, broken = paths(tmp_path / "images")[:3]
+    first.rename(os.fsdecode(b"%s/caf\xe9.png" % os.fsencode(first.parent)))
+    second.rename(first.with_name("d\x1b[2J.png"))
+    broken.rename(first.with_name("e\n.png"))
+    task(tmp_path / "images", weights).run(tmp_path / "run")
+    found = [row["path"] for row in rows(tmp_path / "run" / "index.csv")]
+    assert {r"a/caf\xe9.png", r"a/d\x1b[2J.png"} <= set(found)
+    (skipped,) = (tmp_path / "run" / "skipped.csv").read_text().splitlines()[1:]
+    assert r"a/e\n.png" in skipped
 
 
 def test_what_the_file_says_of_itself(weights: Path, photographs: Path, tmp_path: Path) -> None:

@@ -112,9 +112,11 @@ def test_the_check_reports_and_writes_nothing(tmp_path: Path, weights: str) -> N
         ("iterations", "7"),
         ("parameters", "96"),
     ]
-    (name, data), processes = report.sections["evaluations"]
+    (name, data), protocol, processes = report.sections["evaluations"]
     assert name == "knn"
     assert data == "clusters, 40 images; classified: clusters, 20 images"
+    assert protocol[0] == "protocol"
+    assert "size 4" in protocol[1]
     assert processes == ("processes", "2")
     assert not report.missing
     described = task(backbone=TinyConfig(), images=GRAY).check(1)

@@ -452,6 +452,8 @@ def test_a_path_below_home_is_expanded_once(
 
 
 def test_no_string_holds_a_nul(registry: Registry) -> None:
+    with pytest.raises(RecipeError, match=r"output_dir: .*holds bytes that are no UTF-8"):
+        structure_component(registry, "task", "toy", {"output_dir": "caf\udce9", **TOY})
     with pytest.raises(RecipeError, match="output_dir: holds a NUL"):
         structure_component(registry, "task", "toy", {"output_dir": "a\0b", **TOY})
 

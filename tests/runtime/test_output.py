@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from disks import small_disk
 from trainer_support import registry, tiny_config
 
-from dinov3_framework import ExitCode, OutputError
+from dinov3_framework import CorruptSampleError, ExitCode, OutputError
 from dinov3_framework.recipes.compose import compose
 from dinov3_framework.recipes.structure import structure_recipe
 from dinov3_framework.runtime.lock import locked, verify_held
@@ -22,11 +23,23 @@ from dinov3_framework.runtime.output import (
     write_aside,
 )
 from dinov3_framework.runtime.results import write_results
-from dinov3_framework.runtime.session import prepare_output
+from dinov3_framework.runtime.session import log_file, prepare_output
 
 
 def prepare(output: Path, *overrides: str) -> None:
     prepare_output(tiny_config(*overrides), registry(), output)
+
+
+def test_odd_names_are_escaped_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What pytest captures of it, processes of pytest-xdist could not send.
+    monkeypatch.setattr(logging.getLogger("dinov3_framework"), "propagate", False)
+    log = logging.getLogger("dinov3_framework.odd")
+    with log_file(tmp_path):
+        log.warning("left out: %s", "caf\udce9\x1b[2J.png")
+        log.warning("%s", CorruptSampleError("new\nline.png", "is half"))
+    first, second = (tmp_path / "run.log").read_text("utf-8").splitlines()
+    assert first.endswith(r"left out: caf\xe9\x1b[2J.png")
+    assert second.endswith(r"new\nline.png: is half")
 
 
 # --------------------------------------------------------------------------- the recipe in it
@@ -264,6 +277,14 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder nobody can write to")
+@pytest.mark.parametrize("name", ["recipe.toml", "results.json", "metrics.jsonl", "stage/run.log"])
+def test_pipes_in_the_folder_are_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    (tmp_path / "stage").mkdir()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(OutputError, match=f"{name} is no regular file .* remove it"):
+        prepare(tmp_path)
+
+
 def test_a_folder_that_cannot_be_made() -> None:
     with pytest.raises(OutputError, match="/proc/self/run cannot be written"):
         prepare(Path("/proc/self/run"))

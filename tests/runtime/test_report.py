@@ -159,4 +159,4 @@ def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_names_that_are_no_text(tmp_path: Path) -> None:
     name = b"\xff.jpg".decode("utf-8", "surrogateescape")
-    assert written(tmp_path, Section(name, [name])).texts["p"] == ["?.jpg"]
+    assert written(tmp_path, Section(name, [name])).texts["p"] == ["\\xff.jpg"]

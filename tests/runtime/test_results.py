@@ -88,7 +88,7 @@ def test_numbers_that_are_not_finite_are_null_for_any_reader(tmp_path: Path) -> 
 def test_paths_that_are_no_text_are_written(tmp_path: Path) -> None:
     name = b"\xff.jpg".decode("utf-8", "surrogateescape")
     write_results(tmp_path, {"name": name}, [{"name": name}])
-    assert (tmp_path / "results.csv").read_bytes() == b"name\n\xff.jpg\n"
+    assert (tmp_path / "results.csv").read_bytes() == b"name\n\\xff.jpg\n"
     assert json.loads((tmp_path / "results.json").read_text())["name"] == name
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 
 @contextmanager
 def small_disk(folder: Path, kind: str) -> Iterator[None]:
@@ -33,6 +35,14 @@ def small_disk(folder: Path, kind: str) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, previous)
+
+
+def with_shared_memory(size: str, command: list[str]) -> list[str]:
+    """The command with a /dev/shm of its own, of so many bytes; skips where none can be mounted."""
+    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
+    if not _succeeds(["unshare", "-rm", "sh", "-c", mount]):
+        pytest.skip("no /dev/shm can be mounted here")
+    return ["unshare", "-rm", "sh", "-c", f'{mount} && exec "$@"', "sh", *command]
 
 
 def _succeeds(command: list[str]) -> bool:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_support import metrics, processes_with, run, saved, two_processes
+from disks import with_shared_memory
+from run_support import command, environment, metrics, processes_with, run, saved, two_processes
 
 from dinov3_framework import ExitCode
 from dinov3_framework.checkpoints.finite import nonfinite_tensors
@@ -72,6 +73,35 @@ def test_a_killed_run_starts_again_at_once(tmp_path: Path) -> None:
     assert second.returncode == 0, second.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "workers", "code"),
+    [
+        ("5m,ro", 0, ExitCode.OK),
+        ("5m,ro", 2, ExitCode.WRONG_INPUT),
+        ("5m", 2, ExitCode.OK),
+        ("400k", 2, ExitCode.WRONG_INPUT),
+        ("900k", 2, None),
+    ],
+)
+def test_little_shared_memory(
+    tmp_path: Path, size: str, workers: int, code: ExitCode | None
+) -> None:
+    """A batch takes 230 KiB."""
+    words = command(tmp_path / "run", f"loader.workers={workers}", "batch_size=120")
+    started = time.monotonic()
+    done = subprocess.run(
+        with_shared_memory(size, words), env=environment(), capture_output=True, text=True
+    )
+    assert time.monotonic() - started < 100
+    if code is None:  # a matter of luck
+        code = ExitCode(done.returncode)
+        assert "worker memory: 4 batches" in done.stdout
+    assert done.returncode == code, done.stderr
+    assert ("worker memory" in done.stderr) == (code == ExitCode.WRONG_INPUT)
+    assert "Traceback" not in done.stderr
+
+
 # --------------------------------------------------------------------------- one rank of two
 @pytest.mark.slow
 def test_bad_data_on_one_rank_end_all(tmp_path: Path) -> None:
@@ -99,8 +129,31 @@ def test_an_observer_that_fails_on_one_rank(tmp_path: Path) -> None:
         tmp_path / "run", "observers.x.use=raise_at", "observers.x.iteration=2", "iterations=50"
     )
     assert done.returncode == ExitCode.WRONG_INPUT, done.stderr
-    assert "the observer cannot go on" in lines_of(done)
+    assert "dinov3-faults: observer 'x': the observer cannot go on" in lines_of(done)
     assert len(metrics(tmp_path / "run")) < 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "said"), [("fault", "KeyError"), ("exit", "sys.exit(0)")])
+def test_a_fault_of_an_observer_names_it_and_its_rank(tmp_path: Path, what: str, said: str) -> None:
+    observer = ("use=raise_at", "iteration=2", "rank=1", f"what={what}")
+    overrides = (f"observers.x.{each}" for each in observer)
+    done = two_processes(tmp_path / "run", *overrides, "iterations=50")
+    assert done.returncode == ExitCode.FAILED, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "observer 'x'" in line]
+    assert line.startswith("[rank 1] dinov3-faults: observer 'x': ")
+    assert said in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fault_of_a_dataset_names_it_and_the_sample(tmp_path: Path, workers: int) -> None:
+    done = run(tmp_path / "run", *flaky(fault_at=30), f"loader.workers={workers}", "iterations=20")
+    assert done.returncode == ExitCode.FAILED, done.stderr
+    said = "dinov3-faults: dataset Flaky, sample 30: KeyError: 'top hat'"
+    assert said in done.stderr.splitlines()
+    assert "in _trouble" in done.stderr  # the traceback of the worker, too
+    assert "a fault of a plugin of dinov3-faults" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -55,6 +55,7 @@ class RaiseAtConfig(ObserverConfig):
 
     iteration: int = option("iteration after which it is raised")
     rank: int = option("process that raises", default=0)
+    what: Literal["complaint", "fault", "exit"] = option("what it does", default="complaint")
 
 
 @config
@@ -70,6 +71,7 @@ class FlakyConfig(DatasetConfig):
     corrupt_every: int = option("every so many images is corrupt; 0 for none", default=0)
     kill_at: int = option("image that kills its reader", default=-1)
     hang_at: int = option("image that hangs its reader", default=-1)
+    fault_at: int = option("image that its reader fails at", default=-1)
     rank: int = option("process that has these troubles; -1 for all", default=-1)
 
 

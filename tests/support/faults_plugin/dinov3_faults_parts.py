@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 
 import torch
@@ -54,6 +55,10 @@ class RaiseAt(Observer):
 
     def on_step(self, run: Run, step: StepRecord) -> None:
         if step.iteration == self.config.iteration and self.config.rank == RANK:
+            if self.config.what == "exit":
+                sys.exit(0)
+            if self.config.what == "fault":
+                raise KeyError("top hat")
             raise OutputError("the observer cannot go on")
 
 
@@ -139,6 +144,8 @@ class Flaky(Dataset):
         config = self.config
         if index == config.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if index == config.fault_at:
+            raise KeyError("top hat")
         if index == config.hang_at:
             time.sleep(3600)
         if config.corrupt_every and index % config.corrupt_every == 0:
