@@ -94,7 +94,13 @@ def _parse(argv: Sequence[str], registry: Registry) -> argparse.Namespace:
     add("--print-recipe", action="store_true", help="print the complete recipe and who set what")
     add("--output-dir", metavar="DIR", help="folder of all that the run writes")
     add("--launcher", metavar="NAME", help="where the processes come from (launcher.use=NAME)")
-    add("--list", nargs="?", const="", metavar="KIND", help="list components, of one kind or all")
+    add(
+        "--list",
+        nargs="?",
+        const="",
+        metavar="KIND",
+        help="list components, of a kind or all, or recipes",
+    )
     add("--describe", nargs=2, metavar=("KIND", "NAME"), help="show a component's options")
     add(
         "--block-plugin",

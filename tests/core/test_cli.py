@@ -18,6 +18,7 @@ from dinov3_framework.cli import main
 from dinov3_framework.contracts.running import Job, JobHandle, Launcher, Resources
 from dinov3_framework.errors import DivergenceError, StopRequested
 from dinov3_framework.plugins import BrokenPlugin
+from dinov3_framework.recipes.files import recipes_of
 
 Write = Callable[[str, str], Path]
 
@@ -300,6 +301,20 @@ def test_list_and_describe(trace: Trace, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["--describe", "loss", "pul"]) == 2
     assert "did you mean 'pull'" in capsys.readouterr().err
     assert main(["--list", "lossen"]) == 2
+
+
+def test_list_recipes_shows_their_headers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list", "recipes"]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "recipes"
+    shown = {line.split()[0]: line for line in lines if line[2] != " "}
+    assert set(shown) == set(recipes_of("dinov3_recipes"))
+    for name, line in shown.items():
+        assert len(line.split()) > 3, name
+    assert "Overlay: one GPU" in shown["1gpu"]
+    after = lines[lines.index(shown["quickstart"]) + 1 :]
+    assert "Cost: 700 iterations" in after[0]
+    assert "76.8 %" in after[1]
 
 
 def test_broken_plugins_are_warned_of_on_every_command(
