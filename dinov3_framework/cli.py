@@ -93,6 +93,11 @@ def _parse(argv: Sequence[str], registry: Registry) -> argparse.Namespace:
             add(f"--{name}", type=kind, metavar=placeholder, help=text)
     add("--print-recipe", action="store_true", help="print the complete recipe and who set what")
     add("--output-dir", metavar="DIR", help="folder of all that the run writes")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="first delete what the same task wrote into that folder before; not for trainings",
+    )
     add("--launcher", metavar="NAME", help="where the processes come from (launcher.use=NAME)")
     add(
         "--list",
@@ -156,7 +161,7 @@ def _recipe(options: argparse.Namespace, registry: Registry) -> int:
     config = structure_recipe(registry, composed)
     if options.print_recipe:
         return _show(annotated_toml(unstructure(registry, config), composed.origins).rstrip())
-    output_dir = Path(config.output_dir or f"runs/{composed.name}")
+    output_dir = Path(config.output_dir or f"runs/{config.run_name(composed.name)}")
     config = replace(config, output_dir=str(output_dir))
     task: Task = registry.build(config, registry=registry)
     launcher = None if options.launched else _launcher(config, registry)
@@ -183,6 +188,10 @@ def _recipe(options: argparse.Namespace, registry: Registry) -> int:
                 return code
     if options.check:
         return ExitCode.OK
+    if options.overwrite and _rank() in (None, 0):
+        from dinov3_framework.runtime.output import clear
+
+        clear(config, registry, output_dir)
     if launcher is None:
         return run()
     return _submit(launcher, job, config, registry)

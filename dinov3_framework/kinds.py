@@ -8,9 +8,10 @@ imports torch.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import attrs
 from attrs import frozen
@@ -188,12 +189,22 @@ class TaskConfig:
     """Base of every task's config, and so of every recipe: the keys that all recipes share."""
 
     output_dir: str | None = option(
-        "folder of all that the run writes; left out, runs/<name of the first recipe>", default=None
+        "folder of all that the run writes; left out, runs/<name of the first recipe>, for some "
+        "tasks with the name of the weights",
+        default=None,
     )
     seed: int = option("seed of everything random", default=0, check=not_negative)
     launcher: LauncherConfig | None = option(
         "where the processes come from; left out, this process alone", default=None
     )
+
+    # Files and patterns that the task leaves in its folder besides the ``files`` that results.json
+    # names: what --overwrite deletes. None refuses it, as is right for what took days.
+    overwritten: ClassVar[Sequence[str] | None] = None
+
+    def run_name(self, recipe: str) -> str:
+        """The name of the run's folder in ``runs``, where the recipe says none."""
+        return recipe
 
     def free_keys(self, output_dir: Path) -> Sequence[str]:
         """Keys in which a run that goes on in a folder may differ from what it was."""
@@ -219,6 +230,20 @@ class BackboneTaskConfig(TaskConfig):
         "what images are, for backbone (left out, RGB); weights know it by themselves",
         default=None,
     )
+
+    def run_name(self, recipe: str) -> str:
+        return "-".join([recipe, *name_of_source(self.weights)])
+
+
+def name_of_source(source: str | None) -> list[str]:
+    """What weights are called where a folder is named after them; nothing if there are none."""
+    if source is None:
+        return []
+    path = Path(source.partition("?")[0]).expanduser()
+    *folders, name = path.parts or path.absolute().parts
+    if len(folders) > 1 and folders[-1] in ("exports", "checkpoints"):  # of a run
+        name = folders[-2] if folders[-1] == "exports" else f"{folders[-2]}-{name}"
+    return [re.sub(r"[^\w.@+-]+", "_", re.sub(r"\.[A-Za-z]+$", "", name))]
 
 
 # --------------------------------------------------------------------------- the table

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 import time
@@ -27,6 +28,7 @@ from dinov3_framework.runtime.durable import clear_aside, no_room, written_aside
 from dinov3_framework.runtime.inner_runs import naming_stage
 
 RECIPE, RESULTS, LOCK = "recipe.toml", "results.json", ".lock"
+TABLE, LOG = "results.csv", "run.log"
 # Keys that may change between two starts of the same run: they do not touch what is learnt.
 _FREE_KEYS = (
     "output_dir",
@@ -95,7 +97,9 @@ def prepared(
     """
     with locked(output_dir):
         recipe = unstructure(registry, config)
-        _refuse_another_recipe(recipe, output_dir, inherited, config.free_keys(output_dir))
+        mend = "add --overwrite" if config.overwritten is not None else "delete that folder"
+        free = config.free_keys(output_dir)
+        _refuse_another_recipe(recipe, output_dir, inherited, free, mend)
         complete = (output_dir / RESULTS).exists()
         if not _inner_runs_complete(config, registry, output_dir) and complete:
             # There is more in it to do than there was.
@@ -107,8 +111,12 @@ def prepared(
             )
             raise RunComplete(
                 f"This run is complete (since {when}): {output_dir / RESULTS}\n"
-                "To run it anew, choose another --output-dir or delete that folder; to carry on "
-                "from its weights, start from what lies in its exports folder."
+                + (
+                    "To run it anew, add --overwrite or choose another --output-dir."
+                    if config.overwritten is not None
+                    else "To run it anew, choose another --output-dir or delete that folder; to "
+                    "carry on from its weights, start from what lies in its exports folder."
+                )
             )
         clear_aside(output_dir)
         write_aside(output_dir / RECIPE, to_toml(recipe))
@@ -119,6 +127,49 @@ def prepare_output(config: TaskConfig, registry: Registry, output_dir: Path) -> 
     """As :func:`prepared`, for processes to come."""
     with prepared(config, registry, output_dir):
         pass
+
+
+def clear(config: TaskConfig, registry: Registry, output_dir: Path) -> None:
+    """Delete what an earlier run of the same task left in the folder, and nothing else.
+
+    Raises ``OutputError`` for a task whose runs are not overwritten, and where another one's lie.
+    """
+    task = registry.of_config(config).component.name
+    if config.overwritten is None:
+        raise OutputError(
+            f"--overwrite is not for the task {task}; delete {output_dir}, or choose another "
+            "--output-dir"
+        )
+    with locked(output_dir):
+        before = _read_recipe(output_dir)
+        if before is None:
+            return
+        if before.get("task") != task:
+            raise OutputError(
+                f"{output_dir} holds a run of the task {before.get('task')}, which --overwrite "
+                f"does not delete for one of {task}; choose another --output-dir"
+            )
+        # The recipe last: until then the same command finds the rest.
+        for pattern in (
+            *_named_files(output_dir),
+            *config.overwritten,
+            RESULTS,
+            TABLE,
+            LOG,
+            RECIPE,
+        ):
+            for path in output_dir.glob(pattern):
+                _remove(path)
+
+
+def _named_files(output_dir: Path) -> list[str]:
+    """The files in the folder that its results.json names, as patterns."""
+    try:
+        names = json.loads((output_dir / RESULTS).read_text("utf-8")).get("files", [])
+        inside = [each for each in names if not os.path.isabs(each) and ".." not in each]
+        return [glob.escape(each) for each in inside]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return []
 
 
 @contextmanager
@@ -177,14 +228,11 @@ def _refuse_another_recipe(
     output_dir: Path,
     inherited: Iterable[KeyPath] = (),
     free: Collection[str] = (),
+    mend: str = "delete that folder",
 ) -> None:
-    path = output_dir / RECIPE
-    if not path.exists():
+    before = _read_recipe(output_dir)
+    if before is None:
         return
-    try:
-        before = tomli.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{path} is no recipe: {error}; choose another --output-dir") from error
     old, new = _settled(flatten(before), inherited), _settled(flatten(recipe), inherited)
     changed = sorted(
         key
@@ -198,8 +246,19 @@ def _refuse_another_recipe(
         more = f"\n    and {len(changed) - 8} more" if len(changed) > 8 else ""
         raise OutputError(
             f"{output_dir} holds a run of another recipe:\n{shown}{more}\n"
-            "  choose another --output-dir, or delete that folder to start anew"
+            f"  choose another --output-dir, or {mend} to start anew"
         )
+
+
+def _read_recipe(output_dir: Path) -> dict[str, Any] | None:
+    """The recipe of the run that the folder holds, if there is one."""
+    path = output_dir / RECIPE
+    if not path.exists():
+        return None
+    try:
+        return tomli.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path} is no recipe: {error}; choose another --output-dir") from error
 
 
 def _settled(flat: dict[str, Any], inherited: Iterable[KeyPath]) -> dict[str, Any]:

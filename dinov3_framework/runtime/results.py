@@ -14,9 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dinov3_framework.runtime.output import RESULTS, output_file, write_aside
-
-TABLE = "results.csv"
+from dinov3_framework.runtime.output import RESULTS, TABLE, output_file, write_aside
 
 
 @attrs.frozen

@@ -19,7 +19,7 @@ from dinov3_framework.recipes.toml_text import KeyPath
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.console import console_handler
-from dinov3_framework.runtime.output import prepare_output, prepared, unwritable
+from dinov3_framework.runtime.output import LOG, prepare_output, prepared, unwritable
 from dinov3_framework.runtime.processes import pick_device, process_group
 
 __all__ = ["prepare_output", "run_here", "run_task"]
@@ -125,9 +125,9 @@ def _console() -> Iterator[None]:
 def log_file(output_dir: Path) -> Iterator[None]:
     """Everything that the main process logs goes to ``run.log``, too."""
     try:
-        file = logging.FileHandler(output_dir / "run.log", encoding="utf-8")
+        file = logging.FileHandler(output_dir / LOG, encoding="utf-8")
     except OSError as error:
-        raise unwritable(error, output_dir / "run.log") from error
+        raise unwritable(error, output_dir / LOG) from error
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     with _handled(file, logging.getLogger("dinov3_framework"), _captured()):
         yield
