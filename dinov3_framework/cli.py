@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from dinov3_framework.registry import Registry
 
-        registry = Registry.load(block=_blocked(argv))
+        registry = Registry.load(*_plugins(argv))
         options = _parse(argv, registry)
         return _dispatch(options, registry)
     except UserError as error:
@@ -59,21 +59,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain("interrupted")
         return int(ExitCode.INTERRUPTED)
     except Exception as error:
-        from dinov3_framework.plugins import author_of
+        from dinov3_framework.plugins import author_of, line_of
 
         traceback.print_exc()
         author = author_of(error)
         where = "the program" if author is None else f"a plugin of {author}"
+        if author is not None and (line := line_of(error, author)):
+            where += f", at {line}"
         _complain(f"this is a fault of {where}, not of your recipe; please report it as it is")
         return int(ExitCode.FAILED)
 
 
-def _blocked(argv: Sequence[str]) -> list[str]:
-    """Plugins to leave out, which have to be known before the flags that others bring."""
+def _plugins(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Plugins to leave out and files of more, to be known before the flags that plugins bring."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--block-plugin", action="append", default=[])
-    blocked: list[str] = parser.parse_known_args(argv)[0].block_plugin
-    return blocked
+    parser.add_argument("--plugin", action="append", default=[])
+    known = parser.parse_known_args(argv)[0]
+    return known.block_plugin, known.plugin
 
 
 def _parse(argv: Sequence[str], registry: Registry) -> argparse.Namespace:
@@ -113,6 +116,13 @@ def _parse(argv: Sequence[str], registry: Registry) -> argparse.Namespace:
         default=[],
         metavar="NAME",
         help="leave a plugin out (may be repeated; also DINOV3_BLOCK_PLUGINS=a,b)",
+    )
+    add(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="load a Python file with hooks as if it were installed (may be repeated)",
     )
     # For launchers: the process is one of a job, and must not be submitted again.
     add(LAUNCHED, action="store_true", help=argparse.SUPPRESS)
@@ -177,7 +187,7 @@ def _recipe(options: argparse.Namespace, registry: Registry) -> int:
         chosen = {"device": parallel.device, "timeout": parallel.timeout} if parallel else {}
         return int(session.run_task(task, config, registry, output_dir, plan, **chosen))
 
-    job = _job(output_dir, options.block_plugin, run)
+    job = _job(output_dir, options, run)
     # The process that launched this one has checked everything, if on a machine like this.
     if not options.launched or _is_elsewhere(config, registry):
         plan = _check(task, launcher, may_miss=options.check)
@@ -270,12 +280,14 @@ def _submit(launcher: Launcher, job: Job, config: TaskConfig, registry: Registry
     return int(handle.wait())
 
 
-def _job(output_dir: Path, blocked: Sequence[str], run: Any) -> Job:
+def _job(output_dir: Path, options: argparse.Namespace, run: Any) -> Job:
     from dinov3_framework.contracts.running import Job
 
     command = [sys.executable, "-m", "dinov3_framework", str(output_dir / "recipe.toml"), LAUNCHED]
-    for name in blocked:
+    for name in options.block_plugin:
         command += ["--block-plugin", name]
+    for file in options.plugin:
+        command += ["--plugin", os.path.abspath(os.path.expanduser(file))]
     return Job(command=command, output_dir=output_dir, run=run, name=output_dir.name)
 
 

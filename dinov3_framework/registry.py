@@ -37,9 +37,12 @@ class Registry:
         self.distributions: dict[str, str] = {}
 
     @classmethod
-    def load(cls, block: Iterable[str] = ()) -> Registry:
-        """Discover the installed plugins, leaving out those named in ``block``."""
-        return cls.from_plugins(find_plugins(block))
+    def load(cls, block: Iterable[str] = (), files: Iterable[str] = ()) -> Registry:
+        """Discover the installed plugins, leaving out those named in ``block``.
+
+        ``files`` are plugins that are not installed: Python files with hooks.
+        """
+        return cls.from_plugins(find_plugins(block, files))
 
     @classmethod
     def from_plugins(cls, found: FoundPlugins) -> Registry:

@@ -98,7 +98,7 @@ def trace(registry: Registry, write: Write, monkeypatch: pytest.MonkeyPatch) -> 
             component = registry.get(kind, name).component
             factory = factories.get(name, component.factory)
             ours.add(kind, evolve(component, factory=factory), "toys", "toy-box")
-    monkeypatch.setattr(Registry, "load", classmethod(lambda cls, block=(): ours))
+    monkeypatch.setattr(Registry, "load", classmethod(lambda cls, *_, **__: ours))
     monkeypatch.setattr("dinov3_framework.runtime.session.run_task", run_task)
     monkeypatch.setattr("dinov3_framework.runtime.session.prepare_output", prepare_output)
     for variable in ("RANK", "WORLD_SIZE"):
@@ -203,7 +203,7 @@ def test_a_fault_of_a_plugin_names_its_distribution(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "hats.py").write_text("def wear(hats):\n    return hats['top']\n")
+    (tmp_path / "hats.py").write_text("def wear(hats):\n    return int(hats)\n")
     told = tmp_path / "fine_hats-1.0.dist-info"
     told.mkdir()
     (told / "METADATA").write_text("Metadata-Version: 2.1\nName: fine-hats\nVersion: 1.0\n")
@@ -211,11 +211,12 @@ def test_a_fault_of_a_plugin_names_its_distribution(
     monkeypatch.syspath_prepend(str(tmp_path))
     import hats  # type: ignore[import-not-found]
 
-    with pytest.raises(KeyError) as caught:
+    with pytest.raises(TypeError) as caught:
         hats.wear({})
     trace.run_error = caught.value
     assert main(["r.toml"]) == ExitCode.FAILED
-    assert "a fault of a plugin of fine-hats" in capsys.readouterr().err.splitlines()[-1]
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"a fault of a plugin of fine-hats, at {tmp_path / 'hats.py'}:2," in last
 
 
 def test_ctrl_c(trace: Trace, capsys: pytest.CaptureFixture[str]) -> None:
@@ -341,23 +342,23 @@ def test_usage(trace: Trace, capsys: pytest.CaptureFixture[str]) -> None:
 # --------------------------------------------------------------------------- launching
 def test_a_launcher_gets_a_job(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
     trace.code = 7
-    blocked: list[object] = []
+    asked: list[object] = []
     ours = Registry.load()
 
-    def load(cls: type, block: object = ()) -> Registry:
-        blocked.append(block)
+    def load(cls: type, *asked_for: object) -> Registry:
+        asked.extend(asked_for)
         return ours
 
     monkeypatch.setattr(Registry, "load", classmethod(load))
     arguments = ["r.toml", "--launcher", "here", "launcher.processes=2"]
-    arguments += ["--block-plugin", "a", "--block-plugin", "b"]
+    arguments += ["--block-plugin", "a", "--block-plugin", "b", "--plugin", "x.py"]
     assert main(arguments) == 7
     (job,) = trace.jobs
     assert job.command == [
         *[sys.executable, "-m", "dinov3_framework", "runs/r/recipe.toml", "--launched"],
-        *["--block-plugin", "a", "--block-plugin", "b"],
+        *["--block-plugin", "a", "--block-plugin", "b", "--plugin", str(Path("x.py").absolute())],
     ]
-    assert blocked == [["a", "b"]]
+    assert asked == [["a", "b"], ["x.py"]]
     assert job.output_dir == Path("runs/r")
     assert trace.prepared == [Path("runs/r")]
     assert trace.worlds == [2]

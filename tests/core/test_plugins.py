@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -177,3 +180,46 @@ def test_blocking_what_is_not_there() -> None:
 def test_the_environment_may_block_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BLOCK_VARIABLE, "not_installed_here")
     assert Registry.load().blocked == ["not_installed_here"]
+
+
+# --------------------------------------------------------------------------- not installed
+def test_a_file_is_a_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    file = tmp_path / "try_me.py"
+    file.write_text(textwrap.dedent(good("try_me")) + "\nimport beside_it\n")
+    (tmp_path / "beside_it.py").write_text("")
+    for _ in range(2):
+        found = Registry.load(files=[str(file)])
+        assert found.get("backbone", "third").distribution == str(file)
+        config = found.config_of("backbone", "third", {"depth": 3})
+        assert found.get("backbone", "third").component.resolve() is type(config)
+    # A process that was not forked and unpickles it finds it, too.
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(getattr, (config, "depth")) == 3
+    assert "third" not in Registry.load().names("backbone")
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "words"),
+    [
+        ("not_there.py", None, "no such Python file"),
+        ("no_plugin.txt", "", "no such Python file"),
+        ("no_hooks.py", "", "no hook"),
+        ("no_import.py", "x = 1\nimport a_library_that_is_missing", "no_import.py:2: ModuleNotF"),
+        ("no_code.py", "def", "line 1"),
+        ("quits.py", "raise SystemExit(3)", "SystemExit: 3"),
+        ("json.py", "", "rename the file"),
+        ("a-b.py", "", "rename the file"),
+        ("typo.py", good("typo").replace("_backbones", "_bones"), "unknown hook"),
+    ],
+)
+def test_a_file_that_is_no_plugin_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, source: str | None, words: str
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    file = tmp_path / name
+    if source is not None:
+        file.write_text(textwrap.dedent(source))
+    with pytest.raises(PluginError, match=name.removesuffix(".py")) as caught:
+        Registry.load(files=[str(file)])
+    assert words in str(caught.value)
