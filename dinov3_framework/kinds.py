@@ -263,6 +263,11 @@ class Kind:
         return f"dinov3_{self.name}{'es' if self.name.endswith('s') else 's'}"
 
     @property
+    def names(self) -> list[str]:
+        """The names of ``arguments``."""
+        return re.findall(r"\w+(?==)", self.arguments)
+
+    @property
     def selector(self) -> str:
         """The key by which a table chooses one of them: a whole recipe by its ``task``."""
         return "task" if self.name == "task" else "use"
