@@ -83,6 +83,11 @@ def _is_as_described(default: Any, fields: Sequence[FieldInfo]) -> bool:
     return all(each.default != "required" for each in fields) and default == type(default)()
 
 
+def rounded(number: float) -> str:
+    """A number of which no more than three digits mean anything: 8.96, 15.2, 260,000."""
+    return f"{float(f'{number:.3g}'):,.12g}"
+
+
 def columns(rows: Iterable[Sequence[str]], indent: int = 2) -> str:
     """Rows of cells, aligned; nothing is cut off, so that output can be searched."""
     rows = [list(row) for row in rows]

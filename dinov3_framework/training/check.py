@@ -9,6 +9,7 @@ import attrs
 
 from dinov3_framework.contracts.data import Dataset, StreamDataset
 from dinov3_framework.errors import Problem
+from dinov3_framework.recipes.describe import rounded
 from dinov3_framework.schedules import Schedule
 from dinov3_framework.training import DATA, TrainingConfig
 from dinov3_framework.training.optimizer import lr_factor
@@ -87,7 +88,7 @@ def data_rows(
         rows.insert(0, ("dataset", dataset.describe()))
     if isinstance(dataset, Dataset):
         passes = seen / len(dataset)
-        rows.append(("passes over the data", f"{passes:,.2f}"))
+        rows.append(("passes over the data", rounded(passes)))
         notes = list(dataset.notes())
         if config.batch_size > len(dataset):
             notes.append(

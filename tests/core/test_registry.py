@@ -23,6 +23,7 @@ from dinov3_framework import (
 from dinov3_framework.errors import ExitCode, RecipeError, UnknownNameError, UserError
 from dinov3_framework.kinds import KINDS
 from dinov3_framework.plugins import HOOKS, OFFERS, PROJECT, BrokenPlugin
+from dinov3_framework.recipes.describe import rounded
 
 
 @config
@@ -150,6 +151,13 @@ def test_a_factory_that_is_not_there(factory: str) -> None:
 
 
 # --------------------------------------------------------------------------- describing
+def test_numbers_say_no_more_than_is_known() -> None:
+    numbers = (260042.29, 4e6, 8.96, 15.24, 99.96, 0.00114, 0)
+    assert [rounded(number) for number in numbers] == [
+        *("260,000", "4,000,000", "8.96", "15.2", "100", "0.00114", "0")
+    ]
+
+
 def test_describe(registry: Registry) -> None:
     found = registry.describe("backbone", "tiny")
     assert (found.doc, found.plugin, found.distribution) == (
