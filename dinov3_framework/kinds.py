@@ -23,6 +23,7 @@ from dinov3_framework.configs import (
     not_negative,
     option,
     positive,
+    throughout,
 )
 from dinov3_framework.errors import PluginError
 from dinov3_framework.schedules import Constant, Schedule
@@ -116,6 +117,7 @@ class LossConfig:
     weight: Schedule = option(
         "factor of this loss in the total: a number or a schedule",
         factory=lambda: Constant(value=1.0),
+        check=throughout(not_negative),
     )
 
 
@@ -138,7 +140,9 @@ class EvaluationConfig:
 class OptimizerConfig:
     """Base of every optimizer's config: schedules, and how parameters differ."""
 
-    lr: Schedule = option("learning rate, before scaling: a number or a schedule")
+    lr: Schedule = option(
+        "learning rate, before scaling: a number or a schedule", check=throughout(not_negative)
+    )
     lr_scaling: Literal["none", "sqrt_wrt_1024", "linear_wrt_256"] = option(
         "how the learning rate grows with the global batch: 4 sqrt(batch / 1024), batch / 256",
         default="none",
@@ -147,7 +151,8 @@ class OptimizerConfig:
         "iterations in which prototypes do not learn", default=0, check=not_negative
     )
     weight_decay: Schedule = option(
-        "weight decay of parameters of two dimensions or more: a number or a schedule"
+        "weight decay of parameters of two dimensions or more: a number or a schedule",
+        check=throughout(not_negative),
     )
     clip_grad: float | None = option(
         'largest gradient norm of each network; "none": no clipping', default=3.0, check=positive

@@ -11,8 +11,10 @@ from dinov3_framework import (
     LossConfig,
     Schedule,
     config,
+    not_negative,
     option,
     positive,
+    throughout,
 )
 
 
@@ -38,7 +40,9 @@ class PrototypeLossConfig(LossConfig):
         default=None,
     )
     teacher_temp: Schedule = option(
-        "temperature of the teacher's logits", factory=lambda: Constant(value=0.07)
+        "temperature of the teacher's logits",
+        factory=lambda: Constant(value=0.07),
+        check=throughout(positive),
     )
     student_temp: float = option("temperature of the student's logits", default=0.1, check=positive)
     sinkhorn_iterations: int = option(
@@ -71,6 +75,7 @@ class DinoConfig(PrototypeLossConfig):
     local_weight: Schedule = option(
         "factor of the local crops' term; the number 0 means that local crops are not used at all",
         factory=lambda: Constant(value=1.0),
+        check=throughout(not_negative),
     )
     ignore_diagonal: bool = option("leave out pairs of a global crop with itself", default=True)
 

@@ -9,9 +9,11 @@ import attrs
 from dinov3_framework.configs import (
     InvalidOption,
     config,
+    fraction,
     option,
     positive,
     replace,
+    throughout,
 )
 from dinov3_framework.kinds import AugmentationConfig, BackboneConfig, LossConfig, OptimizerConfig
 from dinov3_framework.schedules import Schedule
@@ -22,7 +24,9 @@ from dinov3_framework.training import TrainingConfig
 class TeacherConfig:
     """The momentum teacher."""
 
-    momentum: Schedule = option("share of the old teacher that is kept: a number or a schedule")
+    momentum: Schedule = option(
+        "share of the old teacher that is kept: a number or a schedule", check=throughout(fraction)
+    )
 
 
 @config
@@ -45,7 +49,9 @@ class FrozenTeacherConfig:
 class AverageConfig:
     """The moving average of a student, which is what is evaluated and exported."""
 
-    momentum: Schedule = option("share of the old average that is kept: a number or a schedule")
+    momentum: Schedule = option(
+        "share of the old average that is kept: a number or a schedule", check=throughout(fraction)
+    )
 
 
 @config

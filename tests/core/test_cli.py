@@ -469,10 +469,14 @@ def test_python_m() -> None:
     assert run("no_such_recipe").returncode == 2
 
 
-def test_a_reader_that_goes_away_is_no_mistake() -> None:
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [("dinov3_framework.cli", "--list"), ("dinov3_framework.weights.cli", "list")],
+)
+def test_a_reader_that_goes_away_is_no_mistake(module: str, words: str) -> None:
     # /dev/full would be another error; a closed pipe is what `| head` leaves behind.
     process = subprocess.Popen(
-        [sys.executable, "-m", "dinov3_framework", "--list"],
+        [sys.executable, "-c", f"import sys, {module} as m; sys.exit(m.main(['{words}']))"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
