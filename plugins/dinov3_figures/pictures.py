@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TILE, _LONGEST = 300, 640  # pixels along the side of a square tile; others have its area
-_PITCH, _WIDEST = 190, 1800  # pixels that a tile's titles need, and all tiles of a row
+_PITCH, _WIDEST = 225, 1800  # pixels that a tile's titles need, and all tiles of a row
 _CELL, _SMALLEST_CELL = 150, 48  # pixels along a side of the overview's tiles
 _TALLEST = 6000  # pixels of the overview, before its tiles become smaller
 

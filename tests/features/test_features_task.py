@@ -74,6 +74,7 @@ def test_all_outputs_of_two_layers(weights: Path, photographs: Path, tmp_path: P
         "a/004.png",
     ]
     assert [row["label"] for row in index] == list("00001111")
+    assert [row["class"] for row in index] == list("aaaabbbb")
     assert (index[1]["height"], index[1]["width"]) == ("38", "45")
     assert {(row["grid_height"], row["grid_width"]) for row in index} == {(str(grid), str(grid))}
     skipped = rows(tmp_path / "skipped.csv")
