@@ -69,7 +69,7 @@ def tiles_of(seen: Seen, maps: Maps, spec: ImagesConfig, wanted: Collection[str]
         levels = (mark.similarity - maps.lowest) / (1 - maps.lowest) * 255
         pixels = color_table()[levels.round().clip(0, 255).astype(np.uint8)]
         note = f"{'at' if mark.what[0] == '[' else 'most typical of the'} {mark.what}"
-        add(pixels, f"similarity to patch {mark.number}", note, f"to {mark.what}", mark)
+        add(pixels, f"similarity to patch {mark.number}", note, f"similarity\nto {mark.what}", mark)
     return tiles
 
 

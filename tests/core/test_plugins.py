@@ -168,7 +168,7 @@ def test_blocked_plugins_are_not_even_imported(
     monkeypatch.setenv(BLOCK_VARIABLE, "bomb, losses ,")
     registry = Registry.load()
     assert registry.blocked == ["bomb", "losses"]
-    assert registry.names("loss") == []
+    assert not {"dino", "ibot", "koleo", "gram"} & set(registry.names("loss"))
     assert "bomb" not in [plugin.name for plugin in registry.broken]
 
 
