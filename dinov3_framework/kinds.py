@@ -248,7 +248,7 @@ def name_of_source(source: str | None) -> list[str]:
     *folders, name = path.parts or path.absolute().parts
     if len(folders) > 1 and folders[-1] in ("exports", "checkpoints"):  # of a run
         name = folders[-2] if folders[-1] == "exports" else f"{folders[-2]}-{name}"
-    return [re.sub(r"[^\w.@+-]+", "_", re.sub(r"\.[A-Za-z]+$", "", name))]
+    return [re.sub(r"[^\w.@+-]+", "_", re.sub(r"\.[A-Za-z]+$", "", name))[-100:]]
 
 
 # --------------------------------------------------------------------------- the table

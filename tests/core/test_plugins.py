@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from run_support import run
 
 from dinov3_framework import PluginError, Registry
 from dinov3_framework.plugins import BLOCK_VARIABLE, find_plugins
@@ -197,6 +198,66 @@ def test_a_file_is_a_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(getattr, (config, "depth")) == 3
     assert "third" not in Registry.load().names("backbone")
+
+
+TRIAL = """
+    import torch
+    from dinov3_framework import Component, DatasetConfig, Loss, LossConfig, LossResult
+    from dinov3_framework import config, hookimpl
+    from dinov3_framework.contracts.data import Dataset, Sample
+
+    @config
+    class NoiseConfig(DatasetConfig):
+        '''Flat images.'''
+
+    class Noise(Dataset):
+        def __init__(self, config, channels):
+            self.channels = channels
+
+        def __len__(self):
+            return 24
+
+        def __getitem__(self, index):
+            return Sample(torch.full((self.channels, 28, 28), index, dtype=torch.uint8))
+
+        def describe(self):
+            return "noise"
+
+    @config
+    class FussyConfig(LossConfig):
+        '''A loss that has enough of it.'''
+
+    class Fussy(Loss):
+        needs = frozenset({"student.global.class"})
+
+        def __init__(self, config):
+            super().__init__()
+
+        def forward(self, step):
+            if step.iteration == 1:
+                raise RuntimeError("enough")  # here
+            return LossResult(step.student["global"].cls.square().mean())
+
+    @hookimpl
+    def dinov3_datasets():
+        return [Component("noise", NoiseConfig, "trial:Noise")]
+
+    @hookimpl
+    def dinov3_losses():
+        return [Component("fussy", FussyConfig, "trial:Fussy")]
+"""
+
+
+@pytest.mark.slow
+def test_a_file_serves_launched_processes_and_their_workers(tmp_path: Path) -> None:
+    file, source = tmp_path / "trial.py", textwrap.dedent(TRIAL)
+    file.write_text(source)
+    words = ("--plugin", str(file), "dataset={use='noise'}", "losses.fussy.use=fussy")
+    two = ("launcher.use=local", "launcher.processes=2", "loader.workers=1", "observers={}")
+    done = run(tmp_path / "run", *words, *two)
+    assert done.returncode == 1, done.stderr
+    (line,) = [n for n, text in enumerate(source.splitlines(), 1) if text.endswith("# here")]
+    assert f"a plugin of {file}, at {file}:{line}, not of your recipe" in done.stderr
 
 
 @pytest.mark.parametrize(
