@@ -99,6 +99,7 @@ from dinov3_framework.runtime.results import write_results as write_results
 from dinov3_framework.schedules import Constant as Constant
 from dinov3_framework.schedules import Cosine as Cosine
 from dinov3_framework.schedules import Schedule as Schedule
+from dinov3_framework.schedules import Span as Span
 from dinov3_framework.schedules import WarmupCosine as WarmupCosine
 from dinov3_framework.weights.loaded import LoadedBackbone as LoadedBackbone
 from dinov3_framework.weights.loading import describe_backbone as describe_backbone

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinov3_framework import __version__
-from dinov3_framework.errors import DataError, ExitCode, UserError
+from dinov3_framework.errors import DataError, ExitCode, RecipeError, UserError
 from dinov3_framework.kinds import resolve
 
 if TYPE_CHECKING:
@@ -166,6 +166,7 @@ def _recipe(options: argparse.Namespace, registry: Registry) -> int:
     from dinov3_framework.recipes.plain import unstructure
     from dinov3_framework.recipes.structure import structure_recipe
     from dinov3_framework.recipes.toml_text import annotated_toml
+    from dinov3_framework.runtime.output import check_output, check_overwrite, overwrite
 
     composed = compose(options.recipes, _overrides(options))
     config = structure_recipe(registry, composed)
@@ -179,32 +180,37 @@ def _recipe(options: argparse.Namespace, registry: Registry) -> int:
         if _given(options, flag.name):
             return _show(_flag(flag, task, launcher, options))
     plan: Plan | None = None
+    code, report = int(ExitCode.OK), ""
 
     def run() -> int:
         from dinov3_framework.runtime import session
 
         parallel = getattr(config, "parallel", None)
         chosen = {"device": parallel.device, "timeout": parallel.timeout} if parallel else {}
-        return int(session.run_task(task, config, registry, output_dir, plan, **chosen))
+        return int(
+            session.run_task(task, config, registry, output_dir, plan, report=report, **chosen)
+        )
 
     job = _job(output_dir, options, run)
     # The process that launched this one has checked everything, if on a machine like this.
     if not options.launched or _is_elsewhere(config, registry):
-        plan = _check(task, launcher, may_miss=options.check)
+        try:
+            plan = _check(task, launcher, may_miss=options.check)
+        except RecipeError as error:
+            raise composed.located(error) from error
         if _rank() in (None, 0):
             which = f"recipe {' + '.join(composed.paths)}"
-            code = _show(f"{which}\n\n{_plan_text(plan, launcher, job)}")
-            if options.check:
-                return code
-    if options.check:
-        return ExitCode.OK
+            report = f"{which}\n\n{_plan_text(task, plan, launcher, job)}"
+            code = _show(report)
+        if options.check:
+            (check_overwrite if options.overwrite else check_output)(config, registry, output_dir)
+            is_lacking = plan.missing and not (launcher and launcher.elsewhere)
+            return ExitCode.WRONG_INPUT if is_lacking else code
     if options.overwrite and _rank() in (None, 0):
-        from dinov3_framework.runtime.output import clear
-
-        clear(config, registry, output_dir)
+        overwrite(config, registry, output_dir)
     if launcher is None:
         return run()
-    return _submit(launcher, job, config, registry)
+    return _submit(launcher, job, config, registry, report)
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
@@ -247,10 +253,15 @@ def _check(task: Task, launcher: Launcher | None, may_miss: bool) -> Plan:
     return plan
 
 
-def _plan_text(plan: Plan, launcher: Launcher | None, job: Job) -> str:
+def _plan_text(task: Task, plan: Plan, launcher: Launcher | None, job: Job) -> str:
+    from dinov3_framework.configs import replace
     from dinov3_framework.recipes.describe import report_text
 
-    text = report_text(plan)
+    state = "begun before" if job.output_dir.exists() else "new"
+    if done := task.progress():
+        state = f"goes on after {done}"
+    output = {"output": [("folder", f"{job.output_dir}, {state}")]}
+    text = report_text(replace(plan, sections={**plan.sections, **output}))
     if launcher is None:
         return text
     preview = launcher.preview(job)
@@ -269,11 +280,13 @@ def _flag(flag: Flag, task: Task, launcher: Launcher | None, options: argparse.N
     return str(act(task, **({"world_size": world} | values)))
 
 
-def _submit(launcher: Launcher, job: Job, config: TaskConfig, registry: Registry) -> int:
+def _submit(
+    launcher: Launcher, job: Job, config: TaskConfig, registry: Registry, report: str
+) -> int:
     """Hand a job to its launcher and wait for it, where that is what the launcher does."""
     from dinov3_framework.runtime import session
 
-    session.prepare_output(config, registry, job.output_dir)
+    session.prepare_output(config, registry, job.output_dir, report)
     handle = launcher.submit(job)
     if text := handle.describe():
         print(text, flush=True)

@@ -11,6 +11,8 @@ from typing import Any, TypeVar, dataclass_transform
 
 import attrs
 
+from dinov3_framework.schedules import Share
+
 T = TypeVar("T")
 Check = Callable[[Any], str | None]
 
@@ -81,8 +83,8 @@ def replace(config: T, **changes: Any) -> T:
     return attrs.evolve(config, **changes)  # type: ignore[misc,no-any-return]
 
 
-def positive(value: float) -> str | None:
-    return None if value > 0 else f"must be above 0, is {value}"
+def positive(value: float | Share) -> str | None:
+    return None if isinstance(value, Share) or value > 0 else f"must be above 0, is {value}"
 
 
 def seconds(value: float) -> str | None:
@@ -90,8 +92,8 @@ def seconds(value: float) -> str | None:
     return None if 0 < value <= 1e6 else f"must be above 0 and at most 1,000,000, is {value:g}"
 
 
-def not_negative(value: float) -> str | None:
-    return None if value >= 0 else f"must not be negative, is {value}"
+def not_negative(value: float | Share) -> str | None:
+    return None if isinstance(value, Share) or value >= 0 else f"must not be negative, is {value}"
 
 
 def fraction(value: float) -> str | None:

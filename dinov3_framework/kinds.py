@@ -26,7 +26,7 @@ from dinov3_framework.configs import (
     throughout,
 )
 from dinov3_framework.errors import PluginError
-from dinov3_framework.schedules import Constant, Schedule
+from dinov3_framework.schedules import Constant, Schedule, Span
 
 
 @frozen
@@ -147,8 +147,10 @@ class OptimizerConfig:
         "how the learning rate grows with the global batch: 4 sqrt(batch / 1024), batch / 256",
         default="none",
     )
-    freeze_last_layer: int = option(
-        "iterations in which prototypes do not learn", default=0, check=not_negative
+    freeze_last_layer: Span = option(
+        "first iterations of the run in which prototypes do not learn",
+        default=0,
+        check=not_negative,
     )
     weight_decay: Schedule = option(
         "weight decay of parameters of two dimensions or more: a number or a schedule",
@@ -174,7 +176,7 @@ class LauncherConfig:
 class ObserverConfig:
     """Base of every observer's config."""
 
-    every: int = option("iterations between two calls", default=1, check=positive)
+    every: Span = option("iterations between two calls", default=1, check=positive)
 
 
 @attrs.frozen
@@ -214,6 +216,14 @@ class TaskConfig:
     def free_keys(self, output_dir: Path) -> Sequence[str]:
         """Keys in which a run that goes on in a folder may differ from what it was."""
         return ()
+
+    def places(self) -> Sequence[str]:
+        """Keys that say where something lies that is known again by other means."""
+        return ()
+
+    def ways_on(self, output_dir: Path) -> str:
+        """The keys by which another run goes on from what a run of this recipe left in a folder."""
+        return ""
 
     def inner_runs(self, output_dir: Path) -> Sequence[InnerRun]:
         """The runs that this one consists of, in their order, if it does."""

@@ -3,16 +3,42 @@
 Nothing is tabulated, so a run of a million iterations costs nothing and any iteration can be asked
 for alone, which is what resuming needs. In a recipe a schedule is a number (constant) or a table
 whose ``use`` names one of the classes below. Unless it says otherwise, a schedule spans the run's
-``iterations``.
+``iterations``. Its parts are given in iterations or as a share of the run: ``"10%"``.
 """
 
 from __future__ import annotations
 
 import abc
 import math
+import re
 from typing import ClassVar
 
 from attrs import asdict, evolve, field, frozen
+
+
+@frozen
+class Share:
+    """A part of a run's iterations, more than 0 and at most 1; ``"10%"`` in a recipe."""
+
+    part: float
+
+    @classmethod
+    def parse(cls, text: str) -> Share | None:
+        """The share that ``"10%"`` means; None if the text means none."""
+        number = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", text)
+        part = float(number[1]) / 100 if number else 0.0
+        return cls(part) if 0 < part <= 1 else None
+
+    def __str__(self) -> str:
+        return f"{100 * self.part:.10g}%"
+
+
+Span = int | Share
+
+
+def iterations_of(span: Span, total: int) -> int:
+    """A span in iterations of a run of ``total``: a share is rounded, and is 1 at least."""
+    return max(round(span.part * total), 1) if isinstance(span, Share) else span
 
 
 @frozen(kw_only=True)
@@ -70,16 +96,17 @@ class Cosine(Schedule):
     start: float = field(metadata=_doc("value at iteration 0, if there is a warm-up"))
     peak: float = field(metadata=_doc("value after the warm-up"))
     end: float = field(metadata=_doc("value at the end of the cosine and after it"))
-    warmup: int = field(default=0, metadata=_doc("iterations of linear warm-up"))
-    cosine: int | None = field(
+    warmup: Span = field(default=0, metadata=_doc("iterations of linear warm-up"))
+    cosine: Span | None = field(
         default=None, metadata=_doc("iterations of cosine; left out, all that follow the warm-up")
     )
 
     def at(self, iteration: int, total: int) -> float:
-        if iteration < self.warmup:
-            return self.start + (self.peak - self.start) * iteration / self.warmup
-        length = total - self.warmup if self.cosine is None else self.cosine
-        position = iteration - self.warmup
+        warmup = iterations_of(self.warmup, total)
+        if iteration < warmup:
+            return self.start + (self.peak - self.start) * iteration / warmup
+        length = total - warmup if self.cosine is None else iterations_of(self.cosine, total)
+        position = iteration - warmup
         if position >= length:
             return self.end
         phase = math.pi * position / (length - 1) if length > 1 else 0.0
@@ -89,10 +116,11 @@ class Cosine(Schedule):
         return evolve(self, peak=self.peak * factor, end=self.end * factor)
 
     def problems(self, total: int) -> list[str]:
-        needed = self.warmup + (self.cosine or 0)
-        if needed > total:
-            return [f"warm-up and cosine take {needed:,} iterations, the run has {total:,}"]
-        return []
+        return _too_long(self.warmup, total, "warmup") or _too_long(
+            iterations_of(self.warmup, total) + iterations_of(self.cosine or 0, total),
+            total,
+            "warmup and cosine",
+        )
 
 
 @frozen(kw_only=True)
@@ -108,21 +136,22 @@ class WarmupCosine(Schedule):
     start: float = field(default=0.0, metadata=_doc("value at iteration 0, if there is a warm-up"))
     peak: float = field(metadata=_doc("value at the last iteration of the warm-up"))
     end: float = field(metadata=_doc("value that the cosine tends to, and that follows it"))
-    warmup: int = field(default=0, metadata=_doc("iterations of linear warm-up"))
-    span: int | None = field(
+    warmup: Span = field(default=0, metadata=_doc("iterations of linear warm-up"))
+    span: Span | None = field(
         default=None, metadata=_doc("iterations of warm-up and cosine together; left out, the run")
     )
     stretch: float = field(default=0.0, metadata=_doc("fraction of the cosine that is cut off"))
 
     def at(self, iteration: int, total: int) -> float:
-        span = total if self.span is None else self.span
+        warmup = iterations_of(self.warmup, total)
+        span = total if self.span is None else iterations_of(self.span, total)
         if iteration >= span:
             return self.end
-        if iteration < self.warmup:
-            steps = max(self.warmup - 1, 1)
+        if iteration < warmup:
+            steps = max(warmup - 1, 1)
             return self.start + (self.peak - self.start) * iteration / steps
-        length = span - self.warmup
-        position = iteration - self.warmup
+        length = span - warmup
+        position = iteration - warmup
         if self.stretch == 0:
             level = (1 + math.cos(math.pi * position / length)) / 2
         else:
@@ -137,10 +166,24 @@ class WarmupCosine(Schedule):
         return evolve(self, peak=self.peak * factor)
 
     def problems(self, total: int) -> list[str]:
-        span = total if self.span is None else self.span
-        if span > total or self.warmup > span:
-            return [f"warm-up {self.warmup:,} <= span {span:,} <= iterations {total:,} must hold"]
+        span = total if self.span is None else iterations_of(self.span, total)
+        warmup = iterations_of(self.warmup, total)
+        if span >= warmup or span > total:
+            return _too_long(span, total, "span")
+        return _too_long(warmup, total, "warmup") or [
+            f"its warm-up of {warmup:,} iterations is longer than its span of {span:,}; raise span "
+            "or lower warmup"
+        ]
+
+
+def _too_long(span: Span, total: int, keys: str) -> list[str]:
+    length = iterations_of(span, total)
+    if length <= total:
         return []
+    return [
+        f"{keys} = {length:,} iterations, the whole run has {total:,}; lower {keys}, or write a "
+        'share of the run, such as "10%"'
+    ]
 
 
 SCHEDULES: dict[str, type[Schedule]] = {cls.use: cls for cls in (Constant, Cosine, WarmupCosine)}

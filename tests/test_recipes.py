@@ -55,8 +55,11 @@ def test_a_recipe_passes_its_check(
     here = [] if weights is None else [f"weights={_export(tmp_path)}"]
     if compiler_complaint(torch.device("cpu")) and hasattr(config, "parallel"):
         here.append("parallel.compile=false")
-    assert main([*words, "--check", *here]) == 0, capsys.readouterr().err
-    assert capsys.readouterr().out.strip()
+    code, shown = main([*words, "--check", *here]), capsys.readouterr()
+    lacks = "could not run here as it stands" in shown.out
+    assert code == (ExitCode.WRONG_INPUT if lacks else ExitCode.OK), shown.err
+    assert shown.out.strip()
+    assert not shown.err
     assert not (tmp_path / "runs").exists()
 
 
@@ -283,7 +286,7 @@ def test_what_an_observer_misses_is_known_before_anything_is_written(
     missing = ("train.use=image_folder", f"train.root={tmp_path / 'nowhere'}")
     words = ["quickstart", *(f"observers.knn.evaluations.knn.{part}" for part in missing)]
     words += ["--output-dir", str(output)]
-    assert main([*words, "--check"]) == 0
+    assert main([*words, "--check"]) == ExitCode.WRONG_INPUT
     assert main(words) == ExitCode.WRONG_INPUT
     message = capsys.readouterr().err
     assert "observers.knn" in message

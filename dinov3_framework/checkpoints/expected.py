@@ -21,12 +21,14 @@ from dinov3_framework.checkpoints import CheckpointConfig
 from dinov3_framework.checkpoints.manifest import STATE, FileRecord, Manifest
 from dinov3_framework.checkpoints.shard_writer import INDEX
 from dinov3_framework.runtime.durable import write_and_sync
+from dinov3_framework.schedules import iterations_of
 
 
 def kept_steps(iterations: int, config: CheckpointConfig, begun: int = 0) -> list[int]:
     """The steps whose checkpoints are there at the end, ascending."""
-    first = begun // config.every + 1
-    saved = [*range(first * config.every, iterations, config.every), iterations]
+    every = iterations_of(config.every, iterations)
+    first = begun // every + 1
+    saved = [*range(first * every, iterations, every), iterations]
     kept = set(saved[-config.keep :])
     if config.keep_every is not None:
         kept.update(step for step in saved if step % config.keep_every == 0)

@@ -2,51 +2,25 @@
 
 torch's reader unpickles the index of a checkpoint freely, follows any path in it and unpickles
 every item that is not a tensor: whoever can write a checkpoint can run code where it is loaded.
-Here the index may name only what an index consists of, shards lie in the checkpoint's own folder,
-and items are tensors.
+Here the index is read without running anything (:mod:`index_reader`), shards lie in the
+checkpoint's own folder, and items are tensors.
 """
 
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-from dinov3_framework.checkpoints.manifest import is_plain_name
+from dinov3_framework.checkpoints.index_reader import read_index
 from dinov3_framework.checkpoints.shard_writer import INDEX
 from dinov3_framework.errors import CheckpointError, summarize_names
-
-_METADATA = "torch.distributed.checkpoint.metadata"
-_ALLOWED = frozenset(
-    {
-        (_METADATA, "BytesStorageMetadata"),  # harmless itself; refused by name further down
-        (_METADATA, "ChunkStorageMetadata"),
-        (_METADATA, "Metadata"),
-        (_METADATA, "MetadataIndex"),
-        (_METADATA, "StorageMeta"),
-        (_METADATA, "TensorProperties"),
-        (_METADATA, "TensorStorageMetadata"),
-        (_METADATA, "_MEM_FORMAT_ENCODING"),
-        ("pathlib", "PosixPath"),  # where torch's own writer had put the checkpoint
-        ("torch", "Size"),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        ("torch.serialization", "_get_layout"),
-    }
-)
 
 
 class SafeReader(FileSystemReader):
@@ -76,71 +50,7 @@ class TensorsOnly(DefaultLoadPlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise _refusal(Path(INDEX), f"{read_item.dest_index.fqn!r} is not a tensor")
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str, /) -> Any:
-        if (module, name) in _ALLOWED:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def read_index(path: Path, files: Container[str], foreign: bool = False) -> Metadata:
-    """The index of a checkpoint, with nothing in it but tensors in ``files``."""
-    try:
-        with path.open("rb") as stream:
-            index = _IndexUnpickler(stream).load()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except Exception as error:  # a malformed pickle raises whatever it likes
-        raise _refusal(path, f"{error}") from error
-    if foreign and type(index) is Metadata:
-        _keep_tensors(index)
-    _check(path, index, files)
-    index.storage_meta = StorageMeta()
-    return index  # type: ignore[no-any-return]
-
-
-def _keep_tensors(index: Metadata) -> None:
-    """Forget what is not a tensor; its bytes are never read."""
-    names, places = index.state_dict_metadata, index.storage_data
-    if isinstance(names, dict) and isinstance(places, dict):
-        kept = {n: entry for n, entry in names.items() if type(entry) is TensorStorageMetadata}
-        index.state_dict_metadata = dict(kept)
-        index.storage_data = {
-            where: place for where, place in places.items() if getattr(where, "fqn", None) in kept
-        }
-
-
-def _check(path: Path, index: Any, files: Container[str]) -> None:
-    if type(index) is not Metadata:
-        raise _refusal(path, f"it holds a {type(index).__name__}")
-    names, places = index.state_dict_metadata, index.storage_data
-    if not isinstance(names, dict) or not isinstance(places, dict):
-        raise _refusal(path, "it lacks the tables of tensors and places")
-    for name, entry in names.items():
-        if not isinstance(name, str) or type(entry) is not TensorStorageMetadata:
-            raise _refusal(path, f"{name!r} is not a tensor")
-    for where, place in places.items():
-        if type(where) is not MetadataIndex or type(place) is not _StorageInfo:
-            raise _refusal(path, "its table of places is malformed")
-        file = place.relative_path
-        if not is_plain_name(file):
-            raise _refusal(path, f"{where.fqn!r} lies at {file!r}, not in this folder")
-        if file not in files:
-            raise _refusal(path, f"{where.fqn!r} lies in {file!r}, not a file of this checkpoint")
-        if place.transform_descriptors:
-            raise _refusal(path, f"{where.fqn!r} is stored with a transformation")
-
-
-def _refusal(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: refused, since this is not the index of a checkpoint that dinov3_framework "
-        f"wrote, or of tensors alone: {reason}"
-    )
+        raise CheckpointError(f"{read_item.dest_index.fqn!r} is not a tensor")
 
 
 def check_fit(

@@ -106,6 +106,10 @@ class Task(abc.ABC):
         after a check elsewhere.
         """
 
+    def progress(self) -> str:
+        """How far the run in the recipe's output folder has come, such as "iteration 12"."""
+        return ""
+
     def write_expected_artifacts(self, folder: Path) -> bool:
         """Put into an empty folder what the run will leave for others, all but tensors' values.
 

@@ -34,6 +34,31 @@ class Composed:
     source: str  # the first file, as messages name it
     paths: tuple[str, ...] = ()  # of the files on the command line, absolute
 
+    def located(self, error: RecipeError) -> RecipeError:
+        """The same mistakes, each with the file or override that set its key."""
+        keys = {dotted(path): path for path in self.origins}
+
+        def source(where: str) -> str:
+            while where and where not in keys:
+                where = where.rpartition(".")[0]
+            return origin_of(keys[where], self.origins) if where else ""
+
+        return RecipeError(
+            [each._replace(source=each.source or source(each.where)) for each in error.problems]
+        )
+
+
+def origin_of(path: KeyPath, origins: Mapping[KeyPath, str]) -> str:
+    """The file or override that set a key or, if there is none, the nearest table above it."""
+    if path in origins:
+        return origins[path]
+    table = next((path[:n] for n in range(len(path) - 1, 0, -1) if path[:n] in origins), None)
+    if table is None:
+        return ""
+    # A key that is missing was left out by whoever chose the component.
+    chosen = (origins.get((*table, key)) for key in ("use", "task"))
+    return next(filter(None, chosen), origins[table])
+
 
 @frozen
 class _Value:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import typing
 from collections.abc import Iterator, Mapping
 from types import NoneType, UnionType
@@ -12,7 +14,7 @@ import attrs
 from dinov3_framework.errors import PluginError
 from dinov3_framework.kinds import KINDS
 from dinov3_framework.recipes.toml_text import inline
-from dinov3_framework.schedules import Schedule
+from dinov3_framework.schedules import Schedule, Span
 
 NONE = "none"  # how a recipe says None; TOML has no null
 
@@ -28,8 +30,8 @@ def without_none(declared: Any) -> Any:
     """X, of ``X | None``; other types as they are."""
     if typing.get_origin(declared) in (typing.Union, UnionType):
         members = [member for member in typing.get_args(declared) if member is not NoneType]
-        if len(members) == 1:
-            return members[0]
+        if len(members) < len(typing.get_args(declared)):
+            return functools.reduce(operator.or_, members)
     return declared
 
 
@@ -42,6 +44,8 @@ def type_name(declared: Any) -> str:
         return _WORDS[declared]
     if declared is Schedule:
         return "number or schedule"
+    if declared == Span:
+        return 'integer or share of the run (such as "10%")'
     if kind := kind_of(declared):
         return f"{'recipe' if kind == 'task' else kind} ({KINDS[kind].selector} = ...)"
     if attrs.has(declared):

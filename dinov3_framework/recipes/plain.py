@@ -17,7 +17,7 @@ from dinov3_framework.recipes.option_types import (
     without_none,
 )
 from dinov3_framework.recipes.toml_text import inline
-from dinov3_framework.schedules import Constant, Schedule
+from dinov3_framework.schedules import Constant, Schedule, Share
 
 
 class Components(Protocol):
@@ -58,6 +58,8 @@ def _plain_fields(config: Any, registry: Components | None) -> dict[str, Any]:
 
 def _plain(value: Any, declared: Any, registry: Components | None) -> Any:
     declared = without_none(declared)
+    if isinstance(value, Share):
+        return str(value)
     if isinstance(value, Constant):
         return value.value
     if isinstance(value, Schedule):

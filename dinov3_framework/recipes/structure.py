@@ -20,7 +20,7 @@ from cattrs import Converter
 from dinov3_framework.configs import InvalidOption
 from dinov3_framework.errors import Problem, RecipeError, suggest
 from dinov3_framework.kinds import KINDS, TaskConfig
-from dinov3_framework.recipes.compose import NO_TASK, Composed
+from dinov3_framework.recipes.compose import NO_TASK, Composed, origin_of
 from dinov3_framework.recipes.option_types import (
     NONE,
     describe_value,
@@ -33,7 +33,7 @@ from dinov3_framework.recipes.option_types import (
 )
 from dinov3_framework.recipes.plain import Components
 from dinov3_framework.recipes.toml_text import KeyPath, dotted
-from dinov3_framework.schedules import SCHEDULES, Constant, Schedule
+from dinov3_framework.schedules import SCHEDULES, Constant, Schedule, Share, Span
 
 Fault = tuple[KeyPath, str, str]  # keys that lead to a mistake, what is wrong there, a hint
 
@@ -69,22 +69,10 @@ def _structure(
         return _converter(registry).structure(values, cls)
     except _Faults as error:
         problems = [
-            Problem(dotted(path), message, hint, _source(path, origins) or source)
+            Problem(dotted(path), message, hint, origin_of(path, origins) or source)
             for path, message, hint in error.faults
         ]
         raise RecipeError(problems) from error
-
-
-def _source(path: KeyPath, origins: Mapping[KeyPath, str]) -> str:
-    """The file or override that set a key or, if there is none, the nearest table above it."""
-    if path in origins:
-        return origins[path]
-    table = next((path[:n] for n in range(len(path) - 1, 0, -1) if path[:n] in origins), None)
-    if table is None:
-        return ""
-    # A key that is missing was left out by whoever chose the component.
-    chosen = (origins.get((*table, key)) for key in ("use", "task"))
-    return next(filter(None, chosen), origins[table])
 
 
 # --------------------------------------------------------------------------- faults
@@ -150,6 +138,7 @@ def _converter(registry: Components) -> Converter:
     hook(lambda declared: typing.get_origin(declared) is tuple, _array, converter)
     hook(lambda declared: typing.get_origin(declared) in (dict, Mapping), _mapping, converter)
     hook(lambda declared: without_none(declared) is not declared, _optional, converter)
+    hook(lambda declared: declared == Span, _span)
     hook(attrs.has, _table, converter)
     # Predicates by identity: a hook registered for a base class would capture its subclasses.
     hook(lambda declared: declared is Schedule, _schedule, converter)
@@ -173,6 +162,13 @@ def _scalar(value: Any, declared: Any) -> Any:
         raise _fault("holds a NUL character, which no name or path may")
     # Once and for all: to everything else a path that begins so is a folder of that name.
     return os.path.expanduser(value) if declared is str and value.startswith("~/") else value
+
+
+def _span(value: Any, declared: Any) -> Span:
+    share = Share.parse(value) if isinstance(value, str) else value
+    if type(share) not in (int, Share):
+        raise _mismatch(type_name(declared), value)
+    return typing.cast(Span, share)
 
 
 def _literal(value: Any, declared: Any) -> str:

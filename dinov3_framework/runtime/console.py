@@ -9,6 +9,7 @@ from functools import cache
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 log = logging.getLogger(__name__)
@@ -45,10 +46,11 @@ class TrainingProgress:
         self._started = self._printed = time.monotonic()
         self._wait = 0.0
         self._bar = Progress(
-            TextColumn("{task.completed}/{task.total}"),
-            BarColumn(bar_width=None),
-            _Rate(),
+            TextColumn("{task.completed}/{task.total}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            _Rate(table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=console(),
+            expand=True,
             transient=False,
             disable=not (shown and console().is_terminal),
         )

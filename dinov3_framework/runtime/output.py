@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import glob
+import itertools
 import json
 import os
 import time
@@ -28,7 +29,8 @@ from dinov3_framework.runtime.durable import clear_aside, no_room, written_aside
 from dinov3_framework.runtime.inner_runs import naming_stage
 
 RECIPE, RESULTS, LOCK = "recipe.toml", "results.json", ".lock"
-TABLE, LOG = "results.csv", "run.log"
+# What any run leaves. The recipe goes last: while it is there, the rest is known to be a run's.
+_OF_ANY_RUN = ("results.csv", "run.log", "environment.json", RESULTS, RECIPE)
 # Keys that may change between two starts of the same run: they do not touch what is learnt.
 _FREE_KEYS = (
     "output_dir",
@@ -96,69 +98,68 @@ def prepared(
     the folder is in use, belongs to another recipe, or cannot be written.
     """
     with locked(output_dir):
-        recipe = unstructure(registry, config)
-        mend = "add --overwrite" if config.overwritten is not None else "delete that folder"
-        free = config.free_keys(output_dir)
-        _refuse_another_recipe(recipe, output_dir, inherited, free, mend)
-        complete = (output_dir / RESULTS).exists()
-        if not _inner_runs_complete(config, registry, output_dir) and complete:
-            # There is more in it to do than there was.
-            complete = False
+        _refuse(config, registry, output_dir, inherited)
+        if (output_dir / RESULTS).exists():  # there is more in it to do than there was
             _remove(output_dir / RESULTS)
-        if complete:
-            when = time.strftime(
-                "%Y-%m-%d %H:%M", time.localtime((output_dir / RESULTS).stat().st_mtime)
-            )
-            raise RunComplete(
-                f"This run is complete (since {when}): {output_dir / RESULTS}\n"
-                + (
-                    "To run it anew, add --overwrite or choose another --output-dir."
-                    if config.overwritten is not None
-                    else "To run it anew, choose another --output-dir or delete that folder; to "
-                    "carry on from its weights, start from what lies in its exports folder."
-                )
-            )
         clear_aside(output_dir)
-        write_aside(output_dir / RECIPE, to_toml(recipe))
+        write_aside(output_dir / RECIPE, to_toml(unstructure(registry, config)))
         yield
 
 
-def prepare_output(config: TaskConfig, registry: Registry, output_dir: Path) -> None:
-    """As :func:`prepared`, for processes to come."""
-    with prepared(config, registry, output_dir):
-        pass
+def check_output(config: TaskConfig, registry: Registry, output_dir: Path) -> None:
+    """Raise what :func:`prepared` would, as far as it can be told without writing anything."""
+    if (output_dir / LOCK).exists():
+        with locked(output_dir):
+            pass
+    _refuse(config, registry, output_dir)
+    there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise OutputError(f"{there} is no folder; choose another --output-dir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"{there} cannot be written; choose another --output-dir")
 
 
-def clear(config: TaskConfig, registry: Registry, output_dir: Path) -> None:
-    """Delete what an earlier run of the same task left in the folder, and nothing else.
+def _refuse(
+    config: TaskConfig, registry: Registry, output_dir: Path, inherited: Iterable[KeyPath] = ()
+) -> None:
+    """Raise :class:`OutputError` where this recipe cannot run in a folder, or need not."""
+    _refuse_another_recipe(config, registry, output_dir, inherited)
+    if not _inner_runs_complete(config, registry, output_dir):
+        return
+    path = output_dir / RESULTS
+    if path.exists():
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+        raise RunComplete(
+            f"This run is complete (since {when}): {path}\n{_elsewhere(config, output_dir)}"
+        )
 
-    Raises ``OutputError`` for a task whose runs are not overwritten, and where another one's lie.
-    """
+
+def check_overwrite(config: TaskConfig, registry: Registry, output_dir: Path) -> None:
+    """Raise ``OutputError`` for a task whose runs are not overwritten, and for another's run."""
     task = registry.of_config(config).component.name
     if config.overwritten is None:
         raise OutputError(
-            f"--overwrite is not for the task {task}; delete {output_dir}, or choose another "
-            "--output-dir"
+            f"--overwrite is not for the task {task}; choose another --output-dir, or delete "
+            f"{output_dir} yourself"
         )
+    before = (_read_recipe(output_dir) or {"task": task}).get("task")
+    if before != task:
+        raise OutputError(
+            f"{output_dir} holds a run of the task {before}, which --overwrite does not delete for "
+            f"one of {task}; choose another --output-dir"
+        )
+
+
+def overwrite(config: TaskConfig, registry: Registry, output_dir: Path) -> None:
+    """Delete what an earlier run of the same task left in the folder, and nothing else.
+
+    Raises ``OutputError`` as :func:`check_overwrite` does.
+    """
+    check_overwrite(config, registry, output_dir)
     with locked(output_dir):
-        before = _read_recipe(output_dir)
-        if before is None:
-            return
-        if before.get("task") != task:
-            raise OutputError(
-                f"{output_dir} holds a run of the task {before.get('task')}, which --overwrite "
-                f"does not delete for one of {task}; choose another --output-dir"
-            )
-        # The recipe last: until then the same command finds the rest.
-        for pattern in (
-            *_named_files(output_dir),
-            *config.overwritten,
-            RESULTS,
-            TABLE,
-            LOG,
-            RECIPE,
-        ):
-            for path in output_dir.glob(pattern):
+        if (output_dir / RECIPE).exists():
+            patterns = (*_named_files(output_dir), *(config.overwritten or ()), *_OF_ANY_RUN)
+            for path in dict.fromkeys(itertools.chain(*map(output_dir.glob, patterns))):
                 _remove(path)
 
 
@@ -170,6 +171,14 @@ def _named_files(output_dir: Path) -> list[str]:
         return [glob.escape(each) for each in inside]
     except (OSError, ValueError, TypeError, AttributeError):
         return []
+
+
+def _elsewhere(config: TaskConfig, output_dir: Path) -> str:
+    """What to do about a folder that another run of this recipe cannot have."""
+    if config.overwritten is not None:
+        return "  choose another --output-dir, or add --overwrite"
+    ways = config.ways_on(output_dir)
+    return "  choose another --output-dir" + (f"; there, {ways}" if ways else "")
 
 
 @contextmanager
@@ -202,9 +211,7 @@ def _inner_runs_complete(config: TaskConfig, registry: Registry, output_dir: Pat
     runs = config.inner_runs(output_dir)
     for run in runs:
         with naming_stage(run.name):
-            recipe, folder = unstructure(registry, run.config), output_dir / run.name
-            free = run.config.free_keys(folder)
-            _refuse_another_recipe(recipe, folder, run.inherited, free)
+            _refuse_another_recipe(run.config, registry, output_dir / run.name, run.inherited)
     complete = {run.name for run in runs if (output_dir / run.name / RESULTS).exists()}
     for run in runs:
         absent = sorted({name for name in run.inherited.values() if name not in complete})
@@ -224,30 +231,59 @@ def _remove(path: Path) -> None:
 
 
 def _refuse_another_recipe(
-    recipe: Mapping[str, Any],
-    output_dir: Path,
-    inherited: Iterable[KeyPath] = (),
-    free: Collection[str] = (),
-    mend: str = "delete that folder",
+    config: TaskConfig, registry: Registry, output_dir: Path, inherited: Iterable[KeyPath] = ()
 ) -> None:
     before = _read_recipe(output_dir)
     if before is None:
         return
+    recipe, free = unstructure(registry, config), config.free_keys(output_dir)
     old, new = _settled(flatten(before), inherited), _settled(flatten(recipe), inherited)
+    if changed := _differences(old, new, free):
+        raise OutputError(
+            f"{output_dir} holds a run of another recipe:\n{changed}\n"
+            f"{_elsewhere(config, output_dir)}"
+        )
+
+
+def is_of_recipe(config: TaskConfig, registry: Registry, output_dir: Path) -> bool:
+    """Whether what a folder holds, if anything, may go on with this recipe."""
+    try:
+        _refuse_another_recipe(config, registry, output_dir)
+    except OutputError:
+        return False
+    return True
+
+
+def identity(config: TaskConfig, registry: Registry) -> dict[str, Any]:
+    """What a recipe says of what is learnt, by key: a checkpoint's way to know its run again.
+
+    Two runs of one identity and the same data are the same bits. Paths are left out: folders move.
+    """
+    flat = flatten(unstructure(registry, config))
+    places = {key for key, value in flat.items() if isinstance(value, str) and "/" in value}
+    places.update(config.places())
+    return {key: value for key, value in flat.items() if key not in places and not _is_free(key)}
+
+
+def identity_complaint(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
+    """How a checkpoint's run is another one than this; "" if it is not, or if nobody knows."""
+    changed = "" if before is None else _differences(before, now)
+    return changed and (
+        f"is of another run:\n{changed}\n    remove it from the folder, or go on from its weights "
+        "in another one (init_from.weights)"
+    )
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str] = ()) -> str:
+    """The first keys that have other values, a line each; "" if there are none."""
     changed = sorted(
         key
         for key in old.keys() | new.keys()
         if old.get(key) != new.get(key) and key not in free and not _is_free(key)
     )
-    if changed:
-        shown = "\n".join(
-            f"    {key}: {_show(old, key)} there, {_show(new, key)} now" for key in changed[:8]
-        )
-        more = f"\n    and {len(changed) - 8} more" if len(changed) > 8 else ""
-        raise OutputError(
-            f"{output_dir} holds a run of another recipe:\n{shown}{more}\n"
-            f"  choose another --output-dir, or {mend} to start anew"
-        )
+    lines = (f"    {key}: {_show(old, key)} there, {_show(new, key)} now" for key in changed[:8])
+    more = [f"    and {len(changed) - 8} more"] if len(changed) > 8 else []
+    return "\n".join([*lines, *more])
 
 
 def _read_recipe(output_dir: Path) -> dict[str, Any] | None:

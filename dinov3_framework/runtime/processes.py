@@ -7,8 +7,9 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -34,6 +35,20 @@ def pick_device(wanted: str) -> torch.device:
     if wanted == "cpu" or not available:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def memory_for_process(device: torch.device, processes: int) -> int | None:
+    """Bytes that each of ``processes`` on this machine can have on a device; None if unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    found = []
+    with suppress(OSError, LookupError, ValueError):
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    with suppress(OSError, ValueError):  # a container's limit; "max" where there is none
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    return min(found) // here if found else None
 
 
 @contextmanager

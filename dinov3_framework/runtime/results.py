@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dinov3_framework.runtime.output import RESULTS, TABLE, output_file, write_aside
+from dinov3_framework.runtime.output import RESULTS, output_file, write_aside
+
+TABLE = "results.csv"
 
 
 @attrs.frozen

@@ -19,10 +19,9 @@ from dinov3_framework.recipes.toml_text import KeyPath
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.console import console_handler
-from dinov3_framework.runtime.output import LOG, prepare_output, prepared, unwritable
+from dinov3_framework.runtime.environment import note_start
+from dinov3_framework.runtime.output import prepared, unwritable
 from dinov3_framework.runtime.processes import pick_device, process_group
-
-__all__ = ["prepare_output", "run_here", "run_task"]
 
 log = logging.getLogger(__name__)
 
@@ -38,17 +37,28 @@ def run_task(
     output_dir: Path,
     plan: Plan | None = None,
     *,
+    report: str = "",
     device: str = "auto",
     timeout: float = 600.0,
 ) -> int:
     """Run a checked task in this process and return the exit code.
 
-    Every process of the run calls this. ``device`` is ``auto``, ``cpu`` or ``cuda``; ``timeout``
-    (seconds) holds for every collective.
+    Every process of the run calls this. ``report`` is the check's, for the log; ``device`` is
+    ``auto``, ``cpu`` or ``cuda``; ``timeout`` (seconds) holds for every collective.
     """
     with process_group(pick_device(device), timeout), _console(), _peers(timeout):
-        run_here(task, config, registry, output_dir, plan=plan)
+        run_here(task, config, registry, output_dir, plan=plan, report=report)
     return ExitCode.OK
+
+
+def prepare_output(
+    config: TaskConfig, registry: Registry, output_dir: Path, report: str = ""
+) -> None:
+    """Make the folder ready for processes to come, as ``prepared`` does, and log ``report``."""
+    with prepared(config, registry, output_dir):
+        if report:
+            with log_file(output_dir, report):
+                pass
 
 
 def run_here(
@@ -58,18 +68,21 @@ def run_here(
     output_dir: Path,
     inherited: Iterable[KeyPath] = (),
     plan: Plan | None = None,
+    report: str = "",
 ) -> None:
     """Run a checked task in the process group that is open, in a folder and with a log of its own.
 
     Every process of the run calls this. The main one prepares and holds the output folder; what it
-    has to complain about ends the others too, without a word. ``inherited`` as for ``prepared``.
+    has to complain about ends the others too, without a word. ``inherited`` as for ``prepared``;
+    ``report`` goes into the log.
     """
     with ExitStack() as held:
         complaint = None
         if collectives.is_main():
             try:
                 held.enter_context(prepared(config, registry, output_dir, inherited))
-                held.enter_context(log_file(output_dir))
+                note_start(output_dir, registry)
+                held.enter_context(log_file(output_dir, report))
             except UserError as error:
                 complaint = error
         told = cast(UserError | None, collectives.all_gather_object(complaint)[0])
@@ -122,12 +135,15 @@ def _console() -> Iterator[None]:
 
 
 @contextmanager
-def log_file(output_dir: Path) -> Iterator[None]:
-    """Everything that the main process logs goes to ``run.log``, too."""
+def log_file(output_dir: Path, report: str = "") -> Iterator[None]:
+    """Everything that the main process logs goes to ``run.log``, too, after ``report``."""
     try:
-        file = logging.FileHandler(output_dir / LOG, encoding="utf-8")
+        if report:
+            with (output_dir / "run.log").open("a", encoding="utf-8", errors="replace") as log:
+                log.write(f"{report}\n\n")
+        file = logging.FileHandler(output_dir / "run.log", encoding="utf-8")
     except OSError as error:
-        raise unwritable(error, output_dir / LOG) from error
+        raise unwritable(error, output_dir / "run.log") from error
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     with _handled(file, logging.getLogger("dinov3_framework"), _captured()):
         yield

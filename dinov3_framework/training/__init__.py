@@ -9,12 +9,20 @@ from typing import Any
 import attrs
 
 from dinov3_framework.checkpoints import CheckpointConfig
-from dinov3_framework.configs import ImagesConfig, config, not_negative, option, positive
+from dinov3_framework.configs import (
+    ImagesConfig,
+    InvalidOption,
+    config,
+    not_negative,
+    option,
+    positive,
+)
 from dinov3_framework.data import LoaderConfig
 from dinov3_framework.kinds import DatasetConfig, ObserverConfig, OptimizerConfig, TaskConfig
 from dinov3_framework.parallel import ParallelConfig
 
 CHECKPOINTS = "checkpoints"  # below a run's folder
+RECIPE_IDENTITY = "recipe"  # in a checkpoint: what decides on what its run learns
 DATA = "data"  # in a checkpoint: the digest of the run's data
 
 
@@ -22,7 +30,14 @@ DATA = "data"  # in a checkpoint: the digest of the run's data
 class TrainingConfig(TaskConfig):
     """What all trainings share: data, an optimizer, and the loop around them."""
 
-    iterations: int = option("optimizer steps of the run", check=positive)
+    iterations: int = option(
+        "optimizer steps of the run; 0 leaves it to epochs", default=0, check=not_negative
+    )
+    epochs: float | None = option(
+        "passes over the data that the run is to make, in place of iterations",
+        default=None,
+        check=positive,
+    )
     batch_size: int = option("images of one optimizer step, over all processes", check=positive)
     accumulation_steps: int = option(
         "micro-batches that a process splits its share of the batch into",
@@ -45,6 +60,16 @@ class TrainingConfig(TaskConfig):
         check=not_negative,
     )
 
+    def __attrs_post_init__(self) -> None:
+        if not (self.iterations or self.epochs):
+            raise InvalidOption("iterations", "missing: how long the run is; or give epochs")
+        if self.iterations and self.epochs:
+            raise InvalidOption(
+                "epochs",
+                f"{self.epochs:g}, and iterations are {self.iterations:,}: one of them says how "
+                'long the run is; set epochs = "none" or iterations = 0',
+            )
+
     def free_keys(self, output_dir: Path) -> Sequence[str]:
         """Where the data lie, if a checkpoint says by their names whether they are the same."""
         from dinov3_framework.checkpoints.store import CheckpointStore
@@ -53,6 +78,9 @@ class TrainingConfig(TaskConfig):
         complete = (output_dir / RESULTS).exists()
         if complete or DATA not in CheckpointStore(output_dir / CHECKPOINTS).peek():
             return ()
+        return self.places()
+
+    def places(self) -> Sequence[str]:
         dataset: Any = type(self.dataset)
-        places = [field for field in attrs.fields(dataset) if field.metadata.get("is_place")]
-        return [f"dataset.{field.name}" for field in places]
+        fields = [field for field in attrs.fields(dataset) if field.metadata.get("is_place")]
+        return [f"dataset.{field.name}" for field in fields]

@@ -7,14 +7,10 @@ from typing import Any
 
 import attrs
 
-from dinov3_framework.contracts.data import Dataset, StreamDataset
 from dinov3_framework.errors import Problem
-from dinov3_framework.recipes.describe import rounded
 from dinov3_framework.schedules import Schedule
-from dinov3_framework.training import DATA, TrainingConfig
+from dinov3_framework.training import TrainingConfig
 from dinov3_framework.training.optimizer import lr_factor
-
-_MANY = 10_000  # passes over the data; the published runs on ImageNet-1k make some hundred
 
 
 def batch_problems(config: TrainingConfig, world_size: int) -> Iterator[Problem]:
@@ -65,36 +61,3 @@ def course(schedule: Schedule, total: int) -> str:
     if len(set(values)) == 1:
         return f"{values[0]:g}"
     return " -> ".join(f"{value:.3g}" for value in values)
-
-
-def data_complaint(state: Mapping[str, Any], dataset: Dataset | StreamDataset | None) -> str:
-    """How data differ from those that a checkpoint's run has seen; "" if they do not."""
-    before = state.get(DATA)
-    if before is None or not isinstance(dataset, Dataset) or before == (now := dataset.digest()):
-        return ""
-    return (
-        f"is not the data that this run began with: {before} then, {now} now\n"
-        "    bring those back, or go on from its weights (init_from.weights) in another folder"
-    )
-
-
-def data_rows(
-    config: TrainingConfig, dataset: Dataset | StreamDataset | None
-) -> list[tuple[str, str]]:
-    """What is known of the data; ``dataset`` is None where this machine does not have it."""
-    seen = config.iterations * config.batch_size
-    rows = [("images seen", f"{seen:,}")]
-    if dataset is not None:
-        rows.insert(0, ("dataset", dataset.describe()))
-    if isinstance(dataset, Dataset):
-        passes = seen / len(dataset)
-        rows.append(("passes over the data", rounded(passes)))
-        notes = list(dataset.notes())
-        if config.batch_size > len(dataset):
-            notes.append(
-                f"a step shows {config.batch_size:,} images, the data are {len(dataset):,}"
-            )
-        if passes > _MANY:
-            notes.append("so many passes are meant for more data; fewer iterations may do")
-        rows += [("note", note) for note in notes]
-    return rows

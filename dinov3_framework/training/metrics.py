@@ -103,3 +103,8 @@ def _by_rank(guarded: Sequence[str], flags: Sequence[float]) -> dict[str, list[i
         for index, name in enumerate(guarded)
         if (ranks := [collectives.place_of(r) for r, own in enumerate(everyone) if own[index]])  # type: ignore[index]
     }
+
+
+def format_metrics(values: Mapping[str, float]) -> str:
+    """Metrics on one line."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())

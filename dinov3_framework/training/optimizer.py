@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from dinov3_framework.contracts.networks import Shardable
 from dinov3_framework.contracts.training import OptimizerFactory
 from dinov3_framework.kinds import OptimizerConfig
-from dinov3_framework.schedules import Schedule
+from dinov3_framework.schedules import Schedule, iterations_of
 
 
 @frozen
@@ -86,7 +86,7 @@ class Optimizer:
     def values(self, iteration: int, total: int) -> dict[str, float]:
         """Scheduled values of one iteration, as they are logged."""
         lr = self.lr.at(iteration, total)
-        frozen_head = iteration < self.config.freeze_last_layer
+        frozen_head = iteration < iterations_of(self.config.freeze_last_layer, total)
         return {
             "lr": lr,
             "last_layer_lr": 0.0 if frozen_head else lr,

@@ -39,18 +39,19 @@ from dinov3_framework.recipes.toml_text import to_toml
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.agreement import OwnErrors, run_on_all_ranks
-from dinov3_framework.runtime.output import RECIPE
+from dinov3_framework.runtime.output import RECIPE, identity, identity_complaint, is_of_recipe
 from dinov3_framework.runtime.processes import pick_device
 from dinov3_framework.runtime.results import Record, print_results, write_results
-from dinov3_framework.training import CHECKPOINTS, TrainingConfig
-from dinov3_framework.training.check import (
-    batch_problems,
-    data_complaint,
-    data_rows,
-    schedule_problems,
-)
+from dinov3_framework.training import CHECKPOINTS, RECIPE_IDENTITY, TrainingConfig
+from dinov3_framework.training.check import batch_problems, schedule_problems
 from dinov3_framework.training.clock import StepClock
 from dinov3_framework.training.coordination import NullCoordinator
+from dinov3_framework.training.data import (
+    build_dataset,
+    data_complaint,
+    data_rows,
+    with_iterations,
+)
 from dinov3_framework.training.optimizer import Optimizer
 from dinov3_framework.training.run import TrainingRun
 from dinov3_framework.training.simulation import SimulatedBatch
@@ -92,7 +93,10 @@ class TrainingMethod(abc.ABC):
     @classmethod
     def task(cls, config: Any, *, registry: Registry) -> TrainingTask:
         """A task of this method: the factory of its component."""
-        return TrainingTask(config, registry=registry, method=cls(config, registry))
+        images = cls(config, registry).images
+        config, dataset = with_iterations(config, registry, images)
+        method = cls(config, registry)
+        return TrainingTask(config, registry=registry, method=method, dataset=dataset)
 
     def images(self) -> ImagesConfig:
         """What images are; by default as the recipe says."""
@@ -245,7 +249,7 @@ class TrainingTask(Task):
             [
                 *network_problems(config.parallel, network),
                 *method.problems(prepared, done),
-                *self._data_problems(dataset),
+                *self._state_problems(dataset),
             ]
         )
         sections = {
@@ -270,20 +274,22 @@ class TrainingTask(Task):
         steps = CheckpointStore(Path(self.config.output_dir) / CHECKPOINTS).steps()
         return steps[-1] if steps else 0
 
+    def progress(self) -> str:
+        return f"iteration {done:,}" if (done := self.done()) else ""
+
     def _dataset(self) -> Dataset | StreamDataset:
-        config = self.config
-        if self._given is not None:
-            return self._given
-        dataset = self.registry.build(config.dataset, channels=self.method.images().channels)
-        if isinstance(dataset, Dataset) and len(dataset) == 0:
-            raise DataError(f"{dataset.describe()}: holds no image")
-        self._given = dataset
+        if self._given is None:
+            self._given = build_dataset(self.config, self.registry, self.method.images())
         return self._given
 
-    def _data_problems(self, dataset: Dataset | StreamDataset | None) -> Iterator[Problem]:
-        """Whether a run that goes on would see other data than before."""
+    def _state_problems(self, dataset: Dataset | StreamDataset | None) -> Iterator[Problem]:
+        """Whether a run that goes on would be another than before, or see other data."""
         folder = self.config.output_dir
         state = {} if folder is None else CheckpointStore(Path(folder) / CHECKPOINTS).peek()
+        if state and is_of_recipe(self.config, self.registry, Path(str(folder))):
+            now = identity(self.config, self.registry)
+            if complaint := identity_complaint(state.get(RECIPE_IDENTITY), now):
+                yield Problem("output_dir", f"the newest checkpoint in {folder} {complaint}")
         if complaint := data_complaint(state, dataset):
             yield Problem("dataset", complaint)
 
@@ -378,6 +384,7 @@ class TrainingTask(Task):
             clock=StepClock(device),
             coordinator=self.coordinator,
             origin=self.method.origin(unit),
+            identity=identity(config, self.registry),
         )
 
     def optimizer(self, unit: TrainUnit) -> Optimizer:

@@ -13,22 +13,37 @@ import torch
 from attrs import define, field, frozen
 from torch import Tensor
 
+from dinov3_framework.checkpoints.finite import nonfinite_tensors
 from dinov3_framework.checkpoints.store import CheckpointStore, Restored
 from dinov3_framework.contracts.data import Dataset
 from dinov3_framework.contracts.running import Observer, StepRecord
 from dinov3_framework.contracts.training import Batch, Step, TrainUnit
 from dinov3_framework.data.loader import BatchMaker, TrainingLoader
 from dinov3_framework.data.workers import WorkerError
-from dinov3_framework.errors import DataError, DivergenceError, PeerError, UserError
+from dinov3_framework.errors import (
+    DataError,
+    DivergenceError,
+    OutputError,
+    PeerError,
+    UserError,
+    first_few,
+)
 from dinov3_framework.randomness import keyed_seed
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.console import TrainingProgress
+from dinov3_framework.runtime.output import identity_complaint
 from dinov3_framework.runtime.stopping import StopFlag
-from dinov3_framework.training import DATA, TrainingConfig
-from dinov3_framework.training.check import data_complaint
+from dinov3_framework.schedules import Span, iterations_of
+from dinov3_framework.training import DATA, RECIPE_IDENTITY, TrainingConfig
 from dinov3_framework.training.clock import StepClock
 from dinov3_framework.training.coordination import NullCoordinator
-from dinov3_framework.training.metrics import FiniteCheck, MetricsFile, reduce_step_metrics
+from dinov3_framework.training.data import data_complaint
+from dinov3_framework.training.metrics import (
+    FiniteCheck,
+    MetricsFile,
+    format_metrics,
+    reduce_step_metrics,
+)
 from dinov3_framework.training.optimizer import Optimizer
 from dinov3_framework.training.run import TrainingRun
 
@@ -67,6 +82,7 @@ class Trainer:
     reduce: Reduce = reduce_step_metrics
     done: int = 0  # iterations
     origin: Mapping[str, str] = {}  # of the first values, where they were not drawn
+    identity: Mapping[str, Any] | None = None  # of the recipe, for checkpoints
     _skipped: int = field(default=0, init=False)  # in a row
     _streams: dict[str, Any] = field(factory=dict, init=False)  # where streams go on, by part
 
@@ -89,6 +105,10 @@ class Trainer:
         return True
 
     def _accept(self, state: Mapping[str, Any]) -> None:
+        if self.identity and (
+            complaint := identity_complaint(state.get(RECIPE_IDENTITY), self.identity)
+        ):
+            raise OutputError(f"{self.store.folder}: a checkpoint there {complaint}")
         if complaint := data_complaint(state, self.maker.dataset):
             raise DataError(f"dataset: {complaint}")
         self.unit.accept(state)
@@ -103,12 +123,21 @@ class Trainer:
         state: dict[str, Any] = {"iterations": self.config.iterations, **self.unit.notes()}
         if isinstance(self.maker.dataset, Dataset):
             state[DATA] = self.maker.dataset.digest()
+        if self.identity:
+            state[RECIPE_IDENTITY] = dict(self.identity)
         if self.origin:
             state["init_from"] = dict(self.origin)
         if self._streams:
             parts: list[Any] = collectives.all_gather_object(self._streams)
             state["streams"] = {name: each for part in parts for name, each in part.items()}
-        path = self.store.save(self.done, self.tensors(), state)
+        tensors = self.tensors()
+        if bad := nonfinite_tensors(tensors):
+            raise DivergenceError(
+                f"iteration {self.done:,}: not finite after the update, so not saved: "
+                f"{first_few(bad)}\n    what is saved is sound, and the same command goes on from "
+                "it; lower the learning rate, or look at the loss whose buffers these are"
+            )
+        path = self.store.save(self.done, tensors, state)
         for name, observer in self.observers.items():
             with _observing(name):
                 observer.on_checkpoint(self.run, self.done, path)
@@ -134,7 +163,10 @@ class Trainer:
         try:
             shown = self.run.is_main and self.coordinator.is_logging_rank
             with StopFlag() as stop, TrainingProgress(self.done, total, shown) as bar:
-                self._write(metrics, self._start_observers())
+                first = self._start_observers()
+                if first:
+                    log.info("iteration %s: %s", f"{self.done:,}", format_metrics(first))
+                self._write(metrics, first)
                 while self.done < total:
                     self._iterate(batches, stop, bar, metrics)
         except RuntimeError as error:
@@ -170,12 +202,14 @@ class Trainer:
         if self._is_logged() or self.device.type != "cuda":  # it waits for the device
             measured |= self.clock.read()
         bar.update(self.done, measured["loss"], measured["images_per_second"], outcome.wait)
-        observed = self._call_observers(measured)
+        observed, rare = self._call_observers(measured)
+        if rare:
+            log.info("iteration %s: %s", f"{self.done:,}", format_metrics(rare))
         if observed or self._is_logged():
             self._write(metrics, measured | observed)
         last = self.done == self.config.iterations
         stopping = outcome.check.stop and not last
-        if stopping or last or left or self.done % self.config.checkpoint.every == 0:
+        if stopping or last or left or self._is_due(self.config.checkpoint.every):
             self._save()
         if left:
             raise PeerError(
@@ -184,6 +218,9 @@ class Trainer:
             )
         if stopping:
             raise stop.stopped(f"iteration {self.done:,}")
+
+    def _is_due(self, every: Span) -> bool:
+        return self.done % iterations_of(every, self.config.iterations) == 0
 
     def _is_logged(self) -> bool:
         return self.done % self.config.log_every == 0 or self.done == self.config.iterations
@@ -278,17 +315,26 @@ class Trainer:
                 added |= observer.on_start(self.run, self.done) or {}
         return added
 
-    def _call_observers(self, measured: Mapping[str, float]) -> dict[str, float]:
-        """What observers add; those that follow metrics come last, and see all of them."""
+    def _call_observers(
+        self, measured: Mapping[str, float]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """What observers add, and those of it that are not of every step.
+
+        Observers that follow metrics come last, and see all of them.
+        """
         added: dict[str, float] = {}
+        rare: dict[str, float] = {}
         last = self.done == self.config.iterations
         for name in sorted(self.observers, key=lambda n: self.observers[n].follows_metrics):
-            if last or self.done % self.config.observers[name].every == 0:
+            if last or self._is_due(self.config.observers[name].every):
                 observer = self.observers[name]
                 seen = {**measured, **added} if observer.follows_metrics else dict(measured)
                 with _observing(name):
-                    added |= observer.on_step(self.run, StepRecord(self.done, seen)) or {}
-        return added
+                    new = observer.on_step(self.run, StepRecord(self.done, seen)) or {}
+                added |= new
+                if self.config.observers[name].every != 1:
+                    rare |= new
+        return added, rare
 
     def conclude(self) -> dict[str, Any]:
         """What observers add to the results at the end."""

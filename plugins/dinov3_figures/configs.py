@@ -8,6 +8,7 @@ from dinov3_framework import (
     BackboneTaskConfig,
     DatasetConfig,
     ObserverConfig,
+    Span,
     config,
     option,
     positive,
@@ -18,7 +19,7 @@ from dinov3_framework import (
 class FiguresConfig(ObserverConfig):
     """Draws crops.png, curves.png and patch_pca.png into the run's folder ``figures``."""
 
-    every: int = option(
+    every: Span = option(
         "iterations between two drawings of the curves", default=1000, check=positive
     )
     images: int = option(

@@ -12,6 +12,7 @@ from dinov3_framework import (
     HeadConfig,
     ImagesConfig,
     ObserverConfig,
+    Span,
     TransformConfig,
     config,
     hookimpl,
@@ -78,7 +79,7 @@ class EvaluateWhileTrainingConfig(ObserverConfig):
     and with what any model has to beat.
     """
 
-    every: int = option("iterations between two evaluations", default=1000, check=positive)
+    every: Span = option("iterations between two evaluations", default=1000, check=positive)
     evaluations: dict[str, EvaluationConfig] = option("what is measured, by names of your choice")
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from dinov3_framework import DataError, ImagesConfig, Model, Observer, Run, StepRecord
 from dinov3_heads import EvaluateWhileTrainingConfig
 from dinov3_heads.evaluations import Evaluations, Metrics, label_of
+
+# Below the framework's logger, whose handlers write run.log.
+log = logging.getLogger("dinov3_framework.evaluations")
 
 
 class EvaluateWhileTraining(Observer):
@@ -37,6 +41,7 @@ class EvaluateWhileTraining(Observer):
 
     def on_end(self, run: Run) -> Mapping[str, Any]:
         evaluations = self._prepare(run.build, run.images)
+        log.info("Evaluating at the end: %s", ", ".join(self.config.evaluations))
         trained = self._evaluate(run, run.total_iterations)
         model, initial, seed = run.model(), run.initial_model(), run.config.seed
         measured = dict(evaluations.baselines(model))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dinov3_framework import Component, hookimpl
-from dinov3_ssl.configs import DistillConfig, MultiDistillConfig, PretrainConfig
+from dinov3_ssl.configs import DistillConfig, MultiDistillConfig, PretrainConfig, RankMeConfig
 
 
 @hookimpl
@@ -13,3 +13,8 @@ def dinov3_tasks() -> list[Component]:
         Component("distill", DistillConfig, "dinov3_ssl.distill:Distill.task"),
         Component("multi_distill", MultiDistillConfig, "dinov3_ssl.multi_distill:MultiDistill"),
     ]
+
+
+@hookimpl
+def dinov3_observers() -> list[Component]:
+    return [Component("rankme", RankMeConfig, "dinov3_ssl.collapse:RankMe")]

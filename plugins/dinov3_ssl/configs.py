@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import attrs
@@ -15,8 +16,14 @@ from dinov3_framework.configs import (
     replace,
     throughout,
 )
-from dinov3_framework.kinds import AugmentationConfig, BackboneConfig, LossConfig, OptimizerConfig
-from dinov3_framework.schedules import Schedule
+from dinov3_framework.kinds import (
+    AugmentationConfig,
+    BackboneConfig,
+    LossConfig,
+    ObserverConfig,
+    OptimizerConfig,
+)
+from dinov3_framework.schedules import Schedule, Span
 from dinov3_framework.training import TrainingConfig
 
 
@@ -131,6 +138,9 @@ class StudentTrainingConfig(SelfSupervisedConfig):
         "weights that the networks start from; left out, they start at random", default=None
     )
 
+    def ways_on(self, output_dir: Path) -> str:
+        return f"init_from.weights={output_dir} begins with its weights"
+
 
 @config
 class PretrainConfig(StudentTrainingConfig):
@@ -142,11 +152,15 @@ class PretrainConfig(StudentTrainingConfig):
     )
 
     def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
         if self.continue_from is not None and self.init_from is not None:
             raise InvalidOption(
                 "continue_from",
                 "and init_from both say what the networks start from; leave one of them out",
             )
+
+    def ways_on(self, output_dir: Path) -> str:
+        return f"continue_from.run={output_dir} trains on, {super().ways_on(output_dir)}"
 
 
 @config
@@ -201,6 +215,21 @@ class MultiDistillConfig(SelfSupervisedConfig):
         default=False,
     )
     students: dict[str, StudentConfig] = option("who learns, by names of your choice")
+
+
+@config
+class RankMeConfig(ObserverConfig):
+    """Watches for collapse without labels: RankMe and the deviation of class tokens.
+
+    ``rankme`` is the effective rank of features, at most the smaller of ``images`` and the width;
+    ``feature_std`` is 0 for features that are all alike, 1 for an even spread.
+    """
+
+    every: Span = option("iterations between two measurements", default=1000, check=positive)
+    images: int = option(
+        "samples whose first global crops are looked at", default=256, check=positive
+    )
+    batch_size: int = option("crops at a time", default=64, check=positive)
 
 
 def of_student(config: MultiDistillConfig, name: str, output_dir: str | None) -> DistillConfig:

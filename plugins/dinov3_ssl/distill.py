@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -203,6 +203,9 @@ class Distill(StudentMethod):
 
     def provenance(self) -> Mapping[str, str]:
         return {"distilled_from": self.config.teacher.weights}
+
+    def frozen_networks(self) -> Sequence[nn.Module]:
+        return [self.frozen.backbone] if self.seen(self.config.teacher.weights) else []
 
     def simulated_teacher(self, prepared: Parts) -> Backbone:
         return self.frozen.backbone

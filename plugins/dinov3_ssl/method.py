@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from dinov3_framework.checkpoints.store import CheckpointStore
 from dinov3_framework.contracts.data import Dataset, StreamDataset
@@ -17,6 +19,7 @@ from dinov3_framework.data.loader import Layout
 from dinov3_framework.errors import Problem, RecipeError
 from dinov3_framework.parallel.sharder import Sharder
 from dinov3_framework.runtime.agreement import OwnErrors, run_on_all_ranks
+from dinov3_framework.runtime.environment import software
 from dinov3_framework.training.simulation import SimulatedBatch
 from dinov3_framework.training.task import (
     CHECKPOINTS,
@@ -31,6 +34,7 @@ from dinov3_ssl.batches import CropBatches
 from dinov3_ssl.configs import StudentTrainingConfig, momentum, resolved_backbone
 from dinov3_ssl.frozen import memory_of, published_as
 from dinov3_ssl.init_from import open_weights
+from dinov3_ssl.memory import memory_rows
 from dinov3_ssl.networks import Blueprint, Networks
 from dinov3_ssl.objective import Objective
 from dinov3_ssl.preflight import Parts, config_problems, parts_problems, sections
@@ -88,7 +92,18 @@ class StudentMethod(TrainingMethod):
         return Model(prepared.blueprint.backbone, self.config.images, size=size)
 
     def sections(self, prepared: Parts, world_size: int, done: int) -> Mapping[str, Rows]:
-        return sections(self.config, prepared, world_size)
+        config, launcher = self.config, self.config.launcher
+        elsewhere = launcher is not None and self.registry.build(launcher).elsewhere
+        rows = sections(config, prepared, world_size)
+        if not self.simulated:
+            frozen = self.frozen_networks()
+            memory = memory_rows(config, prepared, world_size, elsewhere, frozen)
+            rows["memory"] = list(memory)
+        return rows
+
+    def frozen_networks(self) -> Sequence[nn.Module]:
+        """What a step holds beside student, moving average and anchors; on the meta device."""
+        return ()
 
     def sections_after(self, prepared: Parts, done: int) -> Mapping[str, Rows]:
         rows = self._initial_rows(prepared, done)
@@ -272,6 +287,7 @@ class StudentMethod(TrainingMethod):
         config, path = self.config, trainer.run.output_dir / EXPORT
         provenance = {
             "network": "teacher",
+            "software": software(),
             "iterations": str(config.iterations),
             "images_seen": str(config.iterations * config.batch_size),
             **trainer.origin,

@@ -28,6 +28,7 @@ from dinov3_framework.runtime.output import RECIPE, RESULTS, unwritable, write_a
 from dinov3_framework.runtime.processes import subgroups
 from dinov3_framework.runtime.results import write_results
 from dinov3_framework.runtime.session import log_file
+from dinov3_framework.training.data import with_iterations
 from dinov3_framework.training.simulation import SimulatedBatch
 from dinov3_framework.training.task import SideBySide, TrainingTask
 from dinov3_ssl.batches import CropBatches
@@ -50,7 +51,8 @@ class MultiDistill(Task):
     simulated = False  # as of a ``TrainingMethod``
 
     def __init__(self, config: MultiDistillConfig, *, registry: Registry) -> None:
-        self.config, self.registry = config, registry
+        self.config, self._dataset = with_iterations(config, registry, lambda: config.images)
+        self.registry = registry
 
     # ------------------------------------------------------------------ checking
     def check(self, world_size: int) -> Plan:
@@ -101,7 +103,7 @@ class MultiDistill(Task):
             registry=self.registry,
             method=method,
             coordinator=Lockstep(name),
-            dataset=None if checked is None else checked.dataset,
+            dataset=self._dataset if checked is None else checked.dataset,
         )
 
     def side_by_side(self, world_size: int) -> Sequence[SideBySide]:

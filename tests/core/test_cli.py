@@ -13,7 +13,7 @@ import tomli
 from attrs import define, evolve, field
 from toy_configs import HereConfig, ToyConfig
 
-from dinov3_framework import DataError, ExitCode, Plan, Registry, __version__
+from dinov3_framework import DataError, ExitCode, Plan, Registry, Task, __version__
 from dinov3_framework.cli import main
 from dinov3_framework.contracts.running import Job, JobHandle, Launcher, Resources
 from dinov3_framework.errors import DivergenceError, StopRequested
@@ -51,13 +51,16 @@ def trace(registry: Registry, write: Write, monkeypatch: pytest.MonkeyPatch) -> 
     """A recipe ``r.toml`` in an empty folder, and a command line that knows only toys."""
     trace = Trace()
 
-    class Task:
+    class Toy(Task):
         def check(self, world: int) -> Plan:
             trace.worlds.append(world)
             if trace.check_error:
                 raise trace.check_error
             rows = [("parameters", "1,234"), ("width", "8")]
             return Plan({"model": rows, "empty": []}, trace.missing)
+
+        def run(self, output_dir: Path, plan: Plan | None = None) -> None:
+            raise AssertionError("what runs it is a toy, too")
 
     class ToyLauncher(Launcher):
         def __init__(self, config: HereConfig) -> None:
@@ -81,18 +84,25 @@ def trace(registry: Registry, write: Write, monkeypatch: pytest.MonkeyPatch) -> 
             return trace.code
 
     def run_task(
-        task: Any, config: ToyConfig, registry: Registry, output_dir: Path, plan: Plan | None
+        task: Any,
+        config: ToyConfig,
+        registry: Registry,
+        output_dir: Path,
+        plan: Plan | None,
+        report: str,
     ) -> int:
         trace.ran.append((config, output_dir))
         if trace.run_error:
             raise trace.run_error
         return trace.code
 
-    def prepare_output(config: ToyConfig, registry: Registry, output_dir: Path) -> None:
+    def prepare_output(
+        config: ToyConfig, registry: Registry, output_dir: Path, report: str
+    ) -> None:
         trace.prepared.append(output_dir)
 
     ours = Registry()
-    factories = {"toy": lambda config, registry: Task(), "here": ToyLauncher}
+    factories = {"toy": lambda config, registry: Toy(), "here": ToyLauncher}
     for kind in ("backbone", "loss", "launcher", "task"):
         for name in registry.names(kind):
             component = registry.get(kind, name).component
@@ -263,7 +273,10 @@ def test_check_reports_and_writes_nothing(trace: Trace, capsys: pytest.CaptureFi
     assert main(["--check", "r.toml", "--launcher=here", "launcher.processes=4"]) == 0
     which, out = capsys.readouterr().out.split("\n\n", 1)
     assert which == f"recipe {Path('r.toml').absolute()}"
-    assert out == "model\n  parameters  1,234\n  width       8\n\nlauncher\n  4 processes here\n"
+    model, output, launcher = out.split("\n\n")
+    assert model == "model\n  parameters  1,234\n  width       8"
+    assert output.split() == ["output", "folder", "runs/r,", "new"]
+    assert launcher == "launcher\n  4 processes here\n"
     assert trace.worlds == [4]
     assert (files(), trace.ran, trace.jobs, trace.prepared) == (["r.toml"], [], [], [])
 

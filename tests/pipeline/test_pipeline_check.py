@@ -203,7 +203,7 @@ def test_the_mistakes_of_all_stages_come_at_once(chain: Path) -> None:
         world_size=2,
     )
     assert text.startswith("3 mistakes in this recipe:")
-    assert "stages.pretrain.recipe.optimizer.lr: warm-up and cosine take 300 iterations" in text
+    assert "stages.pretrain.recipe.optimizer.lr: warmup = 300 iterations" in text
     assert "stages.adapt.recipe.batch_size: 13 images cannot be split over 2 processes" in text
     assert "stages.last.recipe.init_from.weights: stage 'nobody' does not exist" in text
 

@@ -19,13 +19,13 @@ from dinov3_framework.recipes.compose import compose
 from dinov3_framework.recipes.structure import structure_recipe
 from dinov3_framework.runtime.output import (
     RunComplete,
-    clear,
     locked,
-    prepare_output,
+    overwrite,
     prepared,
     write_aside,
 )
 from dinov3_framework.runtime.results import write_results
+from dinov3_framework.runtime.session import prepare_output
 
 
 def prepare(output: Path, *overrides: str) -> None:
@@ -102,7 +102,7 @@ def test_a_very_different_recipe_is_not_listed_in_full(tmp_path: Path) -> None:
     prepare(tmp_path)
     with pytest.raises(OutputError, match=r"and \d+ more") as caught:
         prepare(tmp_path, "backbone.use=vit_small", "seed=3", "batch_size=24")
-    assert str(caught.value).count(" there, ") == 8
+    assert str(caught.value).count(" now") == 8
 
 
 @pytest.mark.parametrize("content", [b"not = [toml", b"\xff\xfe"])
@@ -266,19 +266,19 @@ def test_overwrite_deletes_what_the_run_left_and_nothing_else(tmp_path: Path) ->
     (output / "results.json").write_text(json.dumps({"files": files}))
     (output / "recipe.toml").write_text('task = "features"')
     with pytest.raises(OutputError, match="the task features"):
-        clear(evaluation(), registry(), output)
+        overwrite(evaluation(), registry(), output)
     (output / "recipe.toml").write_text('task = "evaluate"')
-    clear(evaluation(), registry(), output)
+    overwrite(evaluation(), registry(), output)
     assert not any((output / name).exists() for name in ours)
     assert all((output / name).exists() for name in theirs)
-    clear(evaluation(), registry(), output)  # where no run is, nothing is deleted
+    overwrite(evaluation(), registry(), output)  # where no run is, nothing is deleted
     assert all((output / name).exists() for name in theirs)
 
 
 def test_trainings_are_not_overwritten(tmp_path: Path) -> None:
     prepare(tmp_path)
     with pytest.raises(OutputError, match="not for the task pretrain"):
-        clear(tiny_config(), registry(), tmp_path)
+        overwrite(tiny_config(), registry(), tmp_path)
     assert (tmp_path / "recipe.toml").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from run_support import metrics, processes_with, run, saved, two_processes
 
 from dinov3_framework import ExitCode
+from dinov3_framework.checkpoints.finite import nonfinite_tensors
 from dinov3_framework.runtime.output import locked
 
 
@@ -150,6 +152,34 @@ def test_a_run_that_diverges_says_so_once(tmp_path: Path) -> None:
     for name, tensor in saved(output, 2, tmp_path).items():
         assert tensor.isfinite().all(), name
     assert not (output / "checkpoints" / "step_00000004").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_update_that_overflows_is_never_saved(tmp_path: Path, processes: int) -> None:
+    output = tmp_path / "run"
+    # All gradients are finite; what the second step makes of them is not.
+    rate = ("optimizer.lr.start=0.0", "optimizer.lr.peak=1e39", "optimizer.lr.warmup=1")
+    start = run if processes == 1 else two_processes
+    done = start(output, *rate, "checkpoint.every=1", "checkpoint.keep=9")
+    assert done.returncode == ExitCode.DIVERGED, done.stderr
+    text = "\n".join(lines_of(done))
+    assert text.count("iteration 2: not finite after the update, so not saved: student.") == 1
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_00000001"]
+    for name, tensor in saved(output, 1, tmp_path).items():
+        assert tensor.isfinite().all(), name
+
+
+def test_what_is_not_finite_is_named() -> None:
+    sound = {"a": torch.ones(3), "n": torch.ones(2, dtype=torch.int64), "empty": torch.ones(0)}
+    assert nonfinite_tensors(sound) == []
+    for value in (math.nan, math.inf, -math.inf):
+        bad = torch.ones(4, 5)
+        bad[2, 3] = value
+        assert nonfinite_tensors({**sound, "loss.center": bad, "b": bad.bfloat16()}) == [
+            "b",
+            "loss.center",
+        ]
 
 
 # --------------------------------------------------------------------------- the folder

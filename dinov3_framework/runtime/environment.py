@@ -1,0 +1,66 @@
+"""``environment.json`` of a run's folder: with what each start of it computed, and where."""
+
+from __future__ import annotations
+
+import json
+import platform
+import socket
+import subprocess
+import sys
+import time
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from dinov3_framework import __version__
+from dinov3_framework.registry import Registry
+from dinov3_framework.runtime.output import write_aside
+
+ENVIRONMENT = "environment.json"
+
+
+@cache
+def software() -> str:
+    """This framework, with the commit if it is a checkout, and torch, by version."""
+    found = _commit()
+    return f"dinov3-framework {__version__}{f' ({found})' if found else ''}, torch " + (
+        metadata.version("torch")
+    )
+
+
+def _commit() -> str:
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return ""
+    command = ["git", "-C", str(here), "rev-parse", "--short=10", "HEAD"]
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def note_start(output_dir: Path, registry: Registry) -> None:
+    """Add a start to those that ``environment.json`` lists."""
+    path = output_dir / ENVIRONMENT
+    try:
+        before = json.loads(path.read_text("utf-8"))["starts"]
+    except (OSError, ValueError, LookupError, TypeError):
+        before = []
+    start = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "software": software(),
+        "python": platform.python_version(),
+        "plugins": {name: _version(each) for name, each in sorted(registry.distributions.items())},
+        "host": socket.gethostname(),
+        "command": sys.argv,
+    }
+    write_aside(path, json.dumps({"starts": [*before, start]}, indent=1) + "\n")
+
+
+def _version(distribution: str) -> str:
+    try:
+        return f"{distribution} {metadata.version(distribution)}"
+    except metadata.PackageNotFoundError:  # a file, or a plugin that a program registered
+        return distribution

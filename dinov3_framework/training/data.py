@@ -1,0 +1,81 @@
+"""The data of a training: how long a run of so many epochs is, and what a check says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from dinov3_framework.configs import ImagesConfig, replace
+from dinov3_framework.contracts.data import Dataset, StreamDataset
+from dinov3_framework.errors import DataError, Problem, RecipeError
+from dinov3_framework.recipes.describe import rounded
+from dinov3_framework.registry import Registry
+from dinov3_framework.training import DATA, TrainingConfig
+
+Config = TypeVar("Config", bound=TrainingConfig)
+
+_MANY = 10_000  # passes over the data; the published runs on ImageNet-1k make some hundred
+
+
+def build_dataset(
+    config: TrainingConfig, registry: Registry, images: ImagesConfig
+) -> Dataset | StreamDataset:
+    """The recipe's data; raises ``DataError`` where they are missing or empty."""
+    dataset: Dataset | StreamDataset = registry.build(config.dataset, channels=images.channels)
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise DataError(f"{dataset.describe()}: holds no image")
+    return dataset
+
+
+def with_iterations(
+    config: Config, registry: Registry, images: Callable[[], ImagesConfig]
+) -> tuple[Config, Dataset | StreamDataset | None]:
+    """The same recipe with its epochs in iterations, and the data, where they had to be counted.
+
+    Raises ``UserError`` where epochs are given and the data cannot be counted.
+    """
+    if config.epochs is None:
+        return config, None
+    instead = "\n    give iterations in place of epochs where that is so"
+    try:
+        dataset = build_dataset(config, registry, images())
+    except DataError as error:
+        raise DataError(f"epochs: the data are not here to be counted: {error}{instead}") from error
+    if not isinstance(dataset, Dataset):
+        text = f"{dataset.describe()} is a stream, which has no length{instead}"
+        raise RecipeError([Problem("epochs", text)])
+    iterations = max(round(config.epochs * len(dataset) / config.batch_size), 1)
+    return replace(config, epochs=None, iterations=iterations), dataset
+
+
+def data_complaint(state: Mapping[str, Any], dataset: Dataset | StreamDataset | None) -> str:
+    """How data differ from those that a checkpoint's run has seen; "" if they do not."""
+    before = state.get(DATA)
+    if before is None or not isinstance(dataset, Dataset) or before == (now := dataset.digest()):
+        return ""
+    return (
+        f"is not the data that this run began with: {before} then, {now} now\n"
+        "    bring those back, or go on from its weights (init_from.weights) in another folder"
+    )
+
+
+def data_rows(
+    config: TrainingConfig, dataset: Dataset | StreamDataset | None
+) -> list[tuple[str, str]]:
+    """What is known of the data; ``dataset`` is None where this machine does not have it."""
+    seen = config.iterations * config.batch_size
+    rows = [("images seen", f"{seen:,}")]
+    if dataset is not None:
+        rows.insert(0, ("dataset", dataset.describe()))
+    if isinstance(dataset, Dataset):
+        passes = seen / len(dataset)
+        rows.append(("passes over the data", rounded(passes)))
+        notes = list(dataset.notes())
+        if config.batch_size > len(dataset):
+            notes.append(
+                f"a step shows {config.batch_size:,} images, the data are {len(dataset):,}"
+            )
+        if passes > _MANY:
+            notes.append("so many passes are meant for more data; fewer iterations may do")
+        rows += [("note", note) for note in notes]
+    return rows
