@@ -40,9 +40,7 @@ class PrototypeLossConfig(LossConfig):
         default=None,
     )
     teacher_temp: Schedule = option(
-        "temperature of the teacher's logits",
-        factory=lambda: Constant(value=0.07),
-        check=throughout(positive),
+        "temperature of the teacher's logits", factory=lambda: Constant(value=0.07)
     )
     student_temp: float = option("temperature of the student's logits", default=0.1, check=positive)
     sinkhorn_iterations: int = option(

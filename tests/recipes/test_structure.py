@@ -308,7 +308,6 @@ def test_only_what_was_probably_meant_is_suggested(
         ("losses.dino.weight", "-1"),
         ("losses.dino.weight", "{ use = 'cosine', start = 0, peak = 1, end = -0.1 }"),
         ("losses.dino.local_weight", "-0.5"),
-        ("losses.dino.teacher_temp", "0"),
         ("optimizer.lr", "-0.001"),
         ("teacher.momentum", "1.01"),
     ],
