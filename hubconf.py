@@ -10,6 +10,7 @@ mode; ``backbone.images`` has the mean and standard deviation that their images 
 
 import sys as _sys
 from collections.abc import Callable as _Callable
+from collections.abc import Sequence as _Sequence
 from pathlib import Path as _Path
 from typing import Any as _Any
 
@@ -32,6 +33,7 @@ def _entry_point(name: str) -> _Callable[..., _Any]:
         pretrained: bool = True,
         weights: str | _Path | None = None,
         check_hash: bool = False,
+        unused: _Sequence[str] = (),
         **fields: _Any,
     ) -> _Any:
         return _load_published(
@@ -40,6 +42,7 @@ def _entry_point(name: str) -> _Callable[..., _Any]:
             pretrained=pretrained,
             weights=weights,
             check_hash=check_hash,
+            unused=unused,
             **fields,
         )
 

@@ -168,6 +168,9 @@ class AnchorConfig:
         default=None,
     )
     network: str = option("which network of a training checkpoint is read", default="teacher")
+    unused: tuple[str, ...] | None = option(
+        "names, or patterns with *, of tensors of the weights that may be left over", default=None
+    )
     start: int | None = option(
         "iteration before which the momentum teacher is copied for the first time; left out, that "
         "which the run begins with, or never if there are weights",

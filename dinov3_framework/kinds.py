@@ -238,6 +238,9 @@ class BackboneTaskConfig(TaskConfig):
         "weights of the backbone: a file or folder of any known format, or a published name",
         default=None,
     )
+    unused: tuple[str, ...] | None = option(
+        "names, or patterns with *, of tensors of the weights that may be left over", default=None
+    )
     backbone: BackboneConfig | None = option(
         "a backbone to look at as it is initialized, with the recipe's seed", default=None
     )

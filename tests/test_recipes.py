@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from attrs import evolve
+from PIL import Image
 
 from dinov3_framework import Constant, Cosine, ExitCode, Registry
 from dinov3_framework.cli import main
@@ -33,12 +34,13 @@ OVERLAID = [
     *((stage, overlay) for overlay in ("1gpu", "8gpu") for stage in STAGES),
     *((stage, overlay) for overlay in ("1gpu_high_res", "8gpu_high_res") for stage in HIGH_RES),
 ]
-RUNNABLE = [*((name,) for name in NAMES), *OVERLAID]
+SMALLER = [("my_images", "cpu")]
+RUNNABLE = [*((name,) for name in NAMES), *OVERLAID, *SMALLER]
 
 
 def test_there_are_recipes_and_overlays() -> None:
     assert {"quickstart", "knn", "vit7b_pretrain", "vitl_im1k"} <= set(NAMES)
-    assert FILES.keys() - set(NAMES) == {overlay for _, overlay in OVERLAID}
+    assert FILES.keys() - set(NAMES) == {overlay for _, overlay in [*OVERLAID, *SMALLER]}
 
 
 @pytest.mark.parametrize("names", RUNNABLE, ids=" ".join)
@@ -55,6 +57,8 @@ def test_a_recipe_passes_its_check(
     here = [] if weights is None else [f"weights={_export(tmp_path)}"]
     if compiler_complaint(torch.device("cpu")) and hasattr(config, "parallel"):
         here.append("parallel.compile=false")
+    if getattr(config, "epochs", None):  # they are counted by the images
+        here.append(f"dataset.root={_images(tmp_path)}")
     code, shown = main([*words, "--check", *here]), capsys.readouterr()
     lacks = "could not run here as it stands" in shown.out
     assert code == (ExitCode.WRONG_INPUT if lacks else ExitCode.OK), shown.err
@@ -80,6 +84,15 @@ def test_recipes_that_went_are_composed_now() -> None:
             for kind in (True, False)
         }
         structure_recipe(registry, compose(words[False], words[True]))
+
+
+def _images(folder: Path) -> Path:
+    """A folder with a few images."""
+    images = folder / "images"
+    images.mkdir()
+    for shade in range(3):
+        Image.new("RGB", (260, 240), (shade, 60, 90)).save(images / f"{shade}.jpg")
+    return images
 
 
 def _export(folder: Path) -> Path:

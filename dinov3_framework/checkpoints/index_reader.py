@@ -13,7 +13,7 @@ import math
 import pickle
 import re
 import struct
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dinov3_framework.checkpoints.manifest import is_plain_name
+from dinov3_framework.checkpoints.manifest import is_plain_name, leads_out
 from dinov3_framework.errors import CheckpointError
 
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -63,6 +63,7 @@ def read_index(path: Path, files: Container[str], foreign: bool = False) -> Meta
     Of a ``foreign`` one, what is not a tensor is left out; its bytes are never read. Raises
     ``CheckpointError`` for anything else.
     """
+    _refuse_links([path])
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -70,12 +71,24 @@ def read_index(path: Path, files: Container[str], foreign: bool = False) -> Meta
     try:
         _scan(content)
         with _collecting_no_garbage():
-            return _index(_Unpickler(io.BytesIO(content)).load(), files, foreign)
+            index = _index(_Unpickler(io.BytesIO(content)).load(), files, foreign)
     except Exception as error:  # a malformed pickle raises whatever it likes
         raise CheckpointError(
             f"{path}: refused, since this is not the index of a checkpoint that dinov3_framework "
             f"wrote, or of tensors alone: {error}"
         ) from error
+    names = {place.relative_path for place in index.storage_data.values()}
+    _refuse_links(path.with_name(name) for name in names)
+    return index
+
+
+def _refuse_links(files: Iterable[Path]) -> None:
+    for file in files:
+        if leads_out(file):
+            raise CheckpointError(
+                f"{file}: refused, since it is a link that leads out of its folder; put the file "
+                "itself there"
+            )
 
 
 @contextmanager

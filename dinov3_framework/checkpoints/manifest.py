@@ -136,6 +136,18 @@ def is_plain_name(name: object) -> bool:
     return bool(name) and name not in (".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
+def leads_out(path: Path) -> bool:
+    """Whether a file is a link to the outside of its folder.
+
+    In Hugging Face's cache all files are links: to blobs in the folder of their model, or in one
+    beside it that models share (huggingface_hub 2).
+    """
+    folder, file = path.parent.resolve(), path.resolve()
+    models = (each for each in folder.parents if each.name.startswith("models--"))
+    inside = [folder, *(place for each in models for place in (each, each.with_name("blobs")))]
+    return not any(file.is_relative_to(each) for each in inside)
+
+
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()

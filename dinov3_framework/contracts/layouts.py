@@ -48,9 +48,14 @@ class Content(Protocol):
 
 # --------------------------------------------------------------------------- rules
 class Rule(abc.ABC):
-    """What a file has in place of one tensor of the official state dict."""
+    """What a file has in place of one tensor of the official state dict.
+
+    A file may lack what features do not need: ``lacking`` says what becomes of it, and the tensor
+    keeps the value that it is initialized with. Empty, it must be there.
+    """
 
     official: str
+    lacking: str = ""
 
     @abc.abstractmethod
     def stored(self, shape: Shape) -> Mapping[str, Shape]:
@@ -81,6 +86,7 @@ class Renamed(Rule):
     official: str
     name: str
     leading: int = 0
+    lacking: str = ""
 
     def stored(self, shape: Shape) -> Mapping[str, Shape]:
         return {self.name: (1,) * self.leading + shape}
@@ -210,7 +216,10 @@ class Layout(abc.ABC):
     def settings(
         self, config: Any, images: ImagesConfig, size: int
     ) -> Mapping[str, Mapping[str, Any]]:
-        """JSON files to stand beside ``model.safetensors`` in a folder; none: a single file."""
+        """JSON files to stand beside ``model.safetensors`` in a folder; none: a single file.
+
+        A ``dtype`` in one of them becomes that of the tensors.
+        """
         return {}
 
 

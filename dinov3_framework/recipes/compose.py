@@ -11,12 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tomli
 from attrs import define, field, frozen
 
 from dinov3_framework.errors import Problem, RecipeError, suggest
 from dinov3_framework.recipes.files import Mistake, Source, find_base, find_recipe
-from dinov3_framework.recipes.toml_text import KeyPath, dotted, inline, split_key
+from dinov3_framework.recipes.toml_text import KeyPath, dotted, inline, parse_toml, split_key
 
 COMMAND_LINE = Source(Path("command line"), "command line")
 NESTED = "recipe"  # a table of this name holds a whole recipe
@@ -273,8 +272,8 @@ def _override(text: str) -> tuple[KeyPath, Any]:
     if not value:
         raise Mistake("no value after the equals sign", f"an empty string is {where}='\"\"'", where)
     try:
-        parsed = tomli.loads(f"value = {value}")
-    except tomli.TOMLDecodeError as error:
+        parsed = parse_toml(f"value = {value}")
+    except ValueError as error:
         if value[0] not in "[{\"'" and "\n" not in value:
             return path, value
         reason = str(error).partition(" (at ")[0]  # places would count our own "value = "

@@ -8,13 +8,15 @@ import itertools
 import json
 import os
 import re
+from importlib.metadata import entry_points
 from pathlib import Path
 
-import tomli
 from attrs import frozen
 
 from dinov3_framework.errors import Problem, first_few, suggest
+from dinov3_framework.recipes.toml_text import parse_toml
 
+PROJECT = "dinov3_framework"
 RECIPES_PACKAGE = "dinov3_recipes"
 FORMERLY = "formerly.json"  # in a package: {name of a recipe that went: what to write instead}
 
@@ -43,11 +45,11 @@ class Source:
 
     def load(self) -> dict[str, object]:
         try:
-            return tomli.loads(self.path.read_text("utf-8"))
-        except tomli.TOMLDecodeError as error:
-            raise Mistake(f"is not TOML: {error}") from error
+            return parse_toml(self.path.read_text("utf-8"))
         except UnicodeDecodeError as error:
             raise Mistake(f"is not UTF-8: {error}") from error
+        except ValueError as error:
+            raise Mistake(f"is not TOML: {error}") from error
         except OSError as error:
             raise Mistake(f"cannot be read: {error.strerror}") from error
 
@@ -107,18 +109,27 @@ def header_of(recipe: str) -> tuple[str, dict[str, str]]:
     return summary, header
 
 
-def _folders(package: str) -> list[Path]:
-    """The folders of a package, found without importing it.
+def _declared() -> set[str]:
+    """Top-level packages with recipes: those of plugins, and what distributions declare besides."""
+    offered = [*entry_points(group=PROJECT), *entry_points(group=f"{PROJECT}.recipes")]
+    return {entry.module.partition(".")[0] for entry in offered}
 
-    ``importlib.resources`` cannot look into a package without ``__init__`` that is installed in
-    editable mode, which is what the shipped recipes are to a developer.
+
+def _folders(package: str) -> list[Path]:
+    """The folders of a package that declares recipes, found without importing anything.
+
+    To look for a top-level package imports nothing; to look for one inside would import the outer
+    one. ``importlib.resources`` cannot look into a package without ``__init__`` that is installed
+    in editable mode, which is what the shipped recipes are to a developer.
     """
+    top, *inner = package.split(".")
     try:
-        spec = importlib.util.find_spec(package)
+        spec = importlib.util.find_spec(top) if top in _declared() else None
     except (ImportError, ValueError):
         return []
-    locations = spec.submodule_search_locations if spec is not None else None
-    return [Path(place) for place in locations or () if os.path.isdir(place)]
+    places = spec.submodule_search_locations if spec is not None else None
+    folders = [Path(place, *inner) for place in places or ()]
+    return [folder for folder in folders if folder.is_dir()]
 
 
 def _in_package(package: str, name: str) -> Source:
@@ -126,11 +137,11 @@ def _in_package(package: str, name: str) -> Source:
     folders = _folders(package)
     for folder in folders:
         path = folder / f"{name}.toml"
-        if path.is_file():
+        if path.is_file() and ".." not in path.parts:
             return Source(path, f"{package}:{name}", package)
     if not folders:
-        message = f"no package is named {package!r}"
-        raise Mistake(message, "is it installed in this environment?")
+        message = f"no package {package!r} with recipes is installed"
+        raise Mistake(message, f"those that declare recipes: {', '.join(sorted(_declared()))}")
     now = _formerly(package, name)
     known = recipes_of(package)
     hint = f"it is composed now: {now}" if now else suggest(name, known, "its recipes")

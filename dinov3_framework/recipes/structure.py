@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -156,6 +157,8 @@ def _scalar(value: Any, declared: Any) -> Any:
         elif declared is str and not isinstance(value, Mapping | list):
             hint = "strings need quotes"
         raise _mismatch(type_name(declared), value, hint)
+    if declared is int and abs(value) > sys.maxsize:
+        raise _fault("is out of bounds: integers have 64 bits")
     if declared is float and math.isnan(value):
         raise _fault("must not be nan")
     if declared is str and "\0" in value:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import tomli
 import tomli_w
 
 KeyPath = tuple[str, ...]
@@ -35,6 +36,14 @@ def split_key(text: str) -> tuple[KeyPath, str] | None:
             return tuple(path), text[position:]
         position += 1
     return None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """TOML as a dict; ``ValueError`` for what is not, or is nested too deep to be read."""
+    try:
+        return tomli.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"nested too deep ({error})") from error
 
 
 def inline(value: Any) -> str:

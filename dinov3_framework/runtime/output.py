@@ -18,12 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import tomli
-
 from dinov3_framework.errors import ExitCode, OutputError
 from dinov3_framework.kinds import TaskConfig
 from dinov3_framework.recipes.plain import unstructure
-from dinov3_framework.recipes.toml_text import KeyPath, to_toml
+from dinov3_framework.recipes.toml_text import KeyPath, parse_toml, to_toml
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime.durable import clear_aside, no_room, written_aside
 from dinov3_framework.runtime.inner_runs import naming_stage
@@ -292,7 +290,7 @@ def _read_recipe(output_dir: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return tomli.loads(path.read_text(encoding="utf-8"))
+        return parse_toml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} is no recipe: {error}; choose another --output-dir") from error
 

@@ -1,6 +1,7 @@
 """Say what a file is that was taken for weights and holds none, and what to do about it.
 
-Only first bytes and sizes are looked at; nothing in a file is run or believed.
+Only first bytes and sizes are looked at; nothing in a file is run or believed, nor quoted: it may
+be any file of this machine.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +25,7 @@ EXPECTED = (
 
 _HEAD = 512  # bytes that tell one kind of file from another
 _LONGEST_HEADER = 100_000_000  # bytes; the safetensors library refuses longer ones
+JSON_TEXT = "JSON text and not tensors"
 WEB_PAGE = "a web page, so the download gave an error or a login page"
 
 _ARCHIVES = {
@@ -71,6 +75,30 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(text)
 
 
+@contextmanager
+def exhaustion(path: Path) -> Iterator[None]:
+    """Make running out of memory or of stack the fault of what is being read."""
+    try:
+        yield
+    except (MemoryError, RecursionError, RuntimeError) as error:
+        # torch raises a bare RuntimeError for it too, which means other things elsewhere.
+        if type(error) is RuntimeError and not re.search("allocate mem|overflowed", str(error)):
+            raise
+        what = "nested too deeply" if isinstance(error, RecursionError) else "more than the memory"
+        raise CheckpointError(
+            f"{path} cannot be read: what it declares is {what}\n"
+            "it is damaged or malicious, or wants a larger machine"
+        ) from error
+
+
+def declares_too_much(path: Path, what: str, size: int) -> CheckpointError:
+    """The error for a file whose ``what`` is larger than its ``size`` bytes can hold."""
+    return CheckpointError(
+        f"{path} is damaged or malicious: {what}, more than its {size:,} bytes can hold; nothing "
+        "was read\ndownload or copy it again"
+    )
+
+
 def missing(path: Path) -> str:
     """What to say of a path at which there is no file."""
     if path.is_dir():
@@ -102,7 +130,9 @@ def usable(folder: Path) -> str:
 def web_answer(head: bytes) -> str | None:
     """What a server's answer is that begins with ``head``, if it is no file but a message."""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
-    code = re.search(rb"<Code>(\w+)</Code>", text)
+    code = re.search(
+        rb"<Code>(AccessDenied|ExpiredToken|NoSuch\w{3,6}|Request\w{4,24})</Code>", text
+    )
     if text.startswith(b"<") and (code or b"<Error>" in text):
         name = f" ({code[1].decode()})" if code else ""
         return (
@@ -112,7 +142,7 @@ def web_answer(head: bytes) -> str | None:
     if text.lower().startswith((b"<!doctype html", b"<html", b"<?xml", b"<head", b"<!--")):
         return WEB_PAGE
     if text.startswith((b'{"', b"{\n", b"{\r", b"{ ", b"[", b"{}")):
-        return f"JSON text and not tensors: {_shown(text)}"
+        return JSON_TEXT
     return None
 
 
@@ -180,10 +210,4 @@ def _text(head: bytes) -> str | None:
         return None
     if not text.translate(dict.fromkeys(map(ord, "\n\r\t"), " ")).isprintable():
         return None
-    return f"its content is of an unknown kind, text that begins with {_shown(head)}"
-
-
-def _shown(text: bytes) -> str:
-    """The beginning of a text in one line."""
-    line = " ".join(text.decode(errors="replace").split())
-    return repr(line[:80] + ("..." if len(line) > 80 else ""))
+    return "it is a text file"

@@ -6,6 +6,7 @@ What a file is follows from its content, not from its name. Nothing in it is run
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -17,6 +18,7 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
+from dinov3_framework.checkpoints.manifest import leads_out
 from dinov3_framework.contracts.layouts import Shape
 from dinov3_framework.errors import CheckpointError
 from dinov3_framework.weights import _file_diagnosis as diagnosis
@@ -33,7 +35,10 @@ _FOLDER_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "open_clip_pytorch_model.bin",
+    "adapter_model.safetensors",  # of PEFT, whose adapters are refused for what they are
+    "adapter_model.bin",
 )
+_ADAPTER = "adapter_config.json"
 
 
 @frozen
@@ -54,6 +59,7 @@ class OpenWeights:
     settings: Mapping[str, Any] = field(factory=dict)  # config.json of a folder
     preprocessor: Mapping[str, Any] = field(factory=dict)  # preprocessor_config.json of a folder
     metadata: Mapping[str, str] = field(factory=dict)  # of a safetensors file
+    notes: Sequence[str] = ()  # what a user should know of how it was opened
     shapes: Mapping[str, Shape] = field(init=False, repr=False)
 
     @shapes.default
@@ -64,7 +70,8 @@ class OpenWeights:
         """One tensor, as :class:`StoredTensor` gives it."""
         if name not in self.tensors:
             raise CheckpointError(f"{self.path}: there is no tensor {name!r} in it")
-        return self.tensors[name].read()
+        with diagnosis.exhaustion(self.path):
+            return self.tensors[name].read()
 
     def below(self, prefix: str) -> OpenWeights:
         """The tensors whose names begin with ``prefix``, without it."""
@@ -84,7 +91,8 @@ def open_weights(path: Path) -> Iterator[OpenWeights]:
     path = Path(path)
     with ExitStack() as stack:
         try:
-            opened = _open_folder(path, stack) if path.is_dir() else _open_file(path, stack)
+            with diagnosis.exhaustion(path):
+                opened = _open_folder(path, stack) if path.is_dir() else _open_file(path, stack)
         except OSError as error:
             raise diagnosis.unreadable(path, error) from error
         yield opened
@@ -106,9 +114,12 @@ class _File:
         if container is None:
             raise diagnosis.not_weights(path)
         if container == "safetensors":
-            return _open_safetensors(path, stack)
-        tensors = [(n, _stored(tuple(t.shape), partial(_same, t))) for n, t in read_pickle(path)]
-        return cls(path, "a PyTorch file", tensors)
+            file, size = _open_safetensors(path, stack), path.stat().st_size
+        else:
+            content, size = read_pickle(path)
+            tensors = [(n, _stored(tuple(t.shape), partial(_same, t))) for n, t in content]
+            file = cls(path, "a PyTorch file", tensors)
+        return attrs.evolve(file, tensors=[(n, bounded(path, n, t, size)) for n, t in file.tensors])
 
     def named(self) -> dict[str, StoredTensor]:
         """The tensors under names without the parts of wrappers."""
@@ -131,6 +142,21 @@ class _File:
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def bounded(path: Path, name: str, tensor: StoredTensor, size: int) -> StoredTensor:
+    """The tensor, or one that refuses to be read if it has more values than a file has bytes.
+
+    Views repeat numbers without end, and an axis of 0 hides how long the others are.
+    """
+    if (count := math.prod(max(1, axis) for axis in tensor.shape)) <= size:
+        return tensor
+
+    def refuse() -> Tensor:
+        declared = f"{name!r} {list(tensor.shape)} has {count:,} values"
+        raise diagnosis.declares_too_much(path, declared, size)
+
+    return attrs.evolve(tensor, read=refuse)
 
 
 def _open_file(path: Path, stack: ExitStack) -> OpenWeights:
@@ -179,18 +205,46 @@ def _open_folder(folder: Path, stack: ExitStack) -> OpenWeights:
             f"{folder} is a sharded checkpoint (torch.distributed.checkpoint) and not one file of "
             "weights\nexport a backbone from it first"
         )
+    notes: list[str] = []
     weights = next((folder / n for n in _FOLDER_FILES if (folder / n).is_file()), None)
     if weights is None:
+        weights = _variant_in(folder)
+        notes.append(f"there are no weights but {weights.name}, which are taken")
+    names = ["config.json", "open_clip_config.json"]
+    if weights.name.startswith("adapter_"):
+        names = [_ADAPTER]
+    elif (folder / _ADAPTER).is_file():
+        notes.append(f"the adapter beside its weights ({_ADAPTER}) is left out")
+    file = _open_shards(weights, stack) if weights.suffix == ".json" else _File.open(weights, stack)
+    settings = next(filter(None, (_json(folder / name) for name in names)), {})
+    preprocessor = _json(folder / "preprocessor_config.json")
+    description = _folder_description(settings)
+    opened = file.named(), settings, preprocessor, file.metadata
+    return OpenWeights(folder, description, *opened, notes=notes)
+
+
+def _variant_in(folder: Path) -> Path:
+    """The weights that transformers saved as a variant: ``model.fp16.safetensors``."""
+    variants = set()
+    for file in folder.iterdir():
+        name, _, rest = file.stem.rpartition(".")
+        known = f"{name}{file.suffix}" in _FOLDER_FILES and file.is_file()
+        if known and "-" not in rest:  # as fp16-00001-of-00002 has it, one of several shards
+            variants.add(rest)
+    if not variants:
         raise CheckpointError(
             f"{folder} is a folder without weights ({', '.join(_FOLDER_FILES[:2])}, "
             f"pytorch_model.bin){diagnosis.usable(folder)}\n{diagnosis.EXPECTED}"
         )
-    index = weights.name.endswith(".index.json")
-    file = _open_shards(weights, stack) if index else _File.open(weights, stack)
-    settings = _json(folder / "config.json") or _json(folder / "open_clip_config.json")
-    preprocessor = _json(folder / "preprocessor_config.json")
-    description = _folder_description(settings)
-    return OpenWeights(folder, description, file.named(), settings, preprocessor, file.metadata)
+    if len(variants) > 1:
+        raise CheckpointError(
+            f"{folder} holds weights in several variants, {', '.join(sorted(variants))}; leave "
+            "those of one in it"
+        )
+    (variant,) = variants
+    names = (name.rpartition(".") for name in _FOLDER_FILES)
+    files = (folder / f"{stem}.{variant}.{suffix}" for stem, _, suffix in names)
+    return next(file for file in files if file.is_file())
 
 
 def _folder_description(settings: Mapping[str, Any]) -> str:
@@ -216,6 +270,11 @@ def _open_shards(index: Path, stack: ExitStack) -> _File:
             raise CheckpointError(
                 f"{index} names {shard}, which is not there\ndownload the missing shard, or the "
                 "folder again"
+            )
+        if leads_out(path):
+            raise CheckpointError(
+                f"{path} is a link that leads out of its folder, and is not followed\n"
+                "put the shard itself into the folder"
             )
         file = _File.open(path, stack)
         expected = {name for name, place in places.items() if place == shard}

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from dinov3_framework.errors import CheckpointError, first_few
 from dinov3_framework.weights import _file_diagnosis as diagnosis
 
+# How far a repacked archive may have shrunk: numbers of a network hardly do, zeros without end.
+_PACKED, _ALWAYS = 50, 2**20  # times its size, and bytes that are allowed to any
 _DEEPEST = 32  # levels of dicts in dicts; a dict that holds itself would have no end
 
 # What torch.save writes of tensors and plain containers.
@@ -35,15 +37,22 @@ _HARMLESS_BUILTINS |= {"bytearray", "slice", "range", "object", "bool", "str", "
 _USUAL_KEYS = ("teacher", "model", "state_dict", "model_state_dict", "student", "module")
 
 
-def read_pickle(path: Path) -> list[tuple[str, Tensor]]:
+def read_pickle(path: Path) -> tuple[list[tuple[str, Tensor]], int]:
     """The tensors of a file that ``torch.save`` wrote, in its order, by dotted names.
+
+    And the bytes of its content, unpacked.
 
     Those in torch's zip format are mapped, not read: they cost memory where they are used, and
     live and die with the file. The state of an optimizer, entries that are no tensors and those
     whose key is no string are left out. Raises ``CheckpointError`` for anything but a dict with
     tensors in it.
     """
-    mapped = _check_zip(path) if diagnosis.container_of(path) == "zip" else False
+    mapped, size = False, path.stat().st_size
+    if diagnosis.container_of(path) == "zip":
+        mapped, size = _check_zip(path)
+    if (declared := _declared(path)) > size:
+        what = f"its storages have {declared:,} values"
+        raise diagnosis.declares_too_much(path, what, size)
     # By its suffix alone torch would take a file for safetensors, whatever is in it.
     misnamed = path.suffix == ".safetensors"
     try:
@@ -57,12 +66,15 @@ def read_pickle(path: Path) -> list[tuple[str, Tensor]]:
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a malformed pickle raises whatever it likes
         raise _refusal(path, error) from error
-    return _flattened(path, content)
+    return _flattened(path, content), size
 
 
 # --------------------------------------------------------------------------- the archive
-def _check_zip(path: Path) -> bool:
-    """Whether a zip file's tensors can be mapped; raises unless it is one that torch wrote."""
+def _check_zip(path: Path) -> tuple[bool, int]:
+    """Whether a zip file's tensors can be mapped, and its size unpacked.
+
+    Raises unless it is one that torch wrote.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -83,13 +95,15 @@ def _check_zip(path: Path) -> bool:
         )
     if "data.pkl" not in inner:
         raise CheckpointError(
-            f"{path} is a zip archive that torch.save did not write: it holds "
-            f"{first_few(sorted(names)) or 'nothing'}"
-            "\nif weights are among these, unpack it and give their file"
+            f"{path} is a zip archive of {len(names)} files that torch.save did not write\n"
+            "if weights are among these, unpack it and give their file"
         )
     # Whoever repacked the archive may have compressed it. torch would map the compressed bytes and
     # take them for numbers.
-    return all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    unpacked, size = sum(entry.file_size for entry in entries), path.stat().st_size
+    if unpacked > size * _PACKED + _ALWAYS:
+        raise diagnosis.declares_too_much(path, f"it unpacks to {unpacked:,} bytes", size)
+    return all(entry.compress_type == zipfile.ZIP_STORED for entry in entries), unpacked
 
 
 # --------------------------------------------------------------------------- the content
@@ -225,16 +239,32 @@ def _dangerous(name: str) -> bool:
 
 def _asked(path: Path) -> tuple[list[str], list[str]]:
     """(classes and functions, strings) that a pickle names, in its order, without running it."""
-    asks: dict[str, None] = {}
-    strings: dict[str, None] = {}
+    asks, strings, _ = _listed(path)
+    return list(asks), list(strings)
+
+
+def _declared(path: Path) -> int:
+    """How many values the storages of a pickle have, which torch allocates before it reads any.
+
+    Or the bytes of a ``bytearray``, which is made of its length alone.
+    """
+    asks, _, sizes = _listed(path)
+    arrays = any("bytearray" in each for each in asks)
+    largest = sizes.pop("", 0)
+    return max(largest if arrays else 0, sum(sizes.values()))
+
+
+def _listed(path: Path) -> tuple[dict[str, None], dict[str, None], dict[str, int]]:
+    """Names, strings and sizes in a pickle: see :func:`_list_names`."""
+    listed: tuple[dict[str, None], dict[str, None], dict[str, int]] = ({}, {}, {})
     try:
         with _pickle_of(path) as stream:
             # The older format is several pickles in a row: a magic number and versions come first.
             for _ in range(5):
-                _list_names(stream, asks, strings)
+                _list_names(stream, *listed)
     except Exception:  # what a malformed pickle names up to its fault is all there is to know
         pass
-    return list(asks), list(strings)
+    return listed
 
 
 def _pickle_of(path: Path) -> IO[bytes]:
@@ -245,8 +275,14 @@ def _pickle_of(path: Path) -> IO[bytes]:
         return archive.open(name)
 
 
-def _list_names(stream: IO[bytes], asks: dict[str, None], strings: dict[str, None]) -> None:
-    """Add what one pickle names; its strings on the stack are followed through its memo."""
+def _list_names(
+    stream: IO[bytes], asks: dict[str, None], strings: dict[str, None], sizes: dict[str, int]
+) -> None:
+    """Add what one pickle names; its strings on the stack are followed through its memo.
+
+    ``sizes`` are of its storages by their keys, and the largest number of all under "".
+    """
+    number = 0
     memo: dict[int, str | None] = {}
     recent: list[str | None] = [None, None]
     for opcode, argument, _ in pickletools.genops(stream):
@@ -261,6 +297,11 @@ def _list_names(stream: IO[bytes], asks: dict[str, None], strings: dict[str, Non
             memo[int(argument)] = recent[-1]  # type: ignore[arg-type]
         elif code in ("BINGET", "LONG_BINGET", "GET"):
             recent = [recent[-1], memo.get(int(argument))]  # type: ignore[arg-type]
+        elif code == "BINPERSID":  # (..., key, location, numel), perhaps with a view of None
+            sizes[recent[-2] or "?"] = number
+        elif isinstance(argument, int):
+            number = argument
+            sizes[""] = max(sizes.get("", 0), number)
         elif isinstance(argument, str):
             strings[argument] = None
             recent = [recent[-1], argument]

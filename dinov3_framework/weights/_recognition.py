@@ -18,6 +18,9 @@ _DEPTH = 4  # components of a prefix, at most: model.teacher.backbone.module
 # of its own calls that one "teacher".
 _MOMENTUM = ("model_ema", "ema", "state_dict_ema", "teacher")
 
+# Parts of the names that PEFT gives to the tensors of its adapters.
+_LORA = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
+
 
 class Catalog(Protocol):
     """Components, layouts and published weights that are known; a ``Registry`` is one."""
@@ -51,6 +54,8 @@ def find(opened: OpenWeights, catalog: Catalog, kind: str, network: str) -> Cand
     ``CheckpointError`` where there is none, or more than one.
     """
     layouts = [layout for layout in catalog.layouts if layout.kind == kind]
+    if kind == "backbone":
+        _refuse_adapter(opened)
     found = list(_candidates(opened, layouts))
     if not found:
         raise CheckpointError(_unknown(opened, layouts, kind))
@@ -73,6 +78,19 @@ def find(opened: OpenWeights, catalog: Catalog, kind: str, network: str) -> Cand
         else f"{opened.path} holds no {network}, only {prefixes}; ask for that network if you "
         "mean it"
     )
+
+
+def _refuse_adapter(opened: OpenWeights) -> None:
+    """Raise for an adapter, with or without the base model that it changes."""
+    names = [name for name in opened.shapes if _LORA & set(name.split("."))]
+    if names or "peft_type" in opened.settings:
+        kind = "LoRA" if names else opened.settings["peft_type"]
+        base = opened.settings.get("base_model_name_or_path")
+        raise CheckpointError(
+            f"{opened.path} holds a {kind} adapter ({first_few(names or opened.shapes, 1)}), which "
+            f"changes a base model{f' ({base})' if base else ''} and is none itself: merge it into "
+            "that first (PEFT: model.merge_and_unload()), save the result and give it"
+        )
 
 
 def _candidates(opened: OpenWeights, layouts: Sequence[Layout]) -> Iterator[Candidate]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import tomli
 import torch
 
 from dinov3_framework.errors import CheckpointError, UserError
@@ -26,7 +25,7 @@ def recipe_info(checkpoint: Path, registry: Registry) -> ComponentInfo | None:
         return None
     try:
         config = structure_recipe(registry, compose(recipe))
-    except (UserError, OSError, tomli.TOMLDecodeError) as error:
+    except (UserError, OSError) as error:
         raise CheckpointError(
             f"{checkpoint} belongs to a run whose recipe cannot be read any more: {error}"
         ) from error

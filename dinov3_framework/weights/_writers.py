@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from dinov3_framework.runtime.durable import sync
 from dinov3_framework.weights.export import export_tensors
 from dinov3_framework.weights.info import ComponentInfo
 from dinov3_framework.weights.source import WeightSource
+from dinov3_framework.weights.tensor_file import Specs
 from dinov3_framework.weights.tensors import initial_tensors
 
 
@@ -38,7 +39,7 @@ class Conversion:
         names = list(self.backbone.state_dict())
         return {rule.official: rule for rule in self.layout.rules(self.source.config, names)}
 
-    def settings(self) -> Mapping[str, object]:
+    def settings(self) -> Mapping[str, Mapping[str, object]]:
         """JSON files that the layout puts beside the weights."""
         if self.layout is None:
             return {}
@@ -98,17 +99,22 @@ def sharded_checkpoint(path: Path, weights: Conversion) -> None:
 def folder(path: Path, weights: Conversion) -> None:
     """``model.safetensors`` in the layout's names, with its settings as JSON beside it."""
     path.mkdir()
+    specs = _write_stream(path / "model.safetensors", weights.stored, {"format": "pt"})
+    floating = [dtype for dtype, _ in specs.values() if dtype.is_floating_point]
+    dtype = reduce(torch.promote_types, floating)
     for name, content in weights.settings().items():
+        if "dtype" in content:
+            content = {**content, "dtype": str(dtype).removeprefix("torch.")}
         (path / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
-    _write_stream(path / "model.safetensors", weights.stored, {"format": "pt"})
 
 
 def _write_stream(
     path: Path, tensors: Callable[[], Iterator[tuple[str, Tensor]]], metadata: Mapping[str, str]
-) -> None:
+) -> Specs:
     # Types are known once tensors were seen: the first of two passes, neither of which keeps any.
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors()}
     export_tensors(path, specs, tensors(), metadata)
+    return specs
 
 
 def _save(path: Path, content: object) -> None:

@@ -77,6 +77,13 @@ def _parser() -> argparse.ArgumentParser:
             choices=("web", "satellite"),
             help="what the weights were trained on, where they do not say so",
         )
+        verb.add_argument(
+            "--unused",
+            metavar="PATTERN",
+            action="append",
+            default=[],
+            help="tensors that may be left over, by name or pattern with *; may be repeated",
+        )
     convert.add_argument("target", help="file or folder to write")
     convert.add_argument("--to", metavar="FORMAT", help="format; left out, as the suffix says")
     convert.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="of the parameters")
@@ -84,17 +91,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _images(options: argparse.Namespace) -> Any:
+def _reading(options: argparse.Namespace) -> dict[str, Any]:
+    """How the source is to be read."""
     from dinov3_framework.configs import SATELLITE_IMAGES, WEB_IMAGES
 
-    return {None: None, "web": WEB_IMAGES, "satellite": SATELLITE_IMAGES}[options.images]
+    images = {None: None, "web": WEB_IMAGES, "satellite": SATELLITE_IMAGES}[options.images]
+    return {"network": options.network, "images": images, "unused": options.unused}
 
 
 def _show(options: argparse.Namespace) -> None:
     from dinov3_framework.weights.loading import load_backbone
 
     # Loaded in full: only then is it known that nothing is missing, cut off or not finite.
-    loaded = load_backbone(options.source, network=options.network, images=_images(options))
+    loaded = load_backbone(options.source, **_reading(options))
     for label, value in _rows(loaded):
         print(f"{label:<12} {value}")
 
@@ -124,8 +133,7 @@ def _convert(options: argparse.Namespace) -> None:
         options.source,
         options.target,
         options.to,
-        network=options.network,
-        images=_images(options),
+        **_reading(options),
         dtype=dtypes[options.dtype],
         overwrite=options.overwrite,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,13 +48,15 @@ def convert_backbone(
     *,
     network: str = "teacher",
     images: ImagesConfig | None = None,
+    unused: Sequence[str] = (),
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     registry: Registry | None = None,
 ) -> Converted:
     """Write the backbone in ``source`` to ``target`` in another format.
 
-    ``source``, ``network`` and ``images`` are those of :func:`load_backbone`. ``format`` is one of
+    ``source``, ``network``, ``images`` and ``unused`` are those of :func:`load_backbone`.
+    ``format`` is one of
 
     - ``dinov3_framework``: one safetensors file that says what is in it (``.safetensors``);
     - ``meta``: a state dict under the official names (``.pth``);
@@ -81,7 +83,9 @@ def convert_backbone(
         raise CheckpointError(
             f"{target} is there already; choose another name, or say that it may be overwritten"
         )
-    with WeightSource.open(source, registry, network=network, images=images) as found:
+    with WeightSource.open(
+        source, registry, network=network, images=images, unused=unused
+    ) as found:
         backbone = found.build()
         found.check_fit(backbone)
         parameters = sum(parameter.numel() for parameter in backbone.parameters())

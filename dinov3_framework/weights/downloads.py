@@ -118,6 +118,8 @@ def _ask(url: str) -> int | None:
         what = diagnosis.web_answer(first)
         if what is None and answer.headers.get_content_type() == "text/html":
             what = diagnosis.WEB_PAGE
+        if what == diagnosis.JSON_TEXT:  # the server's own words
+            what += f": {' '.join(first[:80].decode(errors='replace').split())!r}"
         if what or not first:
             raise _failed(url, f"the server gave {what or 'an empty file'}", _access(url))
         length = answer.headers["Content-Length"]

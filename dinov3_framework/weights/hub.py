@@ -64,6 +64,7 @@ def load_published(
     pretrained: bool = True,
     weights: str | Path | None = None,
     check_hash: bool = False,
+    unused: Sequence[str] = (),
     runtime: Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> Any:
@@ -71,8 +72,9 @@ def load_published(
 
     ``weights`` is the name of a training set (``LVD1689M``, the default, or ``SAT493M``), a path,
     or a URL; ``pretrained=False`` gives random weights and reads nothing. ``check_hash`` compares
-    the file's SHA-256 with the digits in its name. ``fields`` change the backbone's config, such
-    as ``drop_path_rate=0.1``. Components of other kinds are built with ``runtime``. Raises
+    the file's SHA-256 with the digits in its name. ``unused`` are names, or patterns with ``*``, of
+    tensors that may be left over. ``fields`` change the backbone's config, such as
+    ``drop_path_rate=0.1``. Components of other kinds are built with ``runtime``. Raises
     ``CheckpointError`` where the file cannot be had, is damaged, or is not of this backbone.
     """
     published = catalog.published[name]
@@ -82,7 +84,7 @@ def load_published(
         module = catalog.build(config, **(runtime or {}))
     else:
         with open_weights(local_file(published, weights, check_hash=check_hash)) as opened:
-            found = WeightSource.recognize(opened, catalog, kind=published.kind)
+            found = WeightSource.recognize(opened, catalog, kind=published.kind, unused=unused)
             wanted = published.default.config
             if type(found.config) is not type(wanted):
                 raise CheckpointError(

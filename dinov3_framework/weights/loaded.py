@@ -39,6 +39,16 @@ class LoadedBackbone:
     config: BackboneConfig | None = None
     name: str = ""  # what it was loaded from
 
+    def __repr__(self) -> str:
+        parameters = list(self.backbone.parameters())
+        first = parameters[0]
+        return (
+            f"LoadedBackbone({self.component or type(self.backbone).__name__} from {self.name!r}: "
+            f"{sum(p.numel() for p in parameters):,} parameters, {first.dtype} on {first.device},\n"
+            f"  {self.backbone.embed_dim} wide, {self.backbone.n_layers} layers, a patch every "
+            f"{self.backbone.patch_size} px, {self.images.channels} channels, {self.size} px)"
+        )
+
     @property
     def origin(self) -> list[tuple[str, str]]:
         """Rows for a report: where it comes from."""

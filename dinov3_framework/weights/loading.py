@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -17,7 +18,7 @@ from dinov3_framework.registry import Registry
 from dinov3_framework.runtime.agreement import OwnErrors, run_on_all_ranks
 from dinov3_framework.runtime.processes import pick_device
 from dinov3_framework.weights.loaded import LoadedBackbone
-from dinov3_framework.weights.locations import exists, published_file
+from dinov3_framework.weights.locations import exists, missing_hint, published_file
 from dinov3_framework.weights.source import WeightSource
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def load_backbone(
     dtype: torch.dtype | None = None,
     network: str = "teacher",
     images: ImagesConfig | None = None,
+    unused: Sequence[str] = (),
     registry: Registry | None = None,
 ) -> LoadedBackbone:
     """Load a backbone: recognized, built through the registry, strictly filled, in eval mode.
@@ -42,15 +44,18 @@ def load_backbone(
 
     ``device`` is where its tensors go, the CPU if left out; ``dtype`` what its parameters become,
     the file's if left out. ``network`` is ``teacher`` or ``student``, of training checkpoints.
-    ``images`` overrules what the weights say of their images; ``registry`` is that of the
-    installed plugins if left out.
+    ``images`` overrules what the weights say of their images; ``unused`` are names, or patterns
+    with ``*``, of tensors that may be left over; ``registry`` is that of the installed plugins if
+    left out.
 
     Raises ``CheckpointError`` where the source is missing, of an unknown kind or damaged, where no
     plugin offers its backbone, where names or shapes are not exactly the backbone's, and where a
     parameter is not finite.
     """
     registry = registry if registry is not None else Registry.load()
-    with WeightSource.open(source, registry, network=network, images=images) as weights:
+    with WeightSource.open(
+        source, registry, network=network, images=images, unused=unused
+    ) as weights:
         backbone = weights.load_state(weights.build(), device=device or "cpu", dtype=dtype)
         return _loaded(source, weights, backbone, registry)
 
@@ -60,6 +65,7 @@ def describe_backbone(
     *,
     network: str = "teacher",
     images: ImagesConfig | None = None,
+    unused: Sequence[str] = (),
     fetch: bool = True,
     registry: Registry | None = None,
 ) -> LoadedBackbone:
@@ -78,7 +84,9 @@ def describe_backbone(
         component = registry.of_config(file.config).component.name
         shown = file.images, file.size, provenance, component, file.config, str(source)
         return LoadedBackbone(backbone.eval(), *shown)
-    with WeightSource.open(source, registry, network=network, images=images) as weights:
+    with WeightSource.open(
+        source, registry, network=network, images=images, unused=unused
+    ) as weights:
         backbone = weights.build()
         weights.check_fit(backbone)
         return _loaded(source, weights, backbone, registry)
@@ -91,6 +99,7 @@ def load_sharded(
     trains: bool = False,
     network: str = "teacher",
     images: ImagesConfig | None = None,
+    unused: Sequence[str] = (),
     registry: Registry | None = None,
 ) -> LoadedBackbone:
     """As :func:`load_backbone`, spread over the processes by ``sharder``; in eval mode.
@@ -103,7 +112,9 @@ def load_sharded(
     registry = registry if registry is not None else Registry.load()
 
     def load() -> LoadedBackbone:
-        with WeightSource.open(source, registry, network=network, images=images) as weights:
+        with WeightSource.open(
+            source, registry, network=network, images=images, unused=unused
+        ) as weights:
             blueprint = weights.build()
             weights.check_fit(blueprint)
             placed = sharder.place(copy.deepcopy(blueprint), trains=trains)
@@ -136,6 +147,8 @@ class BackboneChoice(Protocol):
     @property
     def weights(self) -> str | None: ...
     @property
+    def unused(self) -> tuple[str, ...] | None: ...
+    @property
     def backbone(self) -> BackboneConfig | None: ...
     @property
     def images(self) -> ImagesConfig | None: ...
@@ -153,7 +166,9 @@ def describe_recipe_backbone(
     """
     _refuse_contradictions(config, registry)
     if config.weights is not None:
-        return describe_backbone(config.weights, fetch=not simulated, registry=registry)
+        return describe_backbone(
+            config.weights, unused=config.unused or (), fetch=not simulated, registry=registry
+        )
     images = config.images or ImagesConfig()
     backbone = replace(cast(Any, config.backbone), in_chans=images.channels)
     component = registry.of_config(backbone).component.name
@@ -184,10 +199,13 @@ def load_recipe_backbone(
     :func:`describe_recipe_backbone`.
     """
     _refuse_contradictions(config, registry)
-    if config.weights is not None and sharder is not None:
-        return load_sharded(config.weights, sharder=sharder, trains=trains, registry=registry)
-    if config.weights is not None:
-        return load_backbone(config.weights, device=pick_device(device), registry=registry)
+    weights, unused = config.weights, config.unused or ()
+    if weights is not None and sharder is not None:
+        return load_sharded(
+            weights, sharder=sharder, trains=trains, unused=unused, registry=registry
+        )
+    if weights is not None:
+        return load_backbone(weights, device=pick_device(device), unused=unused, registry=registry)
     from dinov3_framework.parallel.sharder import initial_values, initialize  # takes long
 
     described = describe_recipe_backbone(config, registry)
@@ -208,6 +226,9 @@ def _refuse_contradictions(config: BackboneChoice, registry: Registry) -> None:
 
 def _problems(config: BackboneChoice, registry: Registry) -> list[Problem]:
     weights, backbone, images = config.weights, config.backbone, config.images
+    if weights is None and config.unused:
+        message = "there are no weights of which tensors could be left over"
+        return [Problem("unused", message, "leave it out")]
     if weights is None and backbone is None:
         hint = "give weights (a path) or a [backbone] to initialize at random"
         return [Problem("weights", "there is no backbone to look at", hint)]
@@ -226,8 +247,7 @@ def _problems(config: BackboneChoice, registry: Registry) -> list[Problem]:
         message = "weights know what images they were trained on"
         problems.append(Problem("images", message, "leave [images] out"))
     if not exists(str(weights), registry):
-        hint = "the path is relative to the current folder; training writes its own into exports/"
-        if registry.published:
-            hint += f"; published names: {', '.join(sorted(registry.published))}"
+        hint = "the path is relative to the current folder; training writes its own into exports/; "
+        hint += missing_hint(str(weights), registry)
         problems.append(Problem("weights", f"there is no file {weights}", hint))
     return problems

@@ -18,12 +18,31 @@ TUNED = "exports/backbone.safetensors"  # of a run that trained it with a head
 HEAD = "exports/head.safetensors"
 _EXPORTS = {"backbone": (EXPORT, TUNED), "head": (HEAD,)}  # by kind
 RECIPE = "recipe.toml"
+_HUB_MODEL = re.compile(r"(hf[-_]hub:|hf://)?([\w.-]+/([\w.-]+))")
+_FILES = (".pth", ".pt", ".bin", ".safetensors", ".ckpt", ".tar", ".onnx")
 
 
 def exists(source: str | Path, catalog: Catalog) -> bool:
     """Whether ``source`` is at least a path that is there, a URL, or a published name."""
     text = str(source)
     return Path(text).exists() or is_url(text) or text.partition("@")[0] in catalog.published
+
+
+def missing_hint(source: str | Path, catalog: Catalog, kind: str = "backbone") -> str:
+    """What may be meant by a source that is neither a path that is there nor published."""
+    known = sorted(n for n, published in catalog.published.items() if published.kind == kind)
+    return _hub_hint(str(source)) or f"published names: {', '.join(known) or 'none'}"
+
+
+def _hub_hint(text: str) -> str:
+    """How to get at a model of the Hugging Face hub; "" for what cannot be the name of one."""
+    model = _HUB_MODEL.fullmatch(text)
+    if model and (model[1] or not (text.endswith(_FILES) or Path(text).parent.is_dir())):
+        return (
+            "it looks like a model on the Hugging Face hub, which is to be downloaded first: "
+            f"hf download {model[2]} --local-dir {model[3]}, then give {model[3]}"
+        )
+    return ""
 
 
 def find_path(source: str | Path, catalog: Catalog, kind: str = "backbone") -> Path:
@@ -40,10 +59,9 @@ def find_path(source: str | Path, catalog: Catalog, kind: str = "backbone") -> P
         return fetch_weights(text)
     name, _, training_set = text.partition("@")
     if name not in catalog.published:
-        known = sorted(n for n, published in catalog.published.items() if published.kind == kind)
         raise CheckpointError(
-            f"there is no file {text}, nor are weights published under this name; published: "
-            f"{', '.join(known) or 'none'}"
+            f"there is no file {text}, nor are weights published under this name; "
+            f"{missing_hint(text, catalog, kind)}"
         )
     published = catalog.published[name]
     if published.kind != kind:
@@ -81,9 +99,10 @@ def local_file(
         return fetch_weights(text, check_hash=_digits(text.partition("?")[0], check_hash))
     path = Path(text).expanduser()
     if not path.exists():
+        sets = ", ".join(published.files)
+        hint = f"weights is a path, a URL or the name of a training set ({sets})"
         raise CheckpointError(
-            f"{published.name}: there is no file {text}; weights is a path, a URL or the name of a "
-            f"training set ({', '.join(published.files)})"
+            f"{published.name}: there is no file {text}; {_hub_hint(text) or hint}"
         )
     if digits := _digits(path.name, check_hash):
         check_digest(path, digits)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import json
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -10,7 +12,6 @@ from attrs import frozen
 
 from dinov3_framework.contracts.layouts import Shape
 from dinov3_framework.errors import Problem, first_few, summarize_names
-from dinov3_framework.recipes.toml_text import inline
 
 Shapes = Mapping[str, Shape]
 
@@ -52,7 +53,7 @@ def match(
 
     ``new`` and ``unused`` are the names and patterns that the recipe's ``table`` allows.
     """
-    reset = {n for n in run if _matches(n, new) and _matches(n, unused)}
+    reset = {n for n in run if matches(n, new) and matches(n, unused)}
     common = run.keys() & weights.keys()
     misshapen = {n for n in common if tuple(run[n]) != tuple(weights[n])} - reset
     loaded = common - misshapen - reset
@@ -61,8 +62,8 @@ def match(
         [name for name in run if name not in loaded],
         [name for name in weights if name not in loaded],
     )
-    missing = {n for n in found.new if n not in misshapen and not _matches(n, new)}
-    extra = {n for n in found.unused if n not in misshapen and not _matches(n, unused)}
+    missing = {n for n in found.new if n not in misshapen and not matches(n, new)}
+    extra = {n for n in found.unused if n not in misshapen and not matches(n, unused)}
     problems = [
         *_typos(table, "new", new, run),
         *_typos(table, "unused", unused, weights),
@@ -81,8 +82,9 @@ def match(
     return found, problems
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a tensor is one of those that names, or patterns with ``*``, allow."""
+    return any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _typos(
@@ -90,7 +92,7 @@ def _typos(
 ) -> Iterator[Problem]:
     owner = "this run" if key == "new" else "the weights"
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(matches(name, [pattern]) for name in names):
             beginnings = dict.fromkeys(".".join(name.split(".")[:2]) for name in names)
             yield Problem(
                 f"{table}.{key}",
@@ -110,7 +112,7 @@ def _advice(
 ) -> str:
     """The lines that would allow all of it, ready to be copied."""
     lines = [
-        f"{key} = {inline([*given, *patterns_for(names, owner)])}"
+        f"{key} = {patterns_text([*given, *patterns_for(names, owner)])}"
         for key, given, names, owner in (
             ("new", new, missing, run),
             ("unused", unused, extra, weights),
@@ -128,7 +130,14 @@ def patterns_for(names: Collection[str], among: Iterable[str]) -> list[str]:
     for name in sorted(wanted):
         free = next((prefix for prefix in _prefixes(name) if prefix not in blocked), name)
         groups[free].append(name)
-    return [f"{free}*" if len(inside) > 1 else inside[0] for free, inside in groups.items()]
+    return [
+        f"{glob.escape(free)}*" if len(inside) > 1 else inside[0] for free, inside in groups.items()
+    ]
+
+
+def patterns_text(patterns: Sequence[str]) -> str:
+    """Patterns as both a recipe and Python take them."""
+    return json.dumps(patterns, ensure_ascii=False)
 
 
 def _prefixes(name: str) -> list[str]:

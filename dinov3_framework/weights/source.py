@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from dinov3_framework.contracts.networks import Backbone
 from dinov3_framework.errors import CheckpointError, UserError, first_few, summarize_names
 from dinov3_framework.parallel.state_dicts import load_tensor
 from dinov3_framework.runtime import collectives
+from dinov3_framework.weights._file_diagnosis import exhaustion
 from dinov3_framework.weights._files import OpenWeights
 from dinov3_framework.weights._recognition import (
     Catalog,
@@ -28,6 +30,7 @@ from dinov3_framework.weights._recognition import (
 )
 from dinov3_framework.weights.info import ComponentInfo
 from dinov3_framework.weights.locations import find_path, open_path
+from dinov3_framework.weights.matching import matches, patterns_for, patterns_text
 from dinov3_framework.weights.sharded import is_checkpoint
 from dinov3_framework.weights.tensors import initial_tensors, not_finite, set_tensor, shapes_of
 
@@ -56,8 +59,9 @@ class WeightSource:
     _catalog: Catalog = field(repr=False)
     _opened: OpenWeights = field(repr=False)
     _prefix: str  # of the component's names in it
+    unused: Sequence[str] = ()  # names and patterns of tensors below it that may be left over
     _content: OpenWeights = field(init=False, repr=False)
-    _left_out: set[str] = field(init=False, factory=set, repr=False)  # of which was told
+    _told: set[str] = field(init=False, factory=set, repr=False)  # notes that were logged
 
     @_content.default
     def _below_prefix(self) -> OpenWeights:
@@ -74,6 +78,7 @@ class WeightSource:
         kind: str = "backbone",
         network: str = "teacher",
         images: ImagesConfig | None = None,
+        unused: Sequence[str] = (),
         projectors: bool = False,
         thorough: bool = True,
     ) -> Iterator[WeightSource]:
@@ -83,27 +88,41 @@ class WeightSource:
         or a published name such as ``dinov3_vits16`` or ``dinov3_vitl16@SAT493M``. ``network`` is
         the one of a training checkpoint: ``student``, another by its name there, or ``teacher`` for
         the student's moving average. ``images`` overrules what the weights say of their images.
-        With ``projectors`` a run's folder stands for its checkpoints, which have them, rather than
-        its export. Shards of checkpoints are compared with their
-        hashes, which takes time, unless not ``thorough``: for when no values are read.
+        ``unused`` are names, or patterns with ``*``, of tensors beside the component's own that
+        may be in its file. With ``projectors`` a run's folder stands for its checkpoints, which
+        have them, rather than its export. Shards of checkpoints are compared with their hashes,
+        which takes time, unless not ``thorough``: for when no values are read.
 
         What a user should know is logged as a warning. Raises ``CheckpointError`` for what is
         missing or not usable.
         """
         path = find_path(source, registry, kind)
         with ExitStack() as stack:
-            opened = open_path(
-                path, stack, kind=kind, network=network, projectors=projectors, thorough=thorough
-            )
-            info = ComponentInfo.from_metadata(opened.path, opened.metadata, kind)
-            if info is None and kind == "backbone" and is_checkpoint(opened.path):
-                # Here, since it needs the libraries of recipes, which torch.hub's users lack.
-                from dinov3_framework.weights._runs import recipe_info
+            with exhaustion(path):
+                opened = open_path(
+                    path,
+                    stack,
+                    kind=kind,
+                    network=network,
+                    projectors=projectors,
+                    thorough=thorough,
+                )
+                info = ComponentInfo.from_metadata(opened.path, opened.metadata, kind)
+                if info is None and kind == "backbone" and is_checkpoint(opened.path):
+                    # Here, since it needs the libraries of recipes, which torch.hub's users lack.
+                    from dinov3_framework.weights._runs import recipe_info
 
-                info = recipe_info(opened.path, registry)
-            yield cls.recognize(
-                opened, registry, kind=kind, network=network, images=images, info=info
-            )
+                    info = recipe_info(opened.path, registry)
+                found = cls.recognize(
+                    opened,
+                    registry,
+                    kind=kind,
+                    network=network,
+                    images=images,
+                    unused=unused,
+                    info=info,
+                )
+            yield found
 
     @classmethod
     def recognize(
@@ -114,6 +133,7 @@ class WeightSource:
         kind: str = "backbone",
         network: str = "teacher",
         images: ImagesConfig | None = None,
+        unused: Sequence[str] = (),
         info: ComponentInfo | None = None,
     ) -> WeightSource:
         """Find the component of a kind in open weights, as :meth:`open` does.
@@ -129,7 +149,7 @@ class WeightSource:
                 names = opened.shapes
                 prefix = next((p for p in prefixes if any(n.startswith(p) for n in names)), "")
             known = images or info.images, info.size, dict(info.provenance)
-            return cls(kind, config, None, *known, catalog, opened, prefix)
+            return cls(kind, config, None, *known, catalog, opened, prefix, unused)
         found = find(opened, catalog, kind, network)
         layout, config = found.layout, found.config
         given, size, notes = images_of(opened, catalog, config, images)
@@ -140,12 +160,14 @@ class WeightSource:
             )
         if found.note:
             notes.insert(0, found.note)
+        notes = [*opened.notes, *notes]
         if left := sum(not name.startswith(found.prefix) for name in opened.shapes):
             notes.insert(0, f"{left:,} tensors beside {found.prefix}* left out")
         for note in notes if collectives.is_main() else ():
             log.warning("%s: %s", opened.path, note)
         provenance = {"file": opened.path.name, "format": layout.format}
-        return cls(kind, config, layout, given, size, provenance, catalog, opened, found.prefix)
+        where = catalog, opened, found.prefix
+        return cls(kind, config, layout, given, size, provenance, *where, unused)
 
     # ------------------------------------------------------------------ what it is
     @property
@@ -165,13 +187,13 @@ class WeightSource:
 
     def build(self, **runtime: Any) -> Any:
         """The module on the meta device, where it takes no memory."""
-        try:
-            with torch.device("meta"):
+        with torch.device("meta"), exhaustion(self.path):
+            try:
                 module = self._catalog.build(self.config, **runtime)
-        except UserError as error:
-            raise CheckpointError(
-                f"{self.path}: its {self.kind} cannot be built: {error}"
-            ) from error
+            except UserError as error:
+                raise CheckpointError(
+                    f"{self.path}: its {self.kind} cannot be built: {error}"
+                ) from error
         if self.kind == "backbone":
             if not isinstance(module, Backbone):
                 raise CheckpointError(f"{self.path}: got a {type(module).__name__}, no backbone")
@@ -192,14 +214,25 @@ class WeightSource:
         """Raise ``CheckpointError`` unless ``module`` (it may be on the meta device) uses every
         tensor of the file, and every one that it needs is there in its shape."""
         shapes = shapes_of(module)
-        stored = (rule.stored(shapes[rule.official]) for rule in self.rules(list(shapes)))
+        rules = self.rules(list(shapes))
+        stored = [rule.stored(shapes[rule.official]) for rule in rules]
         wanted = {name: tuple(shape) for each in stored for name, shape in each.items()}
         given = self._content.shapes
-        extra = given.keys() - wanted.keys()
-        beside = {n for n in extra if self.layout is not None and _is_beside(n)}
+        beside = {
+            name
+            for name in given.keys() - wanted.keys()
+            if matches(name, self.unused) or (self.layout is not None and _is_beside(name))
+        }
+        extra = given.keys() - wanted.keys() - beside
+        lacking = {
+            name: rule.lacking
+            for rule, names in zip(rules, stored, strict=True)
+            for name in names
+            if rule.lacking and name not in given
+        }
         complaints = [
-            summarize_names("missing from the file", wanted.keys() - given.keys()),
-            summarize_names(f"in the file but not in the {self.kind}", extra - beside),
+            summarize_names("missing from the file", wanted.keys() - given.keys() - lacking.keys()),
+            summarize_names(f"in the file but not in the {self.kind}", extra),
             summarize_names(
                 "of another shape",
                 [
@@ -212,11 +245,27 @@ class WeightSource:
         if any(complaints):
             raise CheckpointError(
                 f"{self.path} does not fit the {self.kind} {family_name(self.config)} that it "
-                "seems to hold:" + "".join(complaints)
+                "seems to hold:"
+                + "".join(complaints)
+                + (self._allowing(extra) if complaints[0] == complaints[2] == "" else "")
             )
-        if beside - self._left_out and collectives.is_main():
-            log.warning("%s: left out: %s", self.path, first_few(sorted(beside)))
-        self._left_out.update(beside)
+        notes = [f"left out: {first_few(sorted(beside))}"] if beside else []
+        notes += [f"there is no {name}; {what}" for name, what in lacking.items()]
+        for note in notes if collectives.is_main() else ():
+            if note not in self._told:
+                log.warning("%s: %s", self.path, note)
+        self._told.update(notes)
+
+    def _allowing(self, extra: Collection[str]) -> str:
+        """What allows tensors to be left over, ready to be copied; "" where nothing does."""
+        if self.kind != "backbone":
+            return ""
+        patterns = [*self.unused, *patterns_for(extra, self._content.shapes)]
+        flags = " ".join(f"--unused {shlex.quote(pattern)}" for pattern in patterns)
+        return (
+            f"\n  if these may be left over, say so beside the weights ({flags}):"
+            f"\n    unused = {patterns_text(patterns)}"
+        )
 
     def available(self, module: nn.Module) -> dict[str, Shape]:
         """Names and shapes of all tensors in the file: those of ``module`` by their official names,
@@ -261,13 +310,23 @@ class WeightSource:
         shapes = shapes_of(module)
         rules = {rule.official: rule for rule in self.rules(list(shapes))}
         wanted = list(shapes if names is None else names)
-        left_out = [name for name in wanted if not rules[name].stored(shapes[name])]
-        initial = initial_tensors(module, left_out)
         buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
+
+        def is_left_out(rule: Rule) -> bool:
+            stored = rule.stored(shapes[rule.official]).keys()
+            return not stored or bool(rule.lacking and stored - self._content.shapes.keys())
+
+        initial = initial_tensors(module, [name for name in wanted if is_left_out(rules[name])])
+        # Parameters that the file does not have are of the type of those that it has.
+        first = next((n for n in wanted if n not in initial and n not in buffers), None)
+        if first is not None and initial.keys() - buffers:
+            like = rules[first].read(shapes[first], self._content.read)
+            initial |= {n: initial[n].to(like) for n in initial.keys() - buffers}
 
         def read() -> Iterator[tuple[str, Tensor]]:
             for name in wanted:
-                tensor = rules[name].read(shapes[name], self._content.read)
+                given = name not in initial
+                tensor = rules[name].read(shapes[name], self._content.read) if given else None
                 if tensor is None:
                     tensor = initial[name]
                 elif name in buffers and not_finite(name, tensor):
@@ -351,8 +410,8 @@ class WeightSource:
 
 
 # What classifiers and averages of other libraries have beside a backbone: timm's and Hugging Face's
-# heads, the count of torch's ``AveragedModel``.
-_BESIDE = ("head", "head_dist", "fc", "classifier", "n_averaged")
+# heads and timm's pooling before one, the count of torch's ``AveragedModel``.
+_BESIDE = ("head", "head_dist", "fc", "classifier", "fc_norm", "attn_pool", "n_averaged")
 
 
 def _is_beside(name: str) -> bool:

@@ -14,6 +14,14 @@ def _one_per_stage(values: tuple[int, ...]) -> str | None:
     return None if min(values) > 0 else f"must all be above 0, is {list(values)}"
 
 
+def _depths(values: tuple[int, ...]) -> str | None:
+    """Files name depths too; far deeper ones would be built without end."""
+    most = (
+        f"must all be at most 1,000, is {list(values)}" if max(values, default=0) > 1000 else None
+    )
+    return _one_per_stage(values) or most
+
+
 def _below_one(value: float) -> str | None:
     return None if 0 <= value < 1 else f"must be at least 0 and below 1, is {value}"
 
@@ -23,7 +31,7 @@ class ConvNextConfig(BackboneConfig):
     """A ConvNeXt (Liu et al. 2022, "A ConvNet for the 2020s"); the defaults give ConvNeXt-T."""
 
     depths: tuple[int, ...] = option(
-        "number of blocks in each of the four stages", default=(3, 3, 9, 3), check=_one_per_stage
+        "number of blocks in each of the four stages", default=(3, 3, 9, 3), check=_depths
     )
     dims: tuple[int, ...] = option(
         "channels of each of the four stages; the last is the width of a token",

@@ -37,6 +37,9 @@ class TrainHeadConfig(TrainingConfig):
         "weights of the backbone: a file or folder of any known format, or a published name",
         default=None,
     )
+    unused: tuple[str, ...] | None = option(
+        "names, or patterns with *, of tensors of the weights that may be left over", default=None
+    )
     backbone: BackboneConfig | None = option(
         "a backbone as it is initialized with the recipe's seed, in place of weights", default=None
     )

@@ -45,6 +45,9 @@ class FrozenTeacherConfig:
         "name"
     )
     network: str = option("which network of a training checkpoint is read", default="teacher")
+    unused: tuple[str, ...] | None = option(
+        "names, or patterns with *, of tensors of the weights that may be left over", default=None
+    )
     projectors: Literal["auto", "weights", "new"] = option(
         "where its projectors come from: weights that hold them, or new ones, whose prototypes "
         "are tokens of the first batches; auto takes those of the weights if there are any",

@@ -77,6 +77,7 @@ class Distill(StudentMethod):
             "teacher.weights",
             self.registry,
             projectors=teacher.projectors != "new",
+            unused=teacher.unused or (),
             remembered=self.known(teacher.weights),
         )
 

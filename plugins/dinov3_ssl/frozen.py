@@ -6,7 +6,7 @@ meta device and compared, no value read. In a run every process reads its shards
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class FrozenWeights:
     info: ComponentInfo
     projectors: Mapping[str, Shape] = field(repr=False)  # dino_head.mlp.0.weight -> shape
     registry: Registry = field(repr=False)
+    unused: Sequence[str] = ()  # names and patterns of tensors in it that may be left over
 
     @property
     def images(self) -> ImagesConfig:
@@ -64,6 +65,7 @@ def described(
     registry: Registry,
     *,
     projectors: bool = False,
+    unused: Sequence[str] = (),
     remembered: Mapping[str, str] | None = None,
 ) -> FrozenWeights:
     """What ``weights`` hold, ``projectors`` too if they are wanted.
@@ -76,14 +78,19 @@ def described(
         return _remembered(weights, network, remembered, registry)
     try:
         with WeightSource.open(
-            weights, registry, network=network, projectors=projectors, thorough=False
+            weights,
+            registry,
+            network=network,
+            unused=unused,
+            projectors=projectors,
+            thorough=False,
         ) as source:
             backbone = source.build()
             source.check_fit(backbone)
             info, shapes = source.info(registry), source.projectors if projectors else {}
     except CheckpointError as error:
         raise RecipeError([Problem(where, str(error))]) from error
-    return FrozenWeights(weights, network, backbone, info, shapes, registry)
+    return FrozenWeights(weights, network, backbone, info, shapes, registry, unused)
 
 
 def published_as(weights: str, registry: Registry) -> Mapping[str, str] | None:
@@ -131,6 +138,7 @@ def fill_frozen(
             weights.weights,
             weights.registry,
             network=weights.network,
+            unused=weights.unused,
             projectors=bool(weights.projectors),
         ) as source:
             if backbone is not None:

@@ -29,7 +29,7 @@ from dinov3_framework.training.task import (
 from dinov3_framework.training.trainer import Trainer
 from dinov3_framework.weights.export import export_gathered
 from dinov3_framework.weights.info import ComponentInfo
-from dinov3_framework.weights.locations import EXPORT, exists
+from dinov3_framework.weights.locations import EXPORT, exists, missing_hint
 from dinov3_ssl.batches import CropBatches
 from dinov3_ssl.configs import StudentTrainingConfig, momentum, resolved_backbone
 from dinov3_ssl.frozen import memory_of, published_as
@@ -69,9 +69,7 @@ class StudentMethod(TrainingMethod):
     def _no_such_weights(self, key: str, path: str) -> str:
         if key == "continue_from.run":
             return f"{key}: there is no {path}\n    give the folder of the run to go on with"
-        published = ", ".join(sorted(self.registry.published))
-        hint = f"\n    published names: {published}" if published else ""
-        return f"{key}: there is no {path}{hint}"
+        return f"{key}: there is no {path}\n    {missing_hint(path, self.registry)}"
 
     def prepare(self, dataset: Dataset | StreamDataset | None = None) -> Parts:
         return self._parts(self._unseen(self.done()))

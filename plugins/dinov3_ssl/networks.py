@@ -67,6 +67,7 @@ class Blueprint:
                 anchor.config.network,
                 f"losses.{name}.anchor.weights",
                 registry,
+                unused=anchor.config.unused or (),
                 remembered=(remembered or {}).get(name),
             )
             for name, anchor in anchors.items()

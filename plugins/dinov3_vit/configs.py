@@ -20,6 +20,11 @@ DEFAULT_ROPE_BASE = 100.0
 SWIGLU_MULTIPLE = {"swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 128}
 
 
+def _depth(value: int) -> str | None:
+    """Files name depths too; a far deeper one would be built without end."""
+    return positive(value) or (None if value <= 1000 else f"must be at most 1,000, is {value:,}")
+
+
 def _below_one(value: float) -> str | None:
     return None if 0 <= value < 1 else f"must be at least 0 and below 1, is {value}"
 
@@ -34,7 +39,7 @@ class VitConfig(BackboneConfig):
 
     patch_size: int = option("pixels along the side of a patch", default=16, check=positive)
     embed_dim: int = option("width of a token", default=768, check=positive)
-    depth: int = option("number of blocks", default=12, check=positive)
+    depth: int = option("number of blocks", default=12, check=_depth)
     num_heads: int = option("attention heads of a block", default=12, check=positive)
     ffn_ratio: float = option("hidden width of the FFN over embed_dim", default=4.0, check=positive)
     ffn_layer: Literal["mlp", "swiglu", "swiglu32", "swiglu64", "swiglu128"] = option(

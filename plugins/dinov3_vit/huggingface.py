@@ -20,6 +20,7 @@ from dinov3_framework import (
 )
 from dinov3_vit.configs import DEFAULT_ROPE_BASE, VitConfig
 from dinov3_vit.naming import (
+    NO_MASK_TOKEN,
     BesideEmpty,
     MaskedKeyBias,
     Naming,
@@ -109,7 +110,9 @@ class HuggingFaceLayout(Layout):
             return Chunks(name, parts)
         if name == "cls_token" and not config.n_storage_tokens:
             return BesideEmpty(name, naming(name), empty=naming("storage_tokens"))
-        return Renamed(name, naming(name), leading=int(name == "mask_token"))
+        if name == "mask_token":
+            return Renamed(name, naming(name), leading=1, lacking=NO_MASK_TOKEN)
+        return Renamed(name, naming(name))
 
     # ------------------------------------------------------------------- writing
     def refusal(self, config: BackboneConfig) -> str | None:

@@ -18,7 +18,7 @@ from dinov3_framework import (
 )
 from dinov3_vit.configs import VitConfig
 from dinov3_vit.huggingface import HuggingFaceLayout
-from dinov3_vit.naming import is_buffer
+from dinov3_vit.naming import NO_MASK_TOKEN, is_buffer
 from dinov3_vit.recognition import (
     REQUIRED,
     Structure,
@@ -84,7 +84,9 @@ class MetaLayout(Layout):
 
     def rules(self, config: BackboneConfig, names: Sequence[str]) -> Sequence[Rule]:
         return [
-            Renamed(name, name) if self.buffers or not is_buffer(name) else Implied(name)
+            Renamed(name, name, lacking=NO_MASK_TOKEN if name == "mask_token" else "")
+            if self.buffers or not is_buffer(name)
+            else Implied(name)
             for name in names
         ]
 

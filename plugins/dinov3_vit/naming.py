@@ -17,6 +17,8 @@ Shape = tuple[int, ...]
 Names = Mapping[str, str]
 
 _LOCAL_NORM = "normalizes local crops in training, nothing else"
+# Of a file without mask_token, as exports for inference are: features do not need it.
+NO_MASK_TOKEN = "masked training begins with a new one"
 
 
 # --------------------------------------------------------------------------- names

@@ -67,6 +67,8 @@ class Structure:
             _, storage_tokens, _ = _of_axes(3, shapes, "storage_tokens")
         parts = (name.split(".") for name in shapes)
         blocks = {int(p[1]) for p in parts if p[0] == "blocks" and p[1:2] and p[1].isdecimal()}
+        if max(blocks) > len(shapes):  # each of them has several tensors
+            raise CheckpointError(f"there is a block {max(blocks):,}, and few before it")
         return cls(
             patch_size=patch_size,
             embed_dim=embed_dim,

@@ -119,7 +119,15 @@ class TimmLayout(Layout):
             return None
         arguments = _arguments(content.settings)
         shapes = _naming("blocks.0.mlp.fc1_g.weight" in names).official(content.shapes)
-        if arguments is None or not shapes.keys() >= REQUIRED:
+        if arguments is None:
+            return None
+        if REQUIRED - shapes.keys() == {"norm.weight"} and "fc_norm.weight" in names:
+            raise CheckpointError(
+                "this is a classifier of timm made with use_fc_norm=True: it normalizes the mean "
+                "of its tokens (fc_norm) and has no norm of the tokens themselves, so it gives no "
+                "features; fine-tune without use_fc_norm, or take the weights that it began as"
+            )
+        if not shapes.keys() >= REQUIRED:
             return None
         structure = Structure.of(shapes)
         heads = arguments.get("num_heads")

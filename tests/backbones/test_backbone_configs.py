@@ -20,6 +20,7 @@ REFUSED: dict[Family, list[tuple[dict[str, Any], str]]] = {
         ({"embed_dim": 100, "num_heads": 3}, "embed_dim: 100 is not a multiple of num_heads = 3"),
         ({"embed_dim": 60, "num_heads": 10}, "is 6 a head; RoPE needs a multiple of 4"),
         ({"depth": 0}, "depth: must be above 0"),
+        ({"depth": 10**7}, "depth: must be at most 1,000"),
         ({"in_chans": 0}, "in_chans: must be above 0"),
         ({"n_storage_tokens": -1}, "n_storage_tokens: must not be negative"),
         ({"drop_path_rate": 1.0}, "drop_path_rate: must be at least 0 and below 1"),
@@ -45,6 +46,7 @@ REFUSED: dict[Family, list[tuple[dict[str, Any], str]]] = {
     CONVNEXT: [
         ({"depths": (3, 3, 9)}, "depths: must be 4 numbers, one for each stage, is [3, 3, 9]"),
         ({"depths": (3, 3, 0, 3)}, "depths: must all be above 0, is [3, 3, 0, 3]"),
+        ({"depths": (3, 3, 10**7, 3)}, "depths: must all be at most 1,000"),
         ({"dims": (8,) * 5}, "dims: must be 4 numbers"),
         ({"dims": (8, 8, 8, -8)}, "dims: must all be above 0"),
         ({"patch_size": 0}, "patch_size: must be above 0"),

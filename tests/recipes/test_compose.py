@@ -418,9 +418,19 @@ def test_packages_hold_recipes(
     write("lib/studio/base.toml", "x = 1")
     write("lib/studio/first.toml", 'extends = "base.toml"\ny = 2')
     write("top.toml", 'extends = ["studio:first", "studio:base.toml"]\nz = 3')
+    write("lib/studio/inner/deep.toml", "w = 4")
+    write("lib/studio/inner/__init__.py", "raise SystemExit('nor is what is inside')")
+    write("lib/base.toml", "x = 5")
     monkeypatch.syspath_prepend(str(tmp_path / "lib"))
+    assert "no package 'studio' with recipes" in mistakes("studio:first"), "it declares none"
+    write("lib/studio-1.0.dist-info/METADATA", "Name: studio\nVersion: 1.0\n")
+    write(
+        "lib/studio-1.0.dist-info/entry_points.txt", "[dinov3_framework.recipes]\nours = studio\n"
+    )
     composed = compose("top.toml")
     assert composed.data == {"x": 1, "y": 2, "z": 3}
+    assert compose("studio.inner:deep").data == {"w": 4}
+    assert "has no recipe" in mistakes("studio:../base")
     assert composed.origins[("y",)] == "studio:first"
     assert composed.origins[("x",)] == "studio:base"
     assert compose("studio:first").source == "studio:first"
@@ -428,8 +438,8 @@ def test_packages_hold_recipes(
     text = mistakes("studio:frist")
     assert "package 'studio' has no recipe 'frist'" in text
     assert "did you mean 'first'?" in text
-    assert "no package is named 'no_such'" in mistakes("no_such:base")
-    assert "studio" not in sys.modules
+    assert "no package 'no_such' with recipes is installed" in mistakes("no_such:base")
+    assert not {"studio", "studio.inner"} & set(sys.modules)
 
 
 def test_installed_recipes_are_known_by_name(write: Write) -> None:
@@ -586,3 +596,16 @@ def test_composition_leaves_its_inputs_alone(write: Write) -> None:
     first.data["backbone"]["use"] = "changed"
     assert second.data["backbone"]["use"] == "vit_small"
     assert isinstance(first, Composed)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [f"x = {'[' * 5000}{']' * 5000}", f"{'a.' * 5000}a = 1", f"x = {'9' * 5000}"],
+    ids=["arrays", "keys", "digits"],
+)
+def test_what_is_too_much_to_be_read_is_a_mistake(write: Write, content: str) -> None:
+    write("top.toml", content)
+    assert "top.toml: is not TOML" in mistakes("top.toml")
+    write("small.toml", "y = 1")
+    with pytest.raises(RecipeError, match="is not a TOML value"):
+        compose("small.toml", [f"x={{ {content} }}"])

@@ -577,3 +577,8 @@ def test_a_complaint_may_point_further_in(registry: Registry) -> None:
     registry.add("backbone", Component("words", ValueErrorConfig, ValueErrorConfig), "p", "d")
     text = MINIMAL.replace('"tiny"', '"words", size = 2')
     assert mistakes(registry, text) == {"backbone.inner.size": "not two | "}
+
+
+def test_integers_have_bounds(registry: Registry) -> None:
+    found = mistakes(registry, MINIMAL.replace("= 5", f"= {2**64}"))
+    assert "64 bits" in found["iterations"]

@@ -13,6 +13,8 @@ from dinov3_losses.configs import ProjectorConfig
 from dinov3_losses.projector import PrototypeProjector
 from distill_support import DISTILL, HEAD, TEACHER, distill, student
 from run_support import export_bytes, losses, metrics, run, run_here
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from trainer_support import steps
 
@@ -50,6 +52,18 @@ def test_expected_checkpoints_hold_the_teachers_projectors(teacher: Path, tmp_pa
         assert found == {name: tuple(t.shape) for name, t in ours.tensors().items()}
     frozen = {name.split(".")[1] for name in found if name.startswith("frozen.")}
     assert frozen == {"dino_head", "ibot_head"}
+
+
+def test_tensors_of_the_teachers_file_may_be_left_over(teacher: Path, tmp_path: Path) -> None:
+    with safe_open(teacher / "exports/teacher_backbone.safetensors", "pt") as export:
+        state = {name: export.get_tensor(name) for name in export.keys()}  # noqa: SIM118
+        save_file(
+            state | {"probe.bias": torch.ones(1)}, tmp_path / "x.safetensors", export.metadata()
+        )
+    path, hint = tmp_path / "x.safetensors", 'unused = ["probe.bias"]'
+    assert hint in problems(path, 'teacher.projectors="new"')["teacher.weights"]
+    with student(path, tmp_path / "run", 'teacher.projectors="new"', f"teacher.{hint}") as ours:
+        assert ours.unit.objective.teaching.networks["backbone"].cls_token.equal(state["cls_token"])
 
 
 # --------------------------------------------------------------------------- who learns

@@ -20,7 +20,7 @@ from dinov3_vit.transformer import VisionTransformer
 from layout_support import Held, images_of, label, random_vit, restored, stored, tiny, tokens_of
 from safetensors.torch import load_file, save_file
 
-from dinov3_framework import SATELLITE_IMAGES, CheckpointError, ImagesConfig
+from dinov3_framework import SATELLITE_IMAGES, CheckpointError, ImagesConfig, load_backbone
 
 timm = pytest.importorskip("timm")
 
@@ -156,6 +156,31 @@ def test_a_bias_of_the_keys_has_no_place() -> None:
     vit = random_vit(tiny(mask_k_bias=False))
     with pytest.raises(CheckpointError, match=r"'blocks\.0\.attn\.qkv\.bias': part 2 of 3"):
         stored(LAYOUT, vit)
+
+
+def test_a_classifier_by_the_mean_of_patches(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As timm's trainer leaves it: with the backbone's norm, or with one of the mean alone."""
+    options = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
+    classifier = timm.create_model("vit_small_patch16_dinov3", **options)
+    both = timm.create_model(
+        "vit_small_patch16_dinov3", use_fc_norm=True, use_post_transformer_norm=True, **options
+    )
+    for model, beside in ((classifier, "head.bias"), (both, "fc_norm.bias")):
+        settings = {"architecture": "vit_small_patch16_dinov3", "model_args": options}
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        loaded = load_backbone(tmp_path, images=ImagesConfig())
+        with torch.no_grad():
+            images = images_of(32, 32)
+            ours = loaded.backbone(images)
+            theirs = model.eval().forward_features(images)[:, 0]
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert beside in caplog.text
+    mean = timm.create_model("vit_small_patch16_dinov3", use_fc_norm=True, **options)
+    with pytest.raises(CheckpointError, match=r"fc_norm.*no features.*fine-tune without"):
+        LAYOUT.recognize(Held(mean.state_dict(), settings))
 
 
 # --------------------------------------------------------------------------- refusals

@@ -410,3 +410,30 @@ def test_parameters_change_their_type_and_buffers_do_not(
         tmp_path / "y.pth", images=WEB_IMAGES, dtype=torch.float32, registry=registry
     )
     assert again.backbone.norm.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("name", "values"), [("vit", SMALL_VIT), ("convnext", SMALL_CONVNEXT)])
+def test_config_json_names_the_type_of_the_tensors(
+    tmp_path: Path, registry: Registry, name: str, values: dict[str, Any], dtype: str
+) -> None:
+    """As transformers writes it, which by default loads what the key says."""
+    from transformers import AutoModel
+
+    exported(registry, tmp_path / "x.safetensors", name, **values)
+    folder = tmp_path / "folder"
+    convert_backbone(
+        tmp_path / "x.safetensors",
+        folder,
+        "huggingface",
+        dtype=getattr(torch, dtype),
+        registry=registry,
+    )
+    model = AutoModel.from_pretrained(folder)
+    assert model.dtype == getattr(torch, dtype)
+    model.save_pretrained(tmp_path / "again")
+    ours, theirs = (
+        json.loads((p / "config.json").read_text()) for p in (folder, tmp_path / "again")
+    )
+    keys = ("dtype", "torch_dtype")
+    assert [ours.get(key) for key in keys] == [theirs.get(key) for key in keys] == [dtype, None]

@@ -54,6 +54,18 @@ def test_every_form_of_an_image(tmp_path: Path, loaded: LoadedBackbone) -> None:
     assert loaded.features([]).shape == (0, 6)
 
 
+def test_it_shows_itself_in_a_few_lines(vit: LoadedBackbone, gray: LoadedBackbone) -> None:
+    text = repr(gray)
+    assert len(text.splitlines()) <= 3
+    assert gray.name in text
+    parameters = sum(p.numel() for p in gray.backbone.parameters())
+    assert f"{parameters:,} parameters" in text
+    assert f"{gray.backbone.embed_dim} wide" in text
+    assert f"a patch every {gray.backbone.patch_size} px, 1 channels" in text
+    assert len(repr(LoadedBackbone(LastLayerAlone(), ImagesConfig(), 16, {})).splitlines()) <= 3
+    assert len(repr(vit).splitlines()) <= 3
+
+
 def test_batches_and_modes(loaded: LoadedBackbone) -> None:
     images = pictures(7)
     whole = loaded.features(images)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dinov3_framework import WEB_IMAGES, CheckpointError, Registry, load_backbone
 from dinov3_framework.checkpoints.store import CheckpointStore
 from dinov3_framework.cli import main
+from dinov3_framework.weights.cli import main as weights_main
+from dinov3_framework.weights.convert import convert_backbone
+from dinov3_framework.weights.sharded import open_checkpoint
 
 VIT: dict[str, Any] = {"patch_size": 7, "embed_dim": 96, "depth": 4, "num_heads": 3}
 VIT |= {"ffn_ratio": 2.0, "in_chans": 1}
@@ -175,6 +181,74 @@ def test_classifiers_and_averages_give_their_backbone_aloud(
         assert said in caplog.text
 
 
+@pytest.mark.parametrize("format", ["meta", "huggingface"])
+def test_a_mask_token_may_be_missing_aloud(
+    tmp_path: Path, registry: Registry, caplog: pytest.LogCaptureFixture, format: str
+) -> None:
+    """As in exports for inference; no other tensor may."""
+    backbone = registry.build("backbone", "vit", **VIT | {"in_chans": 3})
+    nn.init.ones_(backbone.mask_token)
+    expected = {k: t.bfloat16() for k, t in backbone.state_dict().items()}
+    torch.save(expected, tmp_path / "whole.pth")
+    whole = load_backbone(tmp_path / "whole.pth", images=WEB_IMAGES, registry=registry)
+    source, file, prefix = tmp_path / "x.pth", tmp_path / "x.pth", ""
+    if format == "huggingface":
+        source, file, prefix = tmp_path / "hf", tmp_path / "hf/model.safetensors", "embeddings."
+        convert_backbone(
+            tmp_path / "whole.pth", source, format, images=WEB_IMAGES, registry=registry
+        )
+    state = load_file(file) if format == "huggingface" else expected
+    without = {k: t for k, t in state.items() if k != f"{prefix}mask_token"}
+
+    def write(tensors: dict[str, Any]) -> None:
+        save_file(tensors, file) if format == "huggingface" else torch.save(tensors, file)
+
+    write(without)
+    loaded = load_backbone(source, images=WEB_IMAGES, registry=registry)
+    assert "mask_token; masked training begins with a new one" in caplog.text
+    ours, theirs = (dict(each.backbone.named_parameters()) for each in (loaded, whole))
+    assert ours["mask_token"].dtype == torch.bfloat16
+    assert not ours.pop("mask_token").any()
+    assert all(torch.equal(t, theirs[k]) for k, t in ours.items())
+    write({k: t for k, t in without.items() if k != f"{prefix}cls_token"})
+    with pytest.raises(CheckpointError):
+        load_backbone(source, images=WEB_IMAGES, registry=registry)
+
+
+def test_tensors_may_be_left_over_by_name(
+    tmp_path: Path, registry: Registry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hint of the error is accepted as it is, wherever weights are read."""
+    state = dict(registry.build("backbone", "vit_small").state_dict())
+    odd = {"probe[0].weight": torch.ones(2), "probe[0].bias": torch.ones(2), "it's*": torch.ones(1)}
+    path = tmp_path / "x.pth"
+    torch.save(state | odd | {"blocks.0.extra": torch.ones(1)}, path)
+    with pytest.raises(CheckpointError) as caught:
+        load_backbone(path, registry=registry)
+    text = str(caught.value)
+    (hint,) = (line.strip() for line in text.splitlines() if "unused =" in line)
+    flags = shlex.split(text.partition("(--")[2].partition("):")[0])
+    given: dict[str, Any] = {}
+    exec(hint, given)
+    loaded = load_backbone(path, unused=given["unused"], registry=registry)
+    assert torch.equal(loaded.backbone.cls_token, state["cls_token"])
+    with pytest.raises(CheckpointError, match=r"1 in the file.*\n.*it's\*"):
+        load_backbone(path, unused=["probe*", "blocks.0.extra"], registry=registry)
+
+    flags[0] = f"--{flags[0]}"
+    assert weights_main(["show", str(path)]) == 2
+    assert weights_main(["show", str(path), *flags]) == 0
+    assert weights_main(["convert", str(path), str(tmp_path / "y.safetensors"), *flags]) == 0
+    assert weights_main(["show", str(tmp_path / "y.safetensors")]) == 0
+
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'extends = ["dinov3_recipes:knn"]\nweights = "{path}"\n')
+    assert main([str(recipe), "--check"]) == 2
+    recipe.write_text(f"{recipe.read_text()}{hint}\n")
+    capsys.readouterr()
+    assert main([str(recipe), "--check"]) == 0, capsys.readouterr().err
+
+
 def test_networks_of_lightning_are_known_by_their_names(tmp_path: Path, registry: Registry) -> None:
     values = VIT | {"in_chans": 3}
     networks = {n: registry.build("backbone", "vit", **values) for n in ("teacher", "student")}
@@ -199,8 +273,6 @@ class Trap:
 
 
 def test_nothing_in_others_checkpoints_is_run(tmp_path: Path, registry: Registry) -> None:
-    import pickle
-
     sprung = tmp_path / "sprung"
     folder = tmp_path / "12499"
     backbone = registry.build("backbone", "vit", **VIT | {"in_chans": 3})
@@ -214,6 +286,60 @@ def test_nothing_in_others_checkpoints_is_run(tmp_path: Path, registry: Registry
     with pytest.raises(CheckpointError, match="refused"):
         load_backbone(folder, images=WEB_IMAGES, registry=registry)
     assert not sprung.exists()
+
+
+def test_shards_that_are_links_out_of_their_folder(
+    copied: Path, tmp_path: Path, registry: Registry
+) -> None:
+    ours, theirs = copied / "checkpoints/step_00000002", tmp_path / "theirs"
+    backbone = registry.build("backbone", "vit", **VIT | {"in_chans": 3})
+    dcp.save(
+        {f"teacher.backbone.{k}": v for k, v in backbone.state_dict().items()},
+        checkpoint_id=theirs,
+    )
+    for folder in (ours, theirs):
+        (shard,) = folder.glob("*.distcp")
+        shard.symlink_to(shard.rename(tmp_path / f"{folder.name}.away"))
+        with pytest.raises(CheckpointError, match=rf"{shard.name}.*link that leads out"):
+            load_backbone(folder, images=WEB_IMAGES, registry=registry)
+
+
+def test_a_sharded_tensor_that_declares_too_much(tmp_path: Path) -> None:
+    dcp.save({"w": torch.ones(3), "v": torch.ones(3)}, checkpoint_id=tmp_path / "12499")
+    index = tmp_path / "12499/.metadata"
+    content = pickle.loads(index.read_bytes())
+    content.state_dict_metadata["w"].size = torch.Size([10**13])
+    index.write_bytes(pickle.dumps(content))
+    with pytest.raises(CheckpointError, match="'w' is said to be larger than what is stored"):
+        open_checkpoint(tmp_path / "12499")
+
+
+@pytest.mark.parametrize("form", ["folder", "file", "beside the base"])
+def test_an_adapter_is_named(
+    tmp_path: Path, registry: Registry, form: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As PEFT saves it, and as a state dict of what it wraps."""
+    state = dict(registry.build("backbone", "vit_small").state_dict())
+    path, name = tmp_path, "base_model.model.blocks.0.attn.qkv"
+    lora = {f"{name}.lora_A.weight": torch.ones(4, 384), f"{name}.lora_B.weight": torch.ones(9, 4)}
+    if form == "file":
+        path = tmp_path / "last.pth"
+        base = {f"base_model.model.{k}": t for k, t in state.items()}
+        base[f"{name}.base_layer.weight"] = base.pop(f"{name}.weight")
+        torch.save({"model": base | lora}, path)
+    else:
+        save_file(lora, tmp_path / "adapter_model.safetensors")
+        config = '{"peft_type": "LORA", "base_model_name_or_path": "facebook/some-base"}'
+        (tmp_path / "adapter_config.json").write_text(config)
+    if form == "beside the base":
+        save_file(state, tmp_path / "model.safetensors")
+        load_backbone(tmp_path, registry=registry)
+        assert "adapter beside its weights" in caplog.text
+        return
+    with pytest.raises(CheckpointError, match=r"LoRA adapter .*merge it") as caught:
+        load_backbone(path, registry=registry)
+    assert len(str(caught.value).splitlines()) == 1
+    assert ("facebook/some-base" in str(caught.value)) == (form == "folder")
 
 
 # --------------------------------------------------------------------------- names
@@ -233,6 +359,30 @@ def test_published_names(
         load_backbone("dinov3_vits16@SAT493M", registry=registry)
     with pytest.raises(CheckpointError, match=r"no file dinov3_vit16, nor .* dinov3_vits16"):
         load_backbone("dinov3_vit16", registry=registry)
+
+
+@pytest.mark.parametrize("prefix", ["", "hf-hub:"])
+def test_models_of_the_hub_are_named(
+    tmp_path: Path,
+    registry: Registry,
+    prefix: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for model in ("facebook/dinov3-vits16-pretrain-lvd1689m", "timm/vit_small_patch16_dinov3.x"):
+        advice = f"hf download {model} --local-dir {model.partition('/')[2]}"
+        with pytest.raises(CheckpointError, match=f"Hugging Face hub.*{advice}") as caught:
+            load_backbone(f"{prefix}{model}", registry=registry)
+        assert len(str(caught.value).splitlines()) == 1
+        assert main(["knn", f'weights="{prefix}{model}"', "--check"]) == 2
+        assert advice in capsys.readouterr().err
+    (tmp_path / "facebook").mkdir()
+    with pytest.raises(CheckpointError, match="published names"):
+        load_backbone("facebook/dinov3-vits16", registry=registry)
+    state = registry.build("backbone", "vit_small").state_dict()
+    torch.save(state, tmp_path / "facebook/dinov3-vits16")
+    load_backbone("facebook/dinov3-vits16", registry=registry)
 
 
 def test_recipes_take_published_names(

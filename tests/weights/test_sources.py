@@ -160,6 +160,37 @@ def test_an_open_clip_folder(tmp_path: Path) -> None:
         assert len(source.shapes) == 4
 
 
+@pytest.mark.parametrize(
+    ("file", "shard"),
+    [
+        ("model.fp16.safetensors", None),
+        ("pytorch_model.fp16.bin", None),
+        ("model.safetensors.index.fp16.json", "model.fp16-00001-of-00001.safetensors"),
+        ("pytorch_model.bin.index.fp16.json", "pytorch_model.fp16-00001-of-00001.bin"),
+    ],
+)
+def test_a_variant_alone_is_taken_aloud(tmp_path: Path, file: str, shard: str | None) -> None:
+    """As transformers saves with ``variant="fp16"``; the plain weights go first."""
+
+    def write(path: Path, values: dict[str, Tensor]) -> None:
+        save_file(values, path) if path.suffix == ".safetensors" else torch.save(values, path)
+
+    write(tmp_path / (shard or file), tensors())
+    if shard is not None:
+        places = dict.fromkeys(tensors(), shard)
+        (tmp_path / file).write_text(json.dumps({"weight_map": places}))
+    with open_weights(tmp_path) as source:
+        assert source.read("scale") == 3
+        assert any(file in note for note in source.notes)
+    write(tmp_path / "model.bf16.safetensors", tensors())
+    with pytest.raises(CheckpointError, match="several variants, bf16, fp16"):
+        open_weights(tmp_path).__enter__()
+    write(tmp_path / "pytorch_model.bin", {"plain": torch.ones(1)})
+    with open_weights(tmp_path) as source:
+        assert list(source.shapes) == ["plain"]
+        assert not source.notes
+
+
 # --------------------------------------------------------------------------- names
 def opened_names(path: Path, content: Any) -> OpenWeights:
     torch.save(content, path)
@@ -218,6 +249,36 @@ def test_shards_stay_in_their_folder(tmp_path: Path) -> None:
         folder = write_shards(tmp_path / "model", {}, {"scale": place})  # type: ignore[dict-item]
         with pytest.raises(CheckpointError, match=r"'scale' lies at .*, not in this folder"):
             open_weights(folder).__enter__()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_links_out_of_the_folder_are_not_followed(tmp_path: Path, suffix: str) -> None:
+    """But for Hugging Face's cache, where each file is a link to a blob of the same model."""
+    outside = write_pth(tmp_path) if suffix == "bin" else write_safetensors(tmp_path)
+    folder = tmp_path / "folder"
+    cache = tmp_path / "models--facebook--dinov3"
+    snapshot = cache / "snapshots/0123"
+    for each in (folder, snapshot, cache / "blobs"):
+        each.mkdir(parents=True)
+    index = {"weight_map": dict.fromkeys(tensors(), f"shard.{suffix}")}
+    name = "pytorch_model.bin" if suffix == "bin" else "model.safetensors"
+    for each in (folder, snapshot):
+        (each / f"{name}.index.json").write_text(json.dumps(index))
+        (each / f"shard.{suffix}").symlink_to(outside)
+        with pytest.raises(CheckpointError, match=r"shard\.\w+ is a link that leads out"):
+            open_weights(each).__enter__()
+    (snapshot / f"shard.{suffix}").unlink()
+    (snapshot / f"shard.{suffix}").symlink_to("../../blobs/abc")
+    outside.rename(cache / "blobs/abc")
+    (tmp_path / "linked").symlink_to(snapshot)
+    for shared in (False, True):
+        if shared:  # with other models of the cache, as huggingface_hub 2 does
+            (tmp_path / "blobs/ab").mkdir(parents=True)
+            (cache / "blobs/abc").rename(tmp_path / "blobs/ab/abc")
+            (cache / "blobs/abc").symlink_to("../../blobs/ab/abc")
+        for each in (snapshot, tmp_path / "linked"):
+            with open_weights(each) as source:
+                assert source.read("scale") == 3
 
 
 def test_a_shard_that_is_missing(tmp_path: Path) -> None:

@@ -16,14 +16,18 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import save
 from torch import nn
 
+from dinov3_framework import Registry
 from dinov3_framework.errors import CheckpointError
+from dinov3_framework.weights import _files
 from dinov3_framework.weights._files import open_weights
+from dinov3_framework.weights.cli import main as weights_main
 
 
 def refusal(path: Path) -> str:
@@ -72,7 +76,7 @@ DENIED = b'<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code><Message>No</M
         pytest.param(b"\0" * 900, "begins with zeros", id="zeros"),
         pytest.param(b"\n<!DOCTYPE html><title>Log in", "web page.*\n*.*wget -O x.pth", id="html"),
         pytest.param(DENIED, r"error message of the server \(AccessDenied\).*expired", id="s3"),
-        pytest.param(b'{"error": "gated repo"}', "JSON text.*gated repo", id="json"),
+        pytest.param(b'{"error": "gated repo"}', "JSON text", id="json"),
         pytest.param(
             b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "git lfs pull", id="lfs"
         ),
@@ -81,7 +85,7 @@ DENIED = b'<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code><Message>No</M
         pytest.param(b"\x89PNG\r\n\x1a\n", "a PNG image", id="png"),
         pytest.param(b"\xff\xd8\xff\xe0..JFIF", "a JPEG image", id="jpeg"),
         pytest.param(b"\x89HDF\r\n\x1a\n", "an HDF5 file", id="hdf5"),
-        pytest.param(b"hello, no model", "unknown kind, text that.*hello, no model", id="text"),
+        pytest.param(b"hello, no model", "it is a text file", id="text"),
         pytest.param(b"\x01\x02\xfe" * 50, "of an unknown kind", id="noise"),
         pytest.param(
             struct.pack("<Q", 1 << 20) + b'{"a":', "truncated: 13 bytes.* 1,048,584", id="header"
@@ -98,7 +102,7 @@ DENIED = b'<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code><Message>No</M
             legacy(WEIGHTS)[:-50], r"truncated \([\d,]+ bytes\).*\n.*download", id="legacy-cut"
         ),
         pytest.param(legacy(WEIGHTS)[:40], r"truncated \(40 bytes\)", id="legacy-head"),
-        pytest.param(zipped(a=b"1", b=b"2"), "torch.save did not write: it holds a, b", id="zip"),
+        pytest.param(zipped(a=b"1", b=b"2"), "of 2 files that torch.save did not write", id="zip"),
         pytest.param(saved(torch.ones(3)), r"holds one tensor \[3\] without a name", id="tensor"),
         pytest.param(saved([torch.ones(3)]), "holds a list", id="list"),
         pytest.param(saved({}), "no weights: it is an empty dict", id="nothing"),
@@ -117,6 +121,33 @@ def test_what_holds_no_weights(tmp_path: Path, content: bytes, message: str) -> 
     path = tmp_path / "x.pth"
     path.write_bytes(content)
     assert re.search(message, refusal(path), re.MULTILINE)
+
+
+SECRET = "hunter2"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"{SECRET}:x:0:0\n".encode(),
+        f'{{"token": "{SECRET}"}}'.encode(),
+        f"<html><title>{SECRET}".encode(),
+        f"<Error><Code>{SECRET}</Code>".encode(),
+        zipped(hunter2=b"1"),
+        SECRET.encode("utf-16"),
+    ],
+    ids=["text", "json", "html", "xml", "zip", "binary"],
+)
+def test_no_other_file_is_quoted(tmp_path: Path, content: bytes) -> None:
+    for name in ("x.pth", "pytorch_model.bin"):
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(CheckpointError) as caught, open_weights(tmp_path / name):
+            pass
+        assert SECRET not in str(caught.value)
+        with pytest.raises(CheckpointError) as caught, open_weights(tmp_path):
+            pass
+        assert SECRET not in str(caught.value)
 
 
 def test_an_optimizer_alone(tmp_path: Path) -> None:
@@ -152,6 +183,91 @@ def test_wherever_a_file_is_cut(tmp_path: Path, content: bytes) -> None:
     for size in [*range(64), *range(64, len(content), 61), len(content) - 1]:
         path.write_bytes(content[:size])
         assert "\n" in refusal(path)
+
+
+# --------------------------------------------------------------------------- what is declared
+ENTRY = {"dtype": "F32", "shape": [2_500_000_000_000], "data_offsets": [0, 10**13]}
+TABLE = json.dumps({"w": ENTRY}).encode()
+# In a pickle of 777 values that number is M, 0x0309; ten million millions are a long of 6 bytes.
+FEW, MANY = b"M\x09\x03", b"\x8a\x06" + (10**13).to_bytes(6, "little")
+
+
+class Reserved:
+    """Made of its length alone when it is unpickled."""
+
+    def __reduce__(self) -> tuple[type[bytearray], tuple[int]]:
+        return bytearray, (10**13,)
+
+
+def repacked(data: bytes, method: int, **more: bytes) -> bytes:
+    """An archive of torch with a storage declared far too large, or with more in it."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(stream, "w", method) as new:
+        for name in old.namelist():
+            content = old.read(name)
+            new.writestr(name, content if more else content.replace(FEW, MANY))
+        for name, content in more.items():
+            new.writestr(f"archive/data/{name}", content)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param(struct.pack("<Q", len(TABLE)) + TABLE, "is truncated", id="safetensors"),
+        pytest.param(struct.pack("<Q", 9 * 10**7) + b'{"w":', "is truncated", id="header"),
+        pytest.param(legacy({"w": torch.ones(777)}).replace(FEW, MANY), "can hold", id="legacy"),
+        pytest.param(
+            repacked(saved({"w": torch.ones(777)}), zipfile.ZIP_STORED), "can hold", id="zip"
+        ),
+        pytest.param(
+            repacked(saved({"w": torch.ones(777)}), zipfile.ZIP_DEFLATED), "can hold", id="deflated"
+        ),
+        pytest.param(
+            repacked(saved(WEIGHTS), zipfile.ZIP_DEFLATED, x=bytes(2**23)),
+            "can hold",
+            id="zip-bomb",
+        ),
+        pytest.param(saved(WEIGHTS | {"x": Reserved()}), "can hold", id="bytearray"),
+        pytest.param(legacy(WEIGHTS | {"x": Reserved()}), "can hold", id="legacy-bytearray"),
+        pytest.param(b"\x80\x02" + b"]" * 10**5 + b"a" * 99_999 + b".", "pickle", id="nested"),
+    ],
+)
+def test_a_tiny_file_that_declares_much(tmp_path: Path, content: bytes, message: str) -> None:
+    """It is refused by its sizes before torch reads it."""
+    path = tmp_path / "x.pth"
+    path.write_bytes(content)
+    assert path.stat().st_size < 2**18
+    assert message in refusal(path)
+
+
+def test_a_view_without_end_is_not_read(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(1).expand(10**6, 10**6), "v": torch.ones(3)}, tmp_path / "x.pth")
+    with open_weights(tmp_path / "x.pth") as opened:
+        assert opened.read("v").sum() == 3
+        with pytest.raises(
+            CheckpointError, match=r"damaged or malicious: 'w' \[1000000, 1000000\]"
+        ):
+            opened.read("w")
+
+
+def test_memory_and_stack_that_give_out_are_the_files_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(
+        save(WEIGHTS, {"dinov3_backbone": "1", "component": "vit", "images": "[" * 99999})
+    )
+    assert weights_main(["show", str(path)]) == 2
+    state = Registry.load().build("backbone", "vit_small").state_dict()
+    torch.save({"blocks.99999999.norm1.weight": torch.ones(384), **state}, tmp_path / "deep.pth")
+    assert weights_main(["show", str(tmp_path / "deep.pth")]) == 2
+    torch.save(state, tmp_path / "x.pth")
+    for error in (MemoryError(), RecursionError(), RuntimeError("can't allocate memory")):
+        for place in (f"{_files.__name__}.read_pickle", "torch.Tensor.clone"):
+            with monkeypatch.context() as patched:
+                patched.setattr(place, Mock(side_effect=error))
+                assert weights_main(["show", str(tmp_path / "x.pth")]) == 2
 
 
 # --------------------------------------------------------------------------- pickles with code
