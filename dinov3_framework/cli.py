@@ -12,12 +12,21 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinov3_framework import __version__
 from dinov3_framework.errors import DataError, ExitCode, RecipeError, UserError
 from dinov3_framework.kinds import resolve
+from dinov3_framework.runtime.stopping import (
+    LAUNCHER,
+    EndOnSignal,
+    Interrupted,
+    describe_stop,
+    end_with,
+    exit_code_of,
+)
 
 if TYPE_CHECKING:
     from dinov3_framework.contracts.running import Job, Launcher, Plan, Task
@@ -31,15 +40,28 @@ a bare word is a string:
   dinov3-run recipes/my.toml 8gpu optimizer.lr=1e-4 backbone.use=vit_small
 
 exit codes: 0 done, 1 a fault of the program, 2 the recipe, the data or the output folder has to
-change first, 3 training diverged, 75 stopped on request (the same command goes on), 130 Ctrl-C
+change first, 3 training diverged, 75 stopped by SIGTERM, SIGUSR2 or SIGHUP (the same command goes
+on), 130 Ctrl-C
 """
 
 LAUNCHED = "--launched"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    """The command line; returns the exit code.
+
+    Without ``argv`` it is the program: signals end it, with the exit codes of :data:`_EPILOG`.
+    """
+    if argv is not None:
+        return _main(argv)
+    if launcher := os.environ.pop(LAUNCHER, None):
+        end_with(int(launcher))
+    with EndOnSignal() as ending:
+        ending.code = _main(sys.argv[1:])
+    return ending.code
+
+
+def _main(argv: Sequence[str]) -> int:
     options = argparse.Namespace(traceback="--traceback" in argv)
     try:
         from dinov3_framework.registry import Registry
@@ -53,11 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (error.shared and _rank()):
             _complain(str(error))
         return int(error.exit_code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if options.traceback:
             traceback.print_exc()
-        _complain("interrupted")
-        return int(ExitCode.INTERRUPTED)
+        received = error.received if isinstance(error, Interrupted) else signal.SIGINT
+        if not _rank():
+            _complain(describe_stop(received))
+        return int(exit_code_of(received))
     except Exception as error:
         from dinov3_framework.plugins import author_of, line_of
 
@@ -319,4 +343,5 @@ def _show(text: str) -> int:
 def _complain(message: str) -> None:
     rank = _rank()
     prefix = f"[rank {rank}] " if rank else ""
-    print(f"{prefix}{message}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # nobody reads it any more; the exit code says it, too
+        print(f"{prefix}{message}", file=sys.stderr, flush=True)

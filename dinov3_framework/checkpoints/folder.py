@@ -41,6 +41,7 @@ class CheckpointFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._left: set[str] = set()  # what could not be removed
 
     def newest_first(self) -> list[Path]:
         """All checkpoints, whole or not; of one step the replaced one last."""
@@ -54,9 +55,9 @@ class CheckpointFolder:
         """Remove what killed processes left and make a fresh folder to write to."""
         self.path.mkdir(parents=True, exist_ok=True)
         for path in self.path.iterdir():
-            if path.name.startswith((_SAVING, _REMOVING)):
+            if path.name.startswith((_SAVING, _REMOVING)) and path.name not in self._left:
                 _log.info("removing %s, left by an interrupted process", path)
-                shutil.rmtree(path)
+                self._delete(path)
         aside = self.path / f"{_SAVING}{name_of(step)}-{secrets.token_hex(4)}"
         aside.mkdir()
         return aside
@@ -80,26 +81,40 @@ class CheckpointFolder:
 
         Later steps, of a run that was resumed from an earlier one, are left alone.
         """
-        try:
-            entries = [(step, path) for step, path in self._entries() if step <= newest]
-            present = {path.name for _, path in entries}
-            sound = sorted({step for step, path in entries if path.name not in damaged})
-            wanted = set(sound[-keep:])
-            if keep_every is not None:
-                wanted.update(step for step in sound if step % keep_every == 0)
-            for step, path in entries:
-                superseded = path.name != name_of(step) and name_of(step) in present
-                if superseded or step not in wanted:
-                    self._remove(path)
-        except OSError as error:
-            _log.warning("cannot remove old checkpoints in %s: %s", self.path, error)
+        entries = [(step, path) for step, path in self._entries() if step <= newest]
+        present = {path.name for _, path in entries}
+        sound = sorted({step for step, path in entries if path.name not in damaged})
+        wanted = set(sound[-keep:])
+        if keep_every is not None:
+            wanted.update(step for step in sound if step % keep_every == 0)
+        for step, path in entries:
+            superseded = path.name != name_of(step) and name_of(step) in present
+            if (superseded or step not in wanted) and path.name not in self._left:
+                self._remove(path)
 
     def _remove(self, path: Path) -> None:
-        if path.exists():
+        """Remove a checkpoint if that can be done; a link stays, as does what it leads to."""
+        if path.is_symlink():
+            self._leave(path, "it is a symbolic link")
+        elif path.exists():
             # Renamed first, so that one half removed is not taken for one that was damaged.
             doomed = self.path / f"{_REMOVING}{path.name}-{secrets.token_hex(4)}"
-            path.rename(doomed)
-            shutil.rmtree(doomed)
+            try:
+                path.rename(doomed)
+            except OSError as error:
+                self._leave(path, error)
+            else:
+                self._delete(doomed)
+
+    def _delete(self, path: Path) -> None:
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            self._leave(path, error)
+
+    def _leave(self, path: Path, reason: object) -> None:
+        self._left.add(path.name)
+        _log.warning("%s cannot be removed and is left there: %s", path, reason)
 
     def _entries(self) -> list[tuple[int, Path]]:
         if not self.path.is_dir():

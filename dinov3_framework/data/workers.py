@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Generic, TypeVar
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
 from dinov3_framework.errors import DataError, UserError
+from dinov3_framework.runtime.stopping import end_with
 
 T = TypeVar("T")
 
@@ -159,8 +161,10 @@ def _unchanged(item: T) -> T:
 def _start_worker(_: int) -> None:
     # Ctrl-C, schedulers and timeout(1) signal the whole group; the process that reads alone decides
     # when to stop, and until then it needs batches.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
+    if parent := multiprocessing.parent_process():
+        end_with(parent.pid)  # or one whose reader hangs would live on
     torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import secrets
@@ -10,6 +11,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from dinov3_framework.errors import OutputError
+
+_log = logging.getLogger(__name__)
 
 _ASIDE = re.compile(r"\..+\.[0-9a-f]{8}")  # names of what is being written
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -56,8 +61,19 @@ def clear_aside(folder: Path) -> None:
     """
     for pattern in (".*", "*/.*"):
         for path in folder.glob(pattern):
-            if _ASIDE.fullmatch(path.name) and path.is_file() and not path.is_symlink():
-                path.unlink(missing_ok=True)
+            try:
+                if _ASIDE.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+                    path.unlink(missing_ok=True)
+            except OSError as error:
+                _log.warning("cannot remove %s, left by an interrupted run: %s", path, error)
+
+
+def unwritable(error: OSError, path: Path) -> OutputError:
+    """What to say when ``path`` cannot be written."""
+    reason = no_room(error.errno, path.parent)
+    if reason is not None:
+        return OutputError(f"{path} cannot be written: {reason}; make room and run again")
+    return OutputError(f"{path} cannot be written: {error.strerror or error}")
 
 
 def no_room(number: int | None, folder: Path) -> str | None:

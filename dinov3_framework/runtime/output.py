@@ -7,10 +7,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import itertools
 import json
+import logging
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -23,10 +23,13 @@ from dinov3_framework.kinds import TaskConfig
 from dinov3_framework.recipes.plain import unstructure
 from dinov3_framework.recipes.toml_text import KeyPath, parse_toml, to_toml
 from dinov3_framework.registry import Registry
-from dinov3_framework.runtime.durable import clear_aside, no_room, written_aside
+from dinov3_framework.runtime.durable import clear_aside, unwritable, written_aside
 from dinov3_framework.runtime.inner_runs import naming_stage
+from dinov3_framework.runtime.lock import locked, refuse_in_use, verify_held
 
-RECIPE, RESULTS, LOCK = "recipe.toml", "results.json", ".lock"
+log = logging.getLogger(__name__)
+
+RECIPE, RESULTS = "recipe.toml", "results.json"
 # What any run leaves. The recipe goes last: while it is there, the rest is known to be a run's.
 _OF_ANY_RUN = ("results.csv", "run.log", "environment.json", RESULTS, RECIPE)
 # Keys that may change between two starts of the same run: they do not touch what is learnt.
@@ -59,8 +62,10 @@ class RunComplete(OutputError):
 def output_file(path: Path) -> Iterator[Path]:
     """A path to write to, which becomes ``path`` when all of it is there: a whole file or none.
 
-    Makes the folder. Raises ``OutputError`` where the file cannot be written.
+    Makes the folder. Raises ``OutputError`` where the file cannot be written, or where a folder
+    that this process holds is not its own any more.
     """
+    verify_held()
     try:
         with written_aside(path) as aside:
             yield aside
@@ -72,14 +77,6 @@ def write_aside(path: Path, text: str) -> None:
     """Write a whole file or none; errors as of :func:`output_file`."""
     with output_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
-
-
-def unwritable(error: OSError, path: Path) -> OutputError:
-    """What to say when ``path`` cannot be written."""
-    reason = no_room(error.errno, path.parent)
-    if reason is not None:
-        return OutputError(f"{path} cannot be written: {reason}; make room and run again")
-    return OutputError(f"{path} cannot be written: {error.strerror or error}")
 
 
 @contextmanager
@@ -97,6 +94,7 @@ def prepared(
     """
     with locked(output_dir):
         _refuse(config, registry, output_dir, inherited)
+        _set_aside_unusable(output_dir)
         if (output_dir / RESULTS).exists():  # there is more in it to do than there was
             _remove(output_dir / RESULTS)
         clear_aside(output_dir)
@@ -106,9 +104,7 @@ def prepared(
 
 def check_output(config: TaskConfig, registry: Registry, output_dir: Path) -> None:
     """Raise what :func:`prepared` would, as far as it can be told without writing anything."""
-    if (output_dir / LOCK).exists():
-        with locked(output_dir):
-            pass
+    refuse_in_use(output_dir)
     _refuse(config, registry, output_dir)
     there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     if not there.is_dir():
@@ -125,7 +121,7 @@ def _refuse(
     if not _inner_runs_complete(config, registry, output_dir):
         return
     path = output_dir / RESULTS
-    if path.exists():
+    if is_complete(output_dir):
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
         raise RunComplete(
             f"This run is complete (since {when}): {path}\n{_elsewhere(config, output_dir)}"
@@ -179,29 +175,28 @@ def _elsewhere(config: TaskConfig, output_dir: Path) -> str:
     return "  choose another --output-dir" + (f"; there, {ways}" if ways else "")
 
 
-@contextmanager
-def locked(output_dir: Path) -> Iterator[None]:
-    """Hold the folder; a second run into it is refused while the first lives."""
+def is_complete(output_dir: Path) -> bool:
+    """Whether a run has left its results, whole, beside its recipe."""
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        lock = (output_dir / LOCK).open("a+")
-    except OSError as error:
-        raise unwritable(error, output_dir) from error
-    with lock:
+        json.loads((output_dir / RESULTS).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return (output_dir / RECIPE).exists()
+
+
+def _set_aside_unusable(output_dir: Path) -> None:
+    """Rename results that are none of a complete run, which would be taken for one later."""
+    path = output_dir / RESULTS
+    if path.is_file() and not is_complete(output_dir):
+        why = "there is no recipe beside it"
+        if (output_dir / RECIPE).exists():
+            why = "it is empty or no JSON"
+        aside = path.with_name(f"{RESULTS}.unusable")
         try:
-            # Not flock, whose locks live on in loader workers that outlive a killed run.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise OutputError(
-                f"{output_dir} is in use by another run; wait for it, or choose another "
-                "--output-dir"
-            ) from None
+            path.replace(aside)
         except OSError as error:
-            raise OutputError(
-                f"{lock.name} cannot be locked ({error.strerror or error}), so another run might "
-                "write there too; choose an --output-dir on a file system that knows locks"
-            ) from error
-        yield
+            raise unwritable(error, path) from error
+        log.warning("%s does not mean a complete run: %s; it is now %s", path, why, aside.name)
 
 
 def _inner_runs_complete(config: TaskConfig, registry: Registry, output_dir: Path) -> bool:
@@ -210,7 +205,7 @@ def _inner_runs_complete(config: TaskConfig, registry: Registry, output_dir: Pat
     for run in runs:
         with naming_stage(run.name):
             _refuse_another_recipe(run.config, registry, output_dir / run.name, run.inherited)
-    complete = {run.name for run in runs if (output_dir / run.name / RESULTS).exists()}
+    complete = {run.name for run in runs if is_complete(output_dir / run.name)}
     for run in runs:
         absent = sorted({name for name in run.inherited.values() if name not in complete})
         if absent and (output_dir / run.name / RECIPE).exists():

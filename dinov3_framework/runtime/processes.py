@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -99,6 +100,41 @@ def wait_for_all(seconds: float) -> None:
         options = dist.AllreduceOptions()
         options.timeout = timedelta(seconds=seconds)
         dist.distributed_c10d._get_default_group().allreduce([torch.zeros(1)], options).wait()
+
+
+def note_place(place: str) -> None:
+    """Note where this process is, for what others say if it does not come to a collective."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        with suppress(RuntimeError):  # gone with its process; the next collective has more to say
+            _store().set(f"place/{dist.get_rank()}", place)
+
+
+def missing_ranks(seconds: float) -> list[str]:
+    """Who does not come to a collective, and where each was last.
+
+    To be called by a process whose collective failed: those that wait for others call it all, and
+    who does not, within ``seconds``, is the one that they wait for.
+    """
+    try:
+        _store().set(f"waited/{dist.get_rank()}", "")
+        time.sleep(seconds)
+        return [
+            f"rank {rank}, last seen at {_place_of(rank)}"
+            for rank in range(dist.get_world_size())
+            if not _store().check([f"waited/{rank}"])
+        ]
+    except RuntimeError:  # the store has gone with its process
+        time.sleep(seconds)
+        return []
+
+
+def _place_of(rank: int) -> str:
+    key = f"place/{rank}"
+    return _store().get(key).decode() if _store().check([key]) else "the start"
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
 
 
 def leave(code: int) -> NoReturn:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,15 +12,16 @@ from typing import cast
 import torch.distributed as dist
 
 from dinov3_framework.contracts.running import Plan, Task
-from dinov3_framework.errors import ExitCode, PeerError, UserError
+from dinov3_framework.errors import ExitCode, PeerError, UserError, first_few
 from dinov3_framework.kinds import TaskConfig
 from dinov3_framework.recipes.toml_text import KeyPath
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.console import console_handler
+from dinov3_framework.runtime.durable import unwritable
 from dinov3_framework.runtime.environment import note_start
-from dinov3_framework.runtime.output import prepared, unwritable
-from dinov3_framework.runtime.processes import pick_device, process_group
+from dinov3_framework.runtime.output import prepared
+from dinov3_framework.runtime.processes import missing_ranks, pick_device, process_group
 
 log = logging.getLogger(__name__)
 
@@ -100,10 +100,11 @@ def _peers(timeout: float) -> Iterator[None]:
     except RuntimeError as error:
         if not (collectives.is_distributed() and _is_of_a_collective(error)):
             raise
-        time.sleep(_GIVE_WAY)
+        missing = first_few(missing_ranks(_GIVE_WAY), separator="; ")
         raise PeerError(
             "another process of the run ended, or did not come to a collective within "
-            f"parallel.timeout = {timeout:g} s; what failed there first is the cause\n"
+            f"parallel.timeout = {timeout:g} s{f' ({missing})' if missing else ''}; what failed "
+            "there first is the cause\n"
             f"    here: {str(error).splitlines()[0]}"
         ) from error
 

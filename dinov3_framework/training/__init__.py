@@ -73,10 +73,9 @@ class TrainingConfig(TaskConfig):
     def free_keys(self, output_dir: Path) -> Sequence[str]:
         """Where the data lie, if a checkpoint says by their names whether they are the same."""
         from dinov3_framework.checkpoints.store import CheckpointStore
-        from dinov3_framework.runtime.output import RESULTS
+        from dinov3_framework.runtime.output import is_complete
 
-        complete = (output_dir / RESULTS).exists()
-        if complete or DATA not in CheckpointStore(output_dir / CHECKPOINTS).peek():
+        if is_complete(output_dir) or DATA not in CheckpointStore(output_dir / CHECKPOINTS).peek():
             return ()
         return self.places()
 

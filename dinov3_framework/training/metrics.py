@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
 from dinov3_framework.runtime import collectives
-from dinov3_framework.runtime.output import unwritable, write_aside
+from dinov3_framework.runtime.durable import unwritable
 
 
 class MetricsFile:
@@ -26,8 +28,12 @@ class MetricsFile:
         self.path = path
         try:
             # A run that starts anew also measures anew what there was before its first iteration.
-            kept = [line for line in read_metrics(path) if 0 < done >= line["iteration"]]
-            write_aside(path, "".join(f"{json.dumps(line)}\n" for line in kept))
+            with path.open("ab+") as file:
+                end = _end_of(file, done) if done > 0 else 0
+                file.truncate(end)
+                file.seek(max(end - 1, 0))
+                if file.read(1) not in (b"", b"\n"):
+                    file.write(b"\n")
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise unwritable(error, path) from error
@@ -48,16 +54,34 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; a last line that was cut off is left out."""
+    """The lines of a ``metrics.jsonl``; what was damaged or cut off is left out."""
     if not path.exists():
         return []
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+    with path.open("rb") as file:
+        return [line for text in file if (line := _line_of(text)) is not None]
+
+
+def _line_of(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("iteration"), int) else None
+
+
+def _end_of(file: BinaryIO, done: int) -> int:
+    """The bytes up to the last line of iteration ``done`` or one before, looked for from behind."""
+    end = os.fstat(file.fileno()).st_size
+    if not end:
+        return 0
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        while end:
+            start = text.rfind(b"\n", 0, end - 1) + 1
+            line = _line_of(text[start:end])
+            if line is not None and line["iteration"] <= done:
+                return end
+            end = start
+    return 0
 
 
 @frozen

@@ -31,7 +31,9 @@ from dinov3_framework.errors import (
 from dinov3_framework.randomness import keyed_seed
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.console import TrainingProgress
+from dinov3_framework.runtime.lock import verify_held
 from dinov3_framework.runtime.output import identity_complaint
+from dinov3_framework.runtime.processes import note_place
 from dinov3_framework.runtime.stopping import StopFlag
 from dinov3_framework.schedules import Span, iterations_of
 from dinov3_framework.training import DATA, RECIPE_IDENTITY, TrainingConfig
@@ -162,13 +164,20 @@ class Trainer:
         batches = iter(loader)
         try:
             shown = self.run.is_main and self.coordinator.is_logging_rank
-            with StopFlag() as stop, TrainingProgress(self.done, total, shown) as bar:
+            with (
+                StopFlag(self.config.parallel.timeout) as stop,
+                TrainingProgress(self.done, total, shown) as bar,
+            ):
                 first = self._start_observers()
                 if first:
                     log.info("iteration %s: %s", f"{self.done:,}", format_metrics(first))
                 self._write(metrics, first)
                 while self.done < total:
                     self._iterate(batches, stop, bar, metrics)
+                # A signal in the last step; exports and evaluations to come may take long.
+                late = torch.tensor(int(self.coordinator.any_stop(bool(stop))))
+                if collectives.all_reduce_max(late).item():
+                    raise stop.stopped(f"iteration {self.done:,}")
         except RuntimeError as error:
             loader.explain(error)
             raise
@@ -186,13 +195,14 @@ class Trainer:
     ) -> None:
         started = time.perf_counter()
         try:
-            outcome = self.step(batches, self.coordinator.any_stop(bool(stop)))
+            outcome = stop.limited(self.step, batches, self.coordinator.any_stop(bool(stop)))
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory(error) from error
         except DivergenceError as error:
             self.coordinator.announce_exit(str(error))
             raise
         self.done += 1
+        note_place(f"iteration {self.done}, observers and checkpoint")
         left = self.coordinator.gather_exit_reasons()
         seconds = time.perf_counter() - started
         measured = outcome.check.metrics | {
@@ -207,6 +217,7 @@ class Trainer:
             log.info("iteration %s: %s", f"{self.done:,}", format_metrics(rare))
         if observed or self._is_logged():
             self._write(metrics, measured | observed)
+        verify_held()
         last = self.done == self.config.iterations
         stopping = outcome.check.stop and not last
         if stopping or last or left or self._is_due(self.config.checkpoint.every):
@@ -267,10 +278,13 @@ class Trainer:
         count, wait = self.config.accumulation_steps, 0.0
         metrics: dict[str, Any] = defaultdict(float)
         losses: dict[str, Any] = defaultdict(float)
+        where = f"iteration {step.iteration + 1}"
         for micro in range(count):
             asked = time.perf_counter()
+            note_place(f"{where}, waiting for its batch")
             batch = self.coordinator.next(batches).to(self.device)
             wait += time.perf_counter() - asked
+            note_place(f"{where}, forward and backward")
             # Drop path and RoPE augmentation draw from the global generator.
             rank = collectives.rank()
             seed = keyed_seed(self.config.seed, "forward", step.iteration, micro, rank)

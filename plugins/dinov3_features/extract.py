@@ -115,7 +115,8 @@ class Extraction:
         name, features = self.dataset.name, []
         rows: list[Row] = []
         skipped: list[Skipped] = []
-        for batch in itertools.islice(batches, count):
+        read = itertools.islice(batches, count)
+        while (batch := stop.limited(next, read, None)) is not None:
             if stop:
                 parts = self.store.partition.parts
                 raise stop.stopped(f"{parts - len(self.store.missing())} of {parts} parts")

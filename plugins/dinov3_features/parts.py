@@ -22,7 +22,8 @@ from torch import Tensor
 
 from dinov3_framework.contracts.data import Dataset
 from dinov3_framework.errors import DataError, OutputError
-from dinov3_framework.runtime.output import output_file, unwritable, write_aside
+from dinov3_framework.runtime.durable import clear_aside, unwritable
+from dinov3_framework.runtime.output import output_file, write_aside
 from dinov3_framework.weights.tensor_file import CODES, write_array_file, write_tensor_file
 
 FOLDER, PLAN = "features", "plan.json"
@@ -98,10 +99,7 @@ class PartStore:
         path, wanted = self.folder / PLAN, asdict(self.partition)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # What a killed run was writing; nobody else writes here now.
-            for pattern in (f"{FOLDER}/.part-*", ".features.*", ".index.csv.*", ".skipped.csv.*"):
-                for left in self.folder.parent.glob(pattern):
-                    left.unlink()
+            clear_aside(self.folder.parent)
             before = json.loads(path.read_text("utf-8")) if path.exists() else None
         except OSError as error:
             raise unwritable(error, path) from error

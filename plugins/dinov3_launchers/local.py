@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import signal
 import sys
 import uuid
@@ -17,9 +18,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from dinov3_framework import ExitCode, Job, JobHandle, Launcher, Resources, UserError
+from dinov3_framework.runtime.stopping import LAUNCHER
 from dinov3_launchers import LocalConfig
 
 # Exit codes by which a process says that it has explained itself.
+_STOPPED = {ExitCode.REQUEUE.value, ExitCode.INTERRUPTED.value}
 _EXPLAINED = {code.value for code in ExitCode} - {ExitCode.OK, ExitCode.FAILED}
 
 
@@ -75,6 +78,7 @@ class LocalJob(JobHandle):
         # Its warnings repeat in a page what one line of ours says.
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
         python, *arguments = self.job.command
+        os.environ[LAUNCHER] = str(os.getpid())  # its processes end with this one
         try:
             elastic_launch(self._settings(), entrypoint=python)(*arguments)
         except SignalException as stop:
@@ -82,9 +86,14 @@ class LocalJob(JobHandle):
             return ExitCode.INTERRUPTED if interrupted else ExitCode.REQUEUE
         except ChildFailedError as failed:
             return _exit_code(failed)
+        finally:
+            del os.environ[LAUNCHER]
         return ExitCode.OK
 
     def _settings(self) -> LaunchConfig:
+        signals = ["SIGTERM", "SIGINT", "SIGUSR2"]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+            signals.append("SIGHUP")
         optional: dict[str, Any] = {"shutdown_timeout": self.shutdown_timeout}
         known = inspect.signature(LaunchConfig).parameters  # older torch waits a fixed 30 s
         return LaunchConfig(
@@ -97,17 +106,20 @@ class LocalJob(JobHandle):
             local_addr="localhost",
             max_restarts=0,
             monitor_interval=0.1,
-            signals_to_handle="SIGTERM,SIGINT,SIGUSR2",
+            signals_to_handle=",".join(signals),
             **{key: value for key, value in optional.items() if key in known},
         )
 
 
 def _exit_code(failed: ChildFailedError) -> int:
     """The code of a process that explained itself; else a line that names those that died."""
-    for failure in failed.failures.values():
+    failures = failed.failures
+    # Where one fails, the others are stopped for that reason.
+    own = {rank: each for rank, each in failures.items() if each.exitcode not in _STOPPED}
+    for failure in (own or failures).values():
         if failure.exitcode in _EXPLAINED:
             return int(failure.exitcode)
-    first_rank, first = failed.get_first_failure()
+    first_rank, first = min(own.items(), key=lambda each: each[1].timestamp)
     reason = (
         f"was killed by {signal.Signals(-first.exitcode).name}"
         if first.exitcode < 0

@@ -21,7 +21,7 @@ from dinov3_framework.kinds import TaskConfig
 from dinov3_framework.recipes.toml_text import KeyPath, dotted
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime.inner_runs import stage_problems
-from dinov3_framework.runtime.output import RESULTS
+from dinov3_framework.runtime.output import is_complete
 from dinov3_pipeline.configs import PipelineConfig
 from dinov3_pipeline.references import PREFIX, Reference, references
 
@@ -118,7 +118,7 @@ class _Check:
         task_name = self.registry.of_config(recipe).component.name
         sources = dict.fromkeys(f"from {each}" for each in inherited.values())
         row = ", ".join([task_name, *sources])
-        if (self.output_dir / name / RESULTS).is_file():
+        if is_complete(self.output_dir / name):
             self._folders[name] = self.output_dir
             self.rows.append((name, f"{row}: complete"))
             return

@@ -17,11 +17,10 @@ from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.agreement import OwnErrors, broadcast_from_rank0
 from dinov3_framework.runtime.inner_runs import naming_stage
-from dinov3_framework.runtime.output import RESULTS, RunComplete
+from dinov3_framework.runtime.output import RESULTS, RunComplete, is_complete
 from dinov3_framework.runtime.processes import wait_for_all
 from dinov3_framework.runtime.results import write_results
 from dinov3_framework.runtime.session import run_here
-from dinov3_framework.runtime.stopping import LateSignal
 from dinov3_pipeline.check import check_pipeline
 from dinov3_pipeline.configs import PipelineConfig
 
@@ -45,14 +44,10 @@ class Pipeline(Task):
     def run(self, output_dir: Path, plan: Plan | None = None) -> None:
         runs = self.config.inner_runs(output_dir)
         plans: dict[str, Plan] = {} if plan is None else dict(plan.prepared)
-        with LateSignal() as late:
-            for number, run in enumerate(runs, 1):
-                where = f"Stage {run.name} ({number} of {len(runs)})"
-                with naming_stage(run.name):
-                    self._stage(run, output_dir / run.name, where, plans.pop(run.name, None))
-                stop = collectives.all_reduce_max(torch.tensor(int(bool(late)))).item()
-                if stop and number < len(runs):
-                    raise late.stopped(f"stage {run.name}")
+        for number, run in enumerate(runs, 1):
+            where = f"Stage {run.name} ({number} of {len(runs)})"
+            with naming_stage(run.name):
+                self._stage(run, output_dir / run.name, where, plans.pop(run.name, None))
         if collectives.is_main():
             results: Mapping[str, object] = {
                 run.name: json.loads((output_dir / run.name / RESULTS).read_text("utf-8"))
@@ -66,7 +61,7 @@ class Pipeline(Task):
         if run.inherited:
             with OwnErrors():
                 broadcast_from_rank0(self._check_again, task, folder)
-        if not (folder / RESULTS).exists():
+        if not is_complete(folder):
             log.info("%s: %s", where, folder)
         try:
             run_here(task, run.config, self.registry, folder, run.inherited, plan)
@@ -82,7 +77,7 @@ class Pipeline(Task):
 
     def _check_again(self, task: Task, folder: Path) -> None:
         """Against what the earlier stages have left, where the first check had expectations."""
-        if not (folder / RESULTS).exists():
+        if not is_complete(folder):
             missing = task.check(collectives.world_size()).missing
             if missing:
                 raise DataError("\n".join(missing))

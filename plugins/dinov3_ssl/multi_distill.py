@@ -24,7 +24,8 @@ from dinov3_framework.recipes.toml_text import to_toml
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.agreement import OwnErrors, run_on_all_ranks
-from dinov3_framework.runtime.output import RECIPE, RESULTS, unwritable, write_aside
+from dinov3_framework.runtime.durable import unwritable
+from dinov3_framework.runtime.output import RECIPE, RESULTS, write_aside
 from dinov3_framework.runtime.processes import subgroups
 from dinov3_framework.runtime.results import write_results
 from dinov3_framework.runtime.session import log_file

@@ -235,13 +235,13 @@ def test_a_part_that_is_there_is_not_made_again(
     assert len(parts) == 3
     parts[1].unlink()
     # What a killed run leaves beside whole parts.
-    (output / "features" / ".part-00001.safetensors.0abc").write_bytes(b"half")
-    (output / ".features.safetensors.0abc").write_bytes(b"half")
+    (output / "features" / ".part-00001.safetensors.0abc0abc").write_bytes(b"half")
+    (output / ".features.safetensors.0abc0abc").write_bytes(b"half")
     before = parts[2].stat().st_ino
     task(photographs, weights, merge=False).run(output)
     assert parts[1].exists()
     assert parts[2].stat().st_ino == before
-    assert not list(output.rglob(".*.0abc"))
+    assert not list(output.rglob(".*.0abc0abc"))
     task(photographs, weights).run(output)
     assert files(output) == files(tmp_path / "whole")
     assert not (output / "features").exists()

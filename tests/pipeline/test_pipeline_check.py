@@ -321,6 +321,7 @@ def test_a_complete_stage_is_what_the_others_are_checked_against(
     path = own_export(folder / "exports", vit(depth=1))
     path.rename(folder / "exports" / "teacher_backbone.safetensors")
     (folder / "results.json").write_text("{}")
+    (folder / "recipe.toml").touch()
     with pytest.raises(RecipeError, match=r"stages\.adapt\.recipe\.init_from: tensors differ"):
         checked(chain, *images)
     report = checked(

@@ -17,9 +17,9 @@ from trainer_support import registry, tiny_config
 from dinov3_framework import ExitCode, OutputError
 from dinov3_framework.recipes.compose import compose
 from dinov3_framework.recipes.structure import structure_recipe
+from dinov3_framework.runtime.lock import locked, verify_held
 from dinov3_framework.runtime.output import (
     RunComplete,
-    locked,
     overwrite,
     prepared,
     write_aside,
@@ -122,19 +122,35 @@ def test_a_complete_run_is_said_to_be_complete(tmp_path: Path) -> None:
         prepare(tmp_path, "seed=3")
 
 
+@pytest.mark.parametrize("content", ["", "not json", None])
+def test_results_that_complete_nothing(
+    tmp_path: Path, content: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepare(tmp_path)
+    write_results(tmp_path, {"x": 1})
+    if content is None:
+        (tmp_path / "recipe.toml").unlink()
+    else:
+        (tmp_path / "results.json").write_text(content)
+    for _ in range(2):
+        prepare(tmp_path)
+    (said,) = caplog.messages
+    assert ("no recipe" if content is None else "empty or no JSON") in said
+    assert (tmp_path / "results.json.unusable").exists()
+
+
 # --------------------------------------------------------------------------- who holds it
 _HOLD = """
 import sys
 from pathlib import Path
-from dinov3_framework.runtime.output import locked
+from dinov3_framework.runtime.lock import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     if "fork" in sys.argv:
         import os, time
-        child = os.fork()
-        if child == 0:
+        if os.fork() == 0:
+            print(os.getpid(), flush=True)
             time.sleep(600)
-        print(child, flush=True)
     sys.stdin.read()
 """
 
@@ -165,7 +181,9 @@ def hold() -> Iterator[Hold]:
 
 def test_a_folder_in_use_is_refused(tmp_path: Path, hold: Hold) -> None:
     process = hold(tmp_path)
-    with pytest.raises(OutputError, match="is in use by another run"):
+    with pytest.raises(
+        OutputError, match=rf"is in use by process {process.pid} on host \S+ since 20"
+    ):
         prepare(tmp_path)
     assert not (tmp_path / "recipe.toml").exists()
     process.communicate("")
@@ -185,6 +203,49 @@ def test_a_killed_run_lets_go_though_its_children_live_on(tmp_path: Path, hold: 
         os.kill(child, 9)
 
 
+def test_reading_the_folder_does_not_let_go(tmp_path: Path, hold: Hold) -> None:
+    with locked(tmp_path):
+        (tmp_path / ".lock").read_bytes()
+        result = subprocess.run(
+            [sys.executable, "-c", _HOLD, str(tmp_path)], input="", capture_output=True, text=True
+        )
+        assert "is in use by process" in result.stderr
+
+
+def test_a_removed_lock_file_is_made_anew(tmp_path: Path, hold: Hold) -> None:
+    with locked(tmp_path):
+        (tmp_path / ".lock").unlink()
+        verify_held()
+        with (
+            pytest.raises(OutputError, match=f"in use by process {os.getpid()} "),
+            locked(tmp_path),
+        ):
+            pass
+
+
+def test_a_renamed_folder_is_held_and_its_run_ends(tmp_path: Path) -> None:
+    with locked(tmp_path / "run"):
+        verify_held()
+        (tmp_path / "run").rename(tmp_path / "moved")
+        with pytest.raises(OutputError, match="in use by process"), locked(tmp_path / "moved"):
+            pass
+        with pytest.raises(OutputError, match="run was removed or renamed while"):
+            write_results(tmp_path / "run", {})
+        assert not (tmp_path / "run").exists()
+        (tmp_path / "run").mkdir()
+        with pytest.raises(OutputError, match="run was removed or renamed while"):
+            verify_held()
+    verify_held()
+
+
+def test_a_folder_that_another_run_took_ends_this_one(tmp_path: Path, hold: Hold) -> None:
+    with locked(tmp_path):
+        (tmp_path / ".lock").unlink()
+        other = hold(tmp_path)
+        with pytest.raises(OutputError, match=f"taken over by process {other.pid} on host "):
+            verify_held()
+
+
 def test_the_folder_is_held_from_the_check_to_the_end(tmp_path: Path) -> None:
     attempt = [sys.executable, "-c", _HOLD, str(tmp_path)]
 
@@ -192,7 +253,7 @@ def test_the_folder_is_held_from_the_check_to_the_end(tmp_path: Path) -> None:
         return subprocess.run(attempt, input="", capture_output=True, text=True, check=False)
 
     with prepared(tiny_config(), registry(), tmp_path):
-        assert "is in use by another run" in other().stderr
+        assert f"is in use by process {os.getpid()} on host " in other().stderr
     assert other().returncode == 0
 
 
@@ -297,3 +358,22 @@ def test_evaluations_of_different_weights_have_folders_of_their_own(
     given: tuple[str, ...], name: str
 ) -> None:
     assert evaluation(*given).run_name("knn") == name
+
+
+def test_leftovers_that_cannot_be_removed_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / ".results.json.0123abcd").touch()
+    (tmp_path / ".recipe.toml.0123abcd").touch()
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.name.startswith(".results"):
+            raise PermissionError(1, "Operation not permitted")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    prepare(tmp_path)
+    assert (tmp_path / "recipe.toml").exists()
+    assert not (tmp_path / ".recipe.toml.0123abcd").exists()
+    assert [".results.json.0123abcd" in line for line in caplog.messages] == [True]

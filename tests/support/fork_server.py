@@ -29,6 +29,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dinov3_framework.runtime.stopping import LAUNCHER
+
 ADDRESS = "DINOV3_TESTS_FORK_SERVER"  # in the environment of its children, who may fork others
 # Packages of which everything is imported; what needs optional libraries is left to who uses it.
 PACKAGES = (
@@ -107,6 +109,7 @@ def popen(args: Sequence[str], env: Mapping[str, str] | None = None, **options: 
     """As ``subprocess.Popen``, by a fork where that is possible: ``python -m dinov3_framework``."""
     env = os.environ if env is None else env
     if list(args[:3]) == [sys.executable, "-m", "dinov3_framework"]:
+        env = {k: v for k, v in env.items() if k != LAUNCHER}  # its parent is the server
         return Forked({"arguments": list(args[3:])}, env=env, **options)
     return subprocess.Popen(args, env=env, **options)
 

@@ -11,7 +11,7 @@ from run_support import run as run_elsewhere
 
 from dinov3_framework import ExitCode
 from dinov3_framework.cli import main
-from dinov3_framework.runtime.output import locked
+from dinov3_framework.runtime.lock import locked
 
 
 @pytest.fixture

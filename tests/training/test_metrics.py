@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,39 @@ def test_a_broken_last_line_is_left_out(tmp_path: Path, rest: bytes) -> None:
     file.close()
     assert iterations(path) == [0, 1, 2, 3, 4]
     assert len(path.read_text().splitlines()) == 5
+
+
+def test_what_is_damaged_costs_no_other_line(tmp_path: Path) -> None:
+    path = written(tmp_path / "metrics.jsonl", 6)
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[2] = lines[2].replace(b"loss", b"lo\xff\n")
+    lines[5] = b"7\n"  # JSON, but no line of ours
+    path.write_bytes(b"".join(lines))
+    assert iterations(path) == [0, 1, 3, 4, 6]
+    MetricsFile(path, 5).close()
+    assert iterations(path) == [0, 1, 3, 4]
+
+
+def test_resuming_does_not_read_what_came_before(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = (f'{{"iteration": {i}, "loss": 0.5}}\n' for i in range(1, 500_001))
+    path.write_text("".join(lines))
+    kept = path.read_bytes().index(b'{"iteration": 499991,')
+    tracemalloc.start()
+    MetricsFile(path, 499_990).close()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert path.stat().st_size == kept
+    assert peak < 1 << 20
+
+
+def test_a_last_line_without_its_end_gets_one(tmp_path: Path) -> None:
+    path = written(tmp_path / "metrics.jsonl", 3)
+    path.write_bytes(path.read_bytes().rstrip())
+    file = MetricsFile(path, 3)
+    file.write(4, {"loss": 0.0})
+    file.close()
+    assert iterations(path) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("kind", ["tmpfs", "limit"])

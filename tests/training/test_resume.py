@@ -73,7 +73,7 @@ def test_killed_and_resumed_is_bit_equal(whole: Path, tmp_path: Path) -> None:
     assert_same_run(whole, output)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2", "SIGHUP", "SIGINT"])
 def test_asked_to_stop_saves_and_goes_on(whole: Path, tmp_path: Path, name: str) -> None:
     output = tmp_path / "stopped"
     stopper = ("use=signal_at", "iteration=3", f"signal={name}")
@@ -82,6 +82,8 @@ def test_asked_to_stop_saves_and_goes_on(whole: Path, tmp_path: Path, name: str)
     assert first.returncode == expected, first.stderr
     # The flag is polled with the next step's figures, which is then finished and saved.
     assert "after iteration 4" in first.stderr
+    how = "saving; Ctrl-C again to quit now" if name == "SIGINT" else f"{name}: stopping after"
+    assert how in first.stderr
     second = run_here(output)
     assert second.returncode == 0, second.stderr
     assert_same_run(whole, output)

@@ -20,7 +20,7 @@ class SignalAtConfig(ObserverConfig):
     """Sends a signal to its own process after an iteration."""
 
     signal: str = option("name of the signal", default="SIGKILL")
-    iteration: int = option("iteration after which it is sent")
+    iteration: int = option("iteration after which it is sent; 0 for the end of the run")
     rank: int = option("process that it is sent to", default=0)
 
 

@@ -43,6 +43,10 @@ class SignalAt(Observer):
         if step.iteration == self.config.iteration and self.config.rank == RANK:
             os.kill(os.getpid(), getattr(signal, self.config.signal))
 
+    def on_end(self, run: Run) -> None:
+        if self.config.iteration == 0 and self.config.rank == RANK:
+            os.kill(os.getpid(), getattr(signal, self.config.signal))
+
 
 class RaiseAt(Observer):
     def __init__(self, config: RaiseAtConfig) -> None:
