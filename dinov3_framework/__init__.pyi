@@ -13,6 +13,7 @@ from dinov3_framework.configs import one_of as one_of
 from dinov3_framework.configs import option as option
 from dinov3_framework.configs import positive as positive
 from dinov3_framework.configs import preset as preset
+from dinov3_framework.configs import throughout as throughout
 from dinov3_framework.contracts.data import Augmentation as Augmentation
 from dinov3_framework.contracts.data import Dataset as Dataset
 from dinov3_framework.contracts.data import Sample as Sample

@@ -28,7 +28,7 @@ from dinov3_framework.errors import (
     printable,
 )
 from dinov3_framework.kinds import resolve
-from dinov3_framework.plugins import as_error, author_of, describe_error
+from dinov3_framework.plugins import as_error, author_of, describe_error, line_of
 from dinov3_framework.runtime.stopping import (
     LAUNCHER,
     EndOnSignal,
@@ -78,7 +78,7 @@ def _main(argv: Sequence[str]) -> int:
     try:
         from dinov3_framework.registry import Registry
 
-        registry = Registry.load(block=_blocked(argv))
+        registry = Registry.load(*_plugins(argv))
         options = _parse(argv, registry)
         try:
             return _dispatch(options, registry)
@@ -105,16 +105,19 @@ def _main(argv: Sequence[str]) -> int:
         author = author_of(error)
         _complain(describe_error(error), always=True)
         where = "the program" if author is None else f"a plugin of {author}"
+        if author is not None and (line := line_of(error, author)):
+            where += f", at {line}"
         _complain(f"this is a fault of {where}, not of your recipe; please report it as it is")
         return int(ExitCode.FAILED)
 
 
-def _blocked(argv: Sequence[str]) -> list[str]:
-    """Plugins to leave out, which have to be known before the flags that others bring."""
+def _plugins(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Plugins to leave out and files of more, to be known before the flags that plugins bring."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--block-plugin", action="append", default=[])
-    blocked: list[str] = parser.parse_known_args(argv)[0].block_plugin
-    return blocked
+    parser.add_argument("--plugin", action="append", default=[])
+    known = parser.parse_known_args(argv)[0]
+    return known.block_plugin, known.plugin
 
 
 def _parse(argv: Sequence[str], registry: Registry) -> argparse.Namespace:
@@ -134,8 +137,19 @@ def _parse(argv: Sequence[str], registry: Registry) -> argparse.Namespace:
             add(f"--{name}", type=kind, metavar=placeholder, help=text)
     add("--print-recipe", action="store_true", help="print the complete recipe and who set what")
     add("--output-dir", metavar="DIR", help="folder of all that the run writes")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="first delete what the same task wrote into that folder before; not for trainings",
+    )
     add("--launcher", metavar="NAME", help="where the processes come from (launcher.use=NAME)")
-    add("--list", nargs="?", const="", metavar="KIND", help="list components, of one kind or all")
+    add(
+        "--list",
+        nargs="?",
+        const="",
+        metavar="KIND",
+        help="list components, of a kind or all, or recipes",
+    )
     add("--describe", nargs=2, metavar=("KIND", "NAME"), help="show a component's options")
     add(
         "--block-plugin",
@@ -143,6 +157,13 @@ def _parse(argv: Sequence[str], registry: Registry) -> argparse.Namespace:
         default=[],
         metavar="NAME",
         help="leave a plugin out (may be repeated; also DINOV3_BLOCK_PLUGINS=a,b)",
+    )
+    add(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="load a Python file with hooks as if it were installed (may be repeated)",
     )
     # For launchers: the process is one of a job, and must not be submitted again.
     add(LAUNCHED, action="store_true", help=argparse.SUPPRESS)
@@ -186,13 +207,13 @@ def _recipe(options: argparse.Namespace, registry: Registry) -> int:
     from dinov3_framework.recipes.plain import unstructure
     from dinov3_framework.recipes.structure import structure_recipe
     from dinov3_framework.recipes.toml_text import annotated_toml
-    from dinov3_framework.runtime.output import check_output
+    from dinov3_framework.runtime.output import check_output, check_overwrite, overwrite
 
     composed = compose(options.recipes, _overrides(options))
     config = structure_recipe(registry, composed)
     if options.print_recipe:
         return _show(annotated_toml(unstructure(registry, config), composed.origins).rstrip())
-    output_dir = Path(config.output_dir or f"runs/{composed.name}")
+    output_dir = Path(config.output_dir or f"runs/{config.run_name(composed.name)}")
     for part in output_dir.parts:
         if len(os.fsencode(part)) > _LONGEST:
             what = f"{part[:40]}... has more than {_LONGEST} bytes, too long for a folder's name"
@@ -215,7 +236,7 @@ def _recipe(options: argparse.Namespace, registry: Registry) -> int:
             session.run_task(task, config, registry, output_dir, plan, report=report, **chosen)
         )
 
-    job = _job(output_dir, options.block_plugin, run)
+    job = _job(output_dir, options, run)
     # The process that launched this one has checked everything, if on a machine like this.
     if not options.launched or _is_elsewhere(config, registry):
         try:
@@ -227,9 +248,11 @@ def _recipe(options: argparse.Namespace, registry: Registry) -> int:
             report = f"{which}\n\n{_plan_text(task, plan, launcher, job)}"
             code = _show(report)
         if options.check:
-            check_output(config, registry, output_dir)
+            (check_overwrite if options.overwrite else check_output)(config, registry, output_dir)
             is_lacking = plan.missing and not (launcher and launcher.elsewhere)
             return ExitCode.WRONG_INPUT if is_lacking else code
+    if options.overwrite and _rank() in (None, 0):
+        overwrite(config, registry, output_dir)
     if launcher is None:
         return run()
     return _submit(launcher, job, config, registry, report)
@@ -315,12 +338,14 @@ def _submit(
     return int(handle.wait())
 
 
-def _job(output_dir: Path, blocked: Sequence[str], run: Any) -> Job:
+def _job(output_dir: Path, options: argparse.Namespace, run: Any) -> Job:
     from dinov3_framework.contracts.running import Job
 
     command = [sys.executable, "-m", "dinov3_framework", str(output_dir / "recipe.toml"), LAUNCHED]
-    for name in blocked:
+    for name in options.block_plugin:
         command += ["--block-plugin", name]
+    for file in options.plugin:
+        command += ["--plugin", os.path.abspath(os.path.expanduser(file))]
     return Job(command=command, output_dir=output_dir, run=run, name=output_dir.name)
 
 

@@ -100,6 +100,15 @@ def fraction(value: float) -> str | None:
     return None if 0 <= value <= 1 else f"must lie in 0..1, is {value}"
 
 
+def throughout(check: Callable[[float], str | None]) -> Check:
+    """A check for a schedule, of the values between which it moves."""
+
+    def check_all(schedule: Any) -> str | None:
+        return next(filter(None, map(check, schedule.levels)), None)
+
+    return check_all
+
+
 def interval(low: float, high: float) -> Check:
     """A check for an array of two increasing numbers in low..high."""
 

@@ -155,10 +155,21 @@ def escape_unencodable() -> None:
 
 def suggest(name: str, known: Sequence[str], introduction: str = "known") -> str:
     """What somebody who wrote ``name`` may have meant."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    likeness = {each: _likeness(name.casefold(), each.casefold()) for each in known}
+    close = sorted((each for each in known if likeness[each]), key=lambda each: -likeness[each])
     if close:
-        return f"did you mean {' or '.join(map(repr, close))}?"
+        return f"did you mean {' or '.join(map(repr, close[:3]))}?"
     return f"{introduction}: {', '.join(known) or 'none'}"
+
+
+def _likeness(name: str, other: str) -> float:
+    """How much of two names is the same; 0 where one is hardly the other misspelt.
+
+    A slip of the pen seldom hits the first letter: without it, gpu would be cpu.
+    """
+    ratio = difflib.SequenceMatcher(None, name, other).ratio()
+    least = 0.65 if name[:1] == other[:1] else 0.75
+    return ratio if ratio >= (0.5 if name in other or other in name else least) else 0
 
 
 def first_few(names: Iterable[object], shown: int = 4, separator: str = ", ") -> str:

@@ -8,9 +8,10 @@ imports torch.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import attrs
 from attrs import frozen
@@ -22,6 +23,7 @@ from dinov3_framework.configs import (
     not_negative,
     option,
     positive,
+    throughout,
 )
 from dinov3_framework.errors import PluginError
 from dinov3_framework.schedules import Constant, Schedule, Span
@@ -115,6 +117,7 @@ class LossConfig:
     weight: Schedule = option(
         "factor of this loss in the total: a number or a schedule",
         factory=lambda: Constant(value=1.0),
+        check=throughout(not_negative),
     )
 
 
@@ -137,7 +140,9 @@ class EvaluationConfig:
 class OptimizerConfig:
     """Base of every optimizer's config: schedules, and how parameters differ."""
 
-    lr: Schedule = option("learning rate, before scaling: a number or a schedule")
+    lr: Schedule = option(
+        "learning rate, before scaling: a number or a schedule", check=throughout(not_negative)
+    )
     lr_scaling: Literal["none", "sqrt_wrt_1024", "linear_wrt_256"] = option(
         "how the learning rate grows with the global batch: 4 sqrt(batch / 1024), batch / 256",
         default="none",
@@ -148,7 +153,8 @@ class OptimizerConfig:
         check=not_negative,
     )
     weight_decay: Schedule = option(
-        "weight decay of parameters of two dimensions or more: a number or a schedule"
+        "weight decay of parameters of two dimensions or more: a number or a schedule",
+        check=throughout(not_negative),
     )
     clip_grad: float | None = option(
         'largest gradient norm of each network; "none": no clipping', default=3.0, check=positive
@@ -190,12 +196,22 @@ class TaskConfig:
     """Base of every task's config, and so of every recipe: the keys that all recipes share."""
 
     output_dir: str | None = option(
-        "folder of all that the run writes; left out, runs/<name of the first recipe>", default=None
+        "folder of all that the run writes; left out, runs/<name of the first recipe>, for some "
+        "tasks with the name of the weights",
+        default=None,
     )
     seed: int = option("seed of everything random", default=0, check=not_negative)
     launcher: LauncherConfig | None = option(
         "where the processes come from; left out, this process alone", default=None
     )
+
+    # Files and patterns that the task leaves in its folder besides the ``files`` that results.json
+    # names: what --overwrite deletes. None refuses it, as is right for what took days.
+    overwritten: ClassVar[Sequence[str] | None] = None
+
+    def run_name(self, recipe: str) -> str:
+        """The name of the run's folder in ``runs``, where the recipe says none."""
+        return recipe
 
     def free_keys(self, output_dir: Path) -> Sequence[str]:
         """Keys in which a run that goes on in a folder may differ from what it was."""
@@ -233,6 +249,20 @@ class BackboneTaskConfig(TaskConfig):
         default=None,
     )
 
+    def run_name(self, recipe: str) -> str:
+        return "-".join([recipe, *name_of_source(self.weights)])
+
+
+def name_of_source(source: str | None) -> list[str]:
+    """What weights are called where a folder is named after them; nothing if there are none."""
+    if source is None:
+        return []
+    path = Path(source.partition("?")[0]).expanduser()
+    *folders, name = path.parts or path.absolute().parts
+    if len(folders) > 1 and folders[-1] in ("exports", "checkpoints"):  # of a run
+        name = folders[-2] if folders[-1] == "exports" else f"{folders[-2]}-{name}"
+    return [re.sub(r"[^\w.@+-]+", "_", re.sub(r"\.[A-Za-z]+$", "", name))[-100:]]
+
 
 # --------------------------------------------------------------------------- the table
 @frozen
@@ -249,6 +279,11 @@ class Kind:
     def hook(self) -> str:
         """The hook by which plugins offer them: ``dinov3_losses``."""
         return f"dinov3_{self.name}{'es' if self.name.endswith('s') else 's'}"
+
+    @property
+    def names(self) -> list[str]:
+        """The names of ``arguments``."""
+        return re.findall(r"\w+(?==)", self.arguments)
 
     @property
     def selector(self) -> str:

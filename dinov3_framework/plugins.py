@@ -8,13 +8,16 @@ listing, describing and checking stay quick: give a component's factory as ``"mo
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import os
+import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from importlib import metadata
 from io import StringIO
+from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
@@ -27,6 +30,7 @@ from dinov3_framework.kinds import KINDS
 PROJECT = "dinov3_framework"  # also the entry-point group
 DISTRIBUTION = "dinov3-framework"
 BLOCK_VARIABLE = "DINOV3_BLOCK_PLUGINS"
+_FILES: dict[str, str] = {}  # module -> path, of plugins that were loaded from a file
 
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
@@ -97,8 +101,8 @@ def blocked_by_environment() -> list[str]:
     return [name.strip() for name in names if name.strip()]
 
 
-def find_plugins(block: Iterable[str] = ()) -> FoundPlugins:
-    """Load every installed plugin but those in ``block``.
+def find_plugins(block: Iterable[str] = (), files: Iterable[str] = ()) -> FoundPlugins:
+    """Load every installed plugin but those in ``block``, and those in ``files``.
 
     A plugin that fails to import is set aside with its distribution's name and takes nothing else
     down; one that misspells a hook is an error, since a hook never called looks like one that is.
@@ -118,6 +122,8 @@ def find_plugins(block: Iterable[str] = ()) -> FoundPlugins:
             if entry.name not in blocked:
                 _load(found, entry, origin)
     _refuse_unknown(block, sorted({name for name, _ in seen}))
+    for file in files:
+        _load_file(found, file)
     return found
 
 
@@ -136,6 +142,7 @@ def author_of(error: BaseException) -> str | None:
         others = (distribution.read_text("top_level.txt") or "").split() if entries else []
         for module in (*(entry.module for entry in entries), *others):
             owners[module.partition(".")[0]] = distribution.metadata["Name"]
+    owners |= _FILES
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     modules = [str(frame.f_globals.get("__name__")) for frame in reversed(frames)]
     packages = [module.partition(".")[0] for module in modules]
@@ -218,6 +225,61 @@ def _load(found: FoundPlugins, entry: metadata.EntryPoint, origin: str) -> None:
     register(found.manager, plugin, entry.name, origin)
     if not found.manager.get_hookcallers(plugin):
         found.broken.append(BrokenPlugin(entry.name, origin, f"{entry.value} implements no hook"))
+
+
+def _load_file(found: FoundPlugins, file: str) -> None:
+    """Load a plugin that is not installed: a Python file, as the module of its name."""
+    path, name = Path(file).expanduser().absolute(), Path(file).stem
+    where = f"--plugin {file}"
+    if path.suffix != ".py" or not path.is_file():
+        raise PluginError(f"{where}: there is no such Python file")
+    if _FILES.get(name) != str(path):
+        if not name.isidentifier() or _is_taken(name, path):
+            raise PluginError(f"{where}: {name!r} cannot be its module's name; rename the file")
+        # Found there by what it imports beside it, and by processes that unpickle its objects.
+        sys.path.append(str(path.parent))
+        try:
+            importlib.import_module(name)
+        except (Exception, SystemExit) as error:  # whatever a stranger's module may raise
+            what = f"{type(error).__name__}: {error}"
+            line = _line_in({name}, error) if not isinstance(error, SyntaxError) else ""
+            raise PluginError(": ".join(filter(None, (where, line, what)))) from error
+        _FILES[name] = str(path)
+    if name in found.distributions:
+        raise PluginError(f"{where}: a plugin named {name!r} is installed; rename the file")
+    plugin = sys.modules[name]
+    found.distributions[name] = str(path)
+    register(found.manager, plugin, name, str(path))
+    if not found.manager.get_hookcallers(plugin):
+        raise PluginError(f"{where}: has no hook, a function marked @hookimpl")
+
+
+def _is_taken(name: str, path: Path) -> bool:
+    """Whether a module of this name is another one than the file."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except ValueError:  # a module without a spec, such as __main__
+        return True
+    return spec is not None and os.path.realpath(spec.origin or "") != os.path.realpath(path)
+
+
+def line_of(error: BaseException, author: str) -> str:
+    """``file:line`` where a plugin of ``author``, as :func:`author_of` names it, raised ``error``.
+
+    Empty where no frame of it is left, such as after an error in another process.
+    """
+    packages = {name for name, path in _FILES.items() if path == author}
+    for entry in metadata.entry_points(group=PROJECT):
+        if entry.dist is not None and entry.dist.name == author:
+            packages.add(entry.module.partition(".")[0])
+    return _line_in(packages, error)
+
+
+def _line_in(packages: Collection[str], error: BaseException) -> str:
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        if str(frame.f_globals.get("__name__")).partition(".")[0] in packages:
+            return f"{frame.f_code.co_filename}:{line}"
+    return ""
 
 
 def register(manager: pluggy.PluginManager, plugin: Any, name: str, origin: str) -> None:

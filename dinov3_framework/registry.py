@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from dinov3_framework.contracts.layouts import Layout, Published
-from dinov3_framework.errors import PluginError, UnknownNameError, suggest
+from dinov3_framework.errors import (
+    PluginError,
+    Problem,
+    RecipeError,
+    UnknownNameError,
+    suggest,
+)
 from dinov3_framework.kinds import KINDS, Component, Flag, Registered, WeightsWriter
 from dinov3_framework.plugins import OFFERS, BrokenPlugin, FoundPlugins, find_plugins
 
@@ -38,9 +45,12 @@ class Registry:
         self.distributions: dict[str, str] = {}
 
     @classmethod
-    def load(cls, block: Iterable[str] = ()) -> Registry:
-        """Discover the installed plugins, leaving out those named in ``block``."""
-        return cls.from_plugins(find_plugins(block))
+    def load(cls, block: Iterable[str] = (), files: Iterable[str] = ()) -> Registry:
+        """Discover the installed plugins, leaving out those named in ``block``.
+
+        ``files`` are plugins that are not installed: Python files with hooks.
+        """
+        return cls.from_plugins(find_plugins(block, files))
 
     @classmethod
     def from_plugins(cls, found: FoundPlugins) -> Registry:
@@ -158,15 +168,23 @@ class Registry:
         return self._by_config[cls]
 
     def build(self, kind_or_config: Any, name: str | None = None, /, **values: Any) -> Any:
-        """``build("backbone", "vit_small", depth=6)`` or ``build(config, **runtime)``.
+        """``build("dataset", "image_folder", root="x", channels=3)``, or by its config.
 
-        By name, ``values`` are the config's fields; checked as strictly as a recipe's.
+        By name, ``values`` are the config's fields, checked as strictly as a recipe's, and what the
+        factories of the kind take besides a config.
         """
         if name is None:
             if isinstance(kind_or_config, str):
-                raise TypeError("build(kind, name, **fields) or build(config, **runtime)")
+                raise TypeError("build(kind, name, **values) or build(config, **arguments)")
             return self.of_config(kind_or_config).component.resolve()(kind_or_config, **values)
-        return self.build(self.config_of(kind_or_config, name, values))
+        found = self.get(kind_or_config, name)
+        fields, arguments = attrs.fields_dict(found.component.config), KINDS[found.kind].names
+        given = {key: values.pop(key) for key in arguments if key in values.keys() - fields}
+        for key in sorted(values.keys() - fields.keys()):
+            if get_close_matches(key, arguments):
+                hint = suggest(key, [*arguments, *fields])
+                raise RecipeError([Problem(key, f"unknown key of {found.kind} {name}", hint)])
+        return self.build(self.config_of(found.kind, name, values), **given)
 
     def describe(self, kind: str, name: str) -> Description:
         """Fields, types, defaults and docs of a component; builds and imports nothing heavy."""

@@ -13,7 +13,7 @@ import math
 import re
 from typing import ClassVar
 
-from attrs import evolve, field, frozen
+from attrs import asdict, evolve, field, frozen
 
 
 @frozen
@@ -54,6 +54,12 @@ class Schedule(abc.ABC):
     @abc.abstractmethod
     def scaled(self, factor: float) -> Schedule:
         """The schedule with its learning-rate level multiplied, as batch-size scaling rules ask."""
+
+    @property
+    def levels(self) -> list[float]:
+        """The values between which it moves."""
+        fields = asdict(self)
+        return [fields[name] for name in ("value", "start", "peak", "end") if name in fields]
 
     def problems(self, total: int) -> list[str]:
         """What makes this schedule impossible in a run of ``total`` iterations."""

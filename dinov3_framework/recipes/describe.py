@@ -11,6 +11,7 @@ import attrs
 from attrs import field, frozen
 
 from dinov3_framework.kinds import KINDS, Registered
+from dinov3_framework.recipes.files import RECIPES_PACKAGE, header_of, recipes_of
 from dinov3_framework.recipes.option_types import nested_config, resolved_fields, type_name
 from dinov3_framework.recipes.plain import Components, to_toml_value
 
@@ -82,6 +83,11 @@ def _is_as_described(default: Any, fields: Sequence[FieldInfo]) -> bool:
     return all(each.default != "required" for each in fields) and default == type(default)()
 
 
+def rounded(number: float) -> str:
+    """A number of which no more than three digits mean anything: 8.96, 15.2, 260,000."""
+    return f"{float(f'{number:.3g}'):,.12g}"
+
+
 def columns(rows: Iterable[Sequence[str]], indent: int = 2) -> str:
     """Rows of cells, aligned; nothing is cut off, so that output can be searched."""
     rows = [list(row) for row in rows]
@@ -93,8 +99,24 @@ def columns(rows: Iterable[Sequence[str]], indent: int = 2) -> str:
     return "\n".join(" " * indent + line.rstrip() for line in lines)
 
 
+def recipe_listing() -> str:
+    """The installed recipes: what each is, what it costs and what to expect, by its header."""
+    names, blocks = recipes_of(RECIPES_PACKAGE), []
+    width = max(map(len, names), default=0)
+    for name in names:
+        summary, header = header_of(name)
+        lines = [f"  {name:{width}}  {summary}"]
+        for key in ("Cost", "Expected"):
+            text = f"{key}: {header[key]}" if key in header else ""
+            lines += textwrap.wrap(text, _WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 6)
+        blocks.append("\n".join(lines))
+    return "\n".join(["recipes", *(blocks or ["  none"])])
+
+
 def listing(registry: Components, kind: str | None) -> str:
-    """All components, or those of one kind: name, plugin, first line of the doc."""
+    """All components, or those of one kind: name, plugin, first line of the doc; or recipes."""
+    if kind in ("recipe", "recipes"):
+        return recipe_listing()
     blocks = []
     for shown in [kind] if kind else list(KINDS):
         rows = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ PROJECT = "dinov3_framework"
 RECIPES_PACKAGE = "dinov3_recipes"
 FORMERLY = "formerly.json"  # in a package: {name of a recipe that went: what to write instead}
 
+_HEADER_LINE = re.compile(r"([A-Z][a-z]+): +(.*)")
 _IN_PACKAGE = re.compile(r"([A-Za-z_][\w.]*):([\w./-]+)")
 
 
@@ -88,6 +90,23 @@ def find_base(base: str, extending: Source) -> Source:
 def recipes_of(package: str) -> list[str]:
     """Names of the recipes that lie in a package, sorted."""
     return sorted({file.stem for folder in _folders(package) for file in folder.glob("*.toml")})
+
+
+def header_of(recipe: str) -> tuple[str, dict[str, str]]:
+    """What the comment on top of an installed recipe says: its first line, then texts by keys.
+
+    A key is a word with a colon, such as ``Cost:``.
+    """
+    path = find_recipe(f"{RECIPES_PACKAGE}:{recipe}").path
+    lines = itertools.takewhile(lambda line: line[:1] == "#", path.read_text("utf-8").splitlines())
+    summary, *more = [line.removeprefix("#").strip() for line in lines] or [""]
+    header: dict[str, str] = {}
+    key = ""
+    for line in more:
+        found = _HEADER_LINE.fullmatch(line)
+        key, text = found.groups() if found else (key, line)
+        header[key] = f"{header.get(key, '')} {text}".strip()
+    return summary, header
 
 
 def _declared() -> set[str]:

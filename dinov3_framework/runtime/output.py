@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import glob
+import itertools
 import json
 import logging
 import os
@@ -34,6 +36,8 @@ from dinov3_framework.runtime.lock import locked, refuse_in_use, verify_held
 log = logging.getLogger(__name__)
 
 RECIPE, RESULTS = "recipe.toml", "results.json"
+# What any run leaves. The recipe goes last: while it is there, the rest is known to be a run's.
+_OF_ANY_RUN = ("results.csv", "run.log", "environment.json", RESULTS, RECIPE)
 # Keys that may change between two starts of the same run: they do not touch what is learnt.
 _FREE_KEYS = (
     "output_dir",
@@ -132,8 +136,49 @@ def _refuse(
         )
 
 
+def check_overwrite(config: TaskConfig, registry: Registry, output_dir: Path) -> None:
+    """Raise ``OutputError`` for a task whose runs are not overwritten, and for another's run."""
+    task = registry.of_config(config).component.name
+    if config.overwritten is None:
+        raise OutputError(
+            f"--overwrite is not for the task {task}; choose another --output-dir, or delete "
+            f"{output_dir} yourself"
+        )
+    before = (_read_recipe(output_dir) or {"task": task}).get("task")
+    if before != task:
+        raise OutputError(
+            f"{output_dir} holds a run of the task {before}, which --overwrite does not delete for "
+            f"one of {task}; choose another --output-dir"
+        )
+
+
+def overwrite(config: TaskConfig, registry: Registry, output_dir: Path) -> None:
+    """Delete what an earlier run of the same task left in the folder, and nothing else.
+
+    Raises ``OutputError`` as :func:`check_overwrite` does.
+    """
+    check_overwrite(config, registry, output_dir)
+    with locked(output_dir):
+        if (output_dir / RECIPE).exists():
+            patterns = (*_named_files(output_dir), *(config.overwritten or ()), *_OF_ANY_RUN)
+            for path in dict.fromkeys(itertools.chain(*map(output_dir.glob, patterns))):
+                _remove(path)
+
+
+def _named_files(output_dir: Path) -> list[str]:
+    """The files in the folder that its results.json names, as patterns."""
+    try:
+        names = json.loads((output_dir / RESULTS).read_text("utf-8")).get("files", [])
+        inside = [each for each in names if not os.path.isabs(each) and ".." not in each]
+        return [glob.escape(each) for each in inside]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return []
+
+
 def _elsewhere(config: TaskConfig, output_dir: Path) -> str:
     """What to do about a folder that another run of this recipe cannot have."""
+    if config.overwritten is not None:
+        return "  choose another --output-dir, or add --overwrite"
     ways = config.ways_on(output_dir)
     return "  choose another --output-dir" + (f"; there, {ways}" if ways else "")
 
@@ -189,13 +234,9 @@ def _remove(path: Path) -> None:
 def _refuse_another_recipe(
     config: TaskConfig, registry: Registry, output_dir: Path, inherited: Iterable[KeyPath] = ()
 ) -> None:
-    path = output_dir / RECIPE
-    if not path.exists():
+    before = _read_recipe(output_dir)
+    if before is None:
         return
-    try:
-        before = parse_toml(read_file(path).decode("utf-8"))
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{path} is no recipe: {error}; choose another --output-dir") from error
     recipe, free = unstructure(registry, config), config.free_keys(output_dir)
     old, new = _settled(flatten(before), inherited), _settled(flatten(recipe), inherited)
     if changed := _differences(old, new, free):
@@ -244,6 +285,17 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Collectio
     lines = (f"    {key}: {_show(old, key)} there, {_show(new, key)} now" for key in changed[:8])
     more = [f"    and {len(changed) - 8} more"] if len(changed) > 8 else []
     return "\n".join([*lines, *more])
+
+
+def _read_recipe(output_dir: Path) -> dict[str, Any] | None:
+    """The recipe of the run that the folder holds, if there is one."""
+    path = output_dir / RECIPE
+    if not path.exists():
+        return None
+    try:
+        return parse_toml(read_file(path).decode("utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path} is no recipe: {error}; choose another --output-dir") from error
 
 
 def _settled(flat: dict[str, Any], inherited: Iterable[KeyPath]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from dinov3_framework.configs import ImagesConfig, replace
 from dinov3_framework.contracts.data import Dataset, StreamDataset
 from dinov3_framework.errors import DataError, Problem, RecipeError
+from dinov3_framework.recipes.describe import rounded
 from dinov3_framework.registry import Registry
 from dinov3_framework.training import DATA, TrainingConfig
 
@@ -71,7 +72,7 @@ def data_rows(
         rows.insert(0, ("dataset", dataset.describe()))
     if isinstance(dataset, Dataset):
         passes = seen / len(dataset)
-        rows.append(("passes over the data", f"{passes:,.2f}"))
+        rows.append(("passes over the data", rounded(passes)))
         notes = list(dataset.notes())
         if config.batch_size > len(dataset):
             notes.append(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -32,6 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         {"show": _show, "convert": _convert, "list": _list}[options.verb](options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # a reader that went away (``| head``) is no mistake
+        # Python flushes once more at exit; give it somewhere to write.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except UserError as error:
         if options.traceback:
             traceback.print_exc()

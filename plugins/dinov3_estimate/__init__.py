@@ -15,7 +15,11 @@ def dinov3_flags() -> list[Flag]:
             "dinov3_estimate.command:rehearse",
             {
                 "world-size": (int, "N", "processes to rehearse (else the launcher's)"),
-                "accelerator": (str, "NAME", "what to rehearse for: a100, h100, h200, b200"),
+                "accelerator": (
+                    str,
+                    "NAME",
+                    "what to rehearse for: h100 (default), rtx4090, t4, ...",
+                ),
             },
         )
     ]

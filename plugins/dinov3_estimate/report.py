@@ -22,6 +22,7 @@ from dinov3_estimate.timing import (
 )
 from dinov3_framework.contracts.running import Rows
 from dinov3_framework.data.loader import Layout
+from dinov3_framework.recipes.describe import rounded
 
 ASSUMPTIONS = "assumptions (estimates; not calibrated on a GPU)"
 _SHOWN = 2**20 / 20  # bytes, of a kind of memory
@@ -187,12 +188,14 @@ def _run(
     hours = world * run / 3600
     flops = sum(each.flops * each.layout.world_size for each in estimates)
     share = flops / world / step / accelerator.products["bf16"]
-    return [
+    rows = [
         ("step", f"{seconds(step)}, {config.batch_size / step:,.0f} images a second"),
         ("utilization", f"{share:.0%} of the bf16 rate"),
-        ("run", f"{config.iterations:,} steps in {duration(run)}, {hours:,.1f} GPU hours"),
-        ("cost", f"{hours * accelerator.price:,.2f} US dollars"),
+        ("run", f"{config.iterations:,} steps in {duration(run)}, {rounded(hours)} GPU hours"),
     ]
+    if accelerator.price is not None:
+        rows.append(("cost", f"{rounded(hours * accelerator.price)} US dollars"))
+    return rows
 
 
 def _fitting(estimate: Estimate, accelerator: Accelerator) -> dict[str, Rows]:
@@ -220,7 +223,9 @@ def count(number: float) -> str:
 
 
 def duration(time: float) -> str:
-    return _scaled(time, ("hours", 3600), ("minutes", 60), ("seconds", 1))
+    units = (("hours", 3600), ("minutes", 60), ("seconds", 1))
+    unit, divisor = next((each for each in units if time >= each[1]), units[-1])
+    return f"{rounded(time / divisor)} {unit}"
 
 
 def seconds(time: float) -> str:

@@ -31,7 +31,7 @@ class Accelerator:
     bandwidth: float  # bytes a second of its memory
     link: float  # bytes a second to the others of its machine, one way
     network: float  # bytes a second to other machines, its share
-    price: float  # assumed, US dollars an hour
+    price: float | None  # assumed, US dollars an hour; None where there is no usual one
 
 
 def _rates(bf16: float, tf32: float, fp32: float, fp8: float) -> dict[str, float]:
@@ -40,19 +40,29 @@ def _rates(bf16: float, tf32: float, fp32: float, fp8: float) -> dict[str, float
 
 
 _HOPPER = _rates(989, 495, 67, 1979)
+# GB/s one way: PCIe of 16 lanes by generation, and Ethernet of 25 Gb/s, which is assumed.
+_PCIE3, _PCIE4, _PCIE5, _LAN = 15.8, 31.5, 63, 3.1
+_TURING = _rates(8.1, 8.1, 8.1, 8.1) | {"fp16": 65 * TERA}  # bf16 and tf32 are as slow as fp32
 _TABLE = (
-    # title, memory, products, bandwidth (TB/s), link, network (GB/s), price
-    # The A100 has no fp8: such products are calculated in bf16.
-    ("A100 SXM 80 GB", 79.1, _rates(312, 156, 19.5, 312), 2.04, 300, 25, 1.8),
-    ("H100 SXM 80 GB", 79.1, _HOPPER, 3.35, 450, 50, 3.0),
-    ("H200 SXM 141 GB", 139.8, _HOPPER, 4.8, 450, 50, 3.5),
-    ("B200 SXM 180 GB", 178.3, _rates(2250, 1125, 75, 4500), 7.7, 900, 50, 5.5),
+    # name, title, memory, products, bandwidth (TB/s), link, network (GB/s), price
+    # Without fp8 (A100, A10, T4), such products are calculated in bf16.
+    ("a100", "A100 SXM 80 GB", 79.1, _rates(312, 156, 19.5, 312), 2.04, 300, 25, 1.8),
+    ("h100", "H100 SXM 80 GB", 79.1, _HOPPER, 3.35, 450, 50, 3.0),
+    ("h200", "H200 SXM 141 GB", 139.8, _HOPPER, 4.8, 450, 50, 3.5),
+    ("b200", "B200 SXM 180 GB", 178.3, _rates(2250, 1125, 75, 4500), 7.7, 900, 50, 5.5),
+    # NVIDIA's data sheets of L40S, L4, A10 and T4, and its white papers on the Ada and the RTX
+    # Blackwell architecture for the RTX cards: products that accumulate in fp32, as torch's do.
+    # Memory is what torch finds there in all.
+    ("rtx4090", "RTX 4090 24 GB", 23.5, _rates(165, 83, 83, 330), 1.01, _PCIE4, _LAN, None),
+    ("rtx5090", "RTX 5090 32 GB", 31.3, _rates(209, 105, 105, 419), 1.79, _PCIE5, _LAN, None),
+    ("l40s", "L40S 48 GB", 44.4, _rates(362, 183, 91.6, 733), 0.864, _PCIE4, _LAN, None),
+    ("l4", "L4 24 GB", 22.0, _rates(121, 60, 30.3, 242), 0.3, _PCIE4, _LAN, None),
+    ("a10", "A10 24 GB", 22.0, _rates(125, 62.5, 31.2, 125), 0.6, _PCIE4, _LAN, None),
+    ("t4", "T4 16 GB", 14.6, _TURING, 0.3, _PCIE3, _LAN, None),
 )
 ACCELERATORS = {
-    title.partition(" ")[0].lower(): Accelerator(
-        title, memory, products, bandwidth * TERA, link * GIGA, network * GIGA, price
-    )
-    for title, memory, products, bandwidth, link, network, price in _TABLE
+    name: Accelerator(title, memory, products, bandwidth * TERA, link * GIGA, network * GIGA, price)
+    for name, title, memory, products, bandwidth, link, network, price in _TABLE
 }
 
 
@@ -132,7 +142,7 @@ def needed(peak: int) -> float:
 def assumptions(accelerator: Accelerator) -> Rows:
     """What estimates rest on, for a person to read."""
     rates = accelerator.products
-    return [
+    rows = [
         (
             "matrix products",
             f"{PRODUCTS:.0%} of {rates['bf16'] / TERA:,.0f} (bf16), "
@@ -160,5 +170,7 @@ def assumptions(accelerator: Accelerator) -> Rows:
             "NCCL and cuBLAS; kernels' own scratch space is not seen",
         ),
         ("left aside", "reading images, observers, checkpoints, evaluation"),
-        ("price", f"{accelerator.price:.2f} US dollars an hour and accelerator"),
     ]
+    if accelerator.price is not None:
+        rows.append(("price", f"{accelerator.price:.2f} US dollars an hour and accelerator"))
+    return rows

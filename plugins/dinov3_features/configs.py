@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dinov3_framework.configs import config, not_negative, option, positive
 from dinov3_framework.kinds import BackboneTaskConfig, DatasetConfig
@@ -66,3 +66,10 @@ class FeaturesTaskConfig(BackboneTaskConfig):
         default=False,
     )
     parallel: ParallelConfig = option("device and precision", factory=ParallelConfig)
+    overwritten: ClassVar = (
+        "features/part-*.safetensors",
+        "features/plan.json",
+        "features.safetensors",
+        "index.csv",
+        "skipped.csv",
+    )

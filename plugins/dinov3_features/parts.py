@@ -252,11 +252,14 @@ def merge(
     return paths
 
 
-def write_tables(store: PartStore, output_dir: Path, merged: bool) -> None:
+def write_tables(
+    store: PartStore, output_dir: Path, merged: bool, classes: Sequence[str] | None
+) -> None:
     """Write ``index.csv`` and ``skipped.csv``.
 
     A row of the index is a row of the features; of parts that were not merged, ``file`` names the
-    part and rows count from 0 in each. Raises ``OutputError`` where they cannot be written.
+    part and rows count from 0 in each. ``classes`` are the labels' names. Raises ``OutputError``
+    where they cannot be written.
     """
     placed = (
         (part.path.name, place, row)
@@ -265,16 +268,22 @@ def write_tables(store: PartStore, output_dir: Path, merged: bool) -> None:
     )
     index: Iterator[tuple[Any, ...]]
     if merged:
-        index = ((total, *row[1:]) for total, (_, _, row) in enumerate(placed))
+        index = ((total, *_cells(row, classes)) for total, (_, _, row) in enumerate(placed))
     else:
-        index = ((file, place, *row[1:]) for file, place, row in placed)
-    columns = ("row", "path", *Row._fields[2:])
+        index = ((file, place, *_cells(row, classes)) for file, place, row in placed)
+    columns = ("row", "path", "label", "class", *Row._fields[3:])
     for name, head, rows in (
         (INDEX, columns if merged else ("file", *columns), index),
         (SKIPPED, ("index", "path", "reason"), (each for p in store.parts() for each in p.skipped)),
     ):
         with output_file(output_dir / name) as aside:
             write_csv(aside, head, rows)
+
+
+def _cells(row: Row, classes: Sequence[str] | None) -> tuple[Any, ...]:
+    """An image's cells in the index, but its place."""
+    known = classes is not None and row.label is not None
+    return row.name, row.label, classes[row.label] if known else None, *row[3:]
 
 
 def patch_offsets(grids: Tensor) -> Tensor:

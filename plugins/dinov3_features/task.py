@@ -140,7 +140,7 @@ class FeaturesTask(Task):
             files = [path.name for path in written]
         else:
             files = [f"{FOLDER}/{store.path(part).name}" for part in range(store.partition.parts)]
-        write_tables(store, output_dir, config.merge)
+        write_tables(store, output_dir, config.merge, dataset.classes)
         results: dict[str, Any] = {
             "task": "features",
             "backbone": described["backbone"],

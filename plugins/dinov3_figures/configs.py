@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dinov3_framework import (
     BackboneTaskConfig,
@@ -108,3 +108,4 @@ class VisualizeConfig(BackboneTaskConfig):
         default=1,
         check=_typical,
     )
+    overwritten: ClassVar = ("index.html", "figures/overview.png")

@@ -147,7 +147,7 @@ def pca_figure(images: Tensor, features: Mapping[int, Tensor], spec: ImagesConfi
         scores, shares = principal_components(tokens.flatten(0, 2))
         colors = to_colors(scores).unflatten(0, tokens.shape[:3])
         height, width = tokens.shape[1:3]
-        heads.append(f"{height} x {width} patches of {seen} px\n{sum(shares):.0%}")
+        heads.append(f"at {seen} px: {height} x {width} patches\n{sum(shares):.0%}")
         columns.append([Tile(each.numpy(), (side, side), crisp=True) for each in colors])
     note = (
         "Red, green and blue are the first three principal components of all patches in a column;\n"

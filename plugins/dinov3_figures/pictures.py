@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TILE, _LONGEST = 300, 640  # pixels along the side of a square tile; others have its area
-_PITCH, _WIDEST = 190, 1800  # pixels that a tile's titles need, and all tiles of a row
+_PITCH, _WIDEST = 225, 1800  # pixels that a tile's titles need, and all tiles of a row
 _CELL, _SMALLEST_CELL = 150, 48  # pixels along a side of the overview's tiles
 _TALLEST = 6000  # pixels of the overview, before its tiles become smaller
 
@@ -69,7 +69,7 @@ def tiles_of(seen: Seen, maps: Maps, spec: ImagesConfig, wanted: Collection[str]
         levels = (mark.similarity - maps.lowest) / (1 - maps.lowest) * 255
         pixels = color_table()[levels.round().clip(0, 255).astype(np.uint8)]
         note = f"{'at' if mark.what[0] == '[' else 'most typical of the'} {mark.what}"
-        add(pixels, f"similarity to patch {mark.number}", note, f"to {mark.what}", mark)
+        add(pixels, f"similarity to patch {mark.number}", note, f"similarity\nto {mark.what}", mark)
     return tiles
 
 

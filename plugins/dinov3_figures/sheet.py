@@ -128,6 +128,12 @@ def draw_sheet(
     widths = [max(narrowest, *(tile.size[1] for tile in column if tile)) for column in columns]
     lefts = [_MARGIN + sum(widths[:c]) + _GAP * c for c in range(len(widths))]
     inner = max(lefts[-1] + widths[-1] - _MARGIN + (76 if lowest is not None else 0), 512)
+    heads = [
+        "\n".join(
+            textwrap.fill(line, _letters(width + 10, 8.5, True)) for line in head.splitlines()
+        )
+        for head, width in zip(heads, widths, strict=False)
+    ]
     lines = [part for line in note.splitlines() for part in textwrap.wrap(line, _letters(inner, 9))]
     above = 20 * bool(labels) + (0 if heads else 40)
     tops = [64 + 15 * len(lines) + 15 * max((head.count("\n") + 1 for head in heads), default=0)]

@@ -121,6 +121,7 @@ class Visualize(Task):
             "layer": config.layer % subject.backbone.n_layers,
             "pca": config.pca,
             "images": [_row(shown) for shown in every],
+            "files": [shown.figure for shown in every],
         }
         write_results(output_dir, results)
         log.info("%d images: %s", len(seen), output_dir / "index.html")

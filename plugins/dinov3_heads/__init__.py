@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from dinov3_framework import (
     BackboneConfig,
     BackboneTaskConfig,
@@ -17,6 +19,7 @@ from dinov3_framework import (
     option,
     positive,
 )
+from dinov3_framework.kinds import name_of_source
 from dinov3_framework.training import TrainingConfig
 
 FINGERPRINT = "fingerprint of the backbone"  # in the provenance of a head
@@ -64,6 +67,10 @@ class EvaluateConfig(BackboneTaskConfig):
         "a head that was trained on the backbone: its file, or the folder of the run", default=None
     )
     evaluations: dict[str, EvaluationConfig] = option("what is measured, by names of your choice")
+    overwritten: ClassVar = ()
+
+    def run_name(self, recipe: str) -> str:
+        return "-".join([super().run_name(recipe), *name_of_source(self.head)])
 
 
 @config

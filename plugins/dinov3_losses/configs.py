@@ -11,8 +11,10 @@ from dinov3_framework import (
     LossConfig,
     Schedule,
     config,
+    not_negative,
     option,
     positive,
+    throughout,
 )
 
 
@@ -71,6 +73,7 @@ class DinoConfig(PrototypeLossConfig):
     local_weight: Schedule = option(
         "factor of the local crops' term; the number 0 means that local crops are not used at all",
         factory=lambda: Constant(value=1.0),
+        check=throughout(not_negative),
     )
     ignore_diagonal: bool = option("leave out pairs of a global crop with itself", default=True)
 

@@ -10,9 +10,11 @@ import attrs
 from dinov3_framework.configs import (
     InvalidOption,
     config,
+    fraction,
     option,
     positive,
     replace,
+    throughout,
 )
 from dinov3_framework.kinds import (
     AugmentationConfig,
@@ -29,7 +31,9 @@ from dinov3_framework.training import TrainingConfig
 class TeacherConfig:
     """The momentum teacher."""
 
-    momentum: Schedule = option("share of the old teacher that is kept: a number or a schedule")
+    momentum: Schedule = option(
+        "share of the old teacher that is kept: a number or a schedule", check=throughout(fraction)
+    )
 
 
 @config
@@ -55,7 +59,9 @@ class FrozenTeacherConfig:
 class AverageConfig:
     """The moving average of a student, which is what is evaluated and exported."""
 
-    momentum: Schedule = option("share of the old average that is kept: a number or a schedule")
+    momentum: Schedule = option(
+        "share of the old average that is kept: a number or a schedule", check=throughout(fraction)
+    )
 
 
 @config

@@ -18,6 +18,7 @@ from dinov3_framework.cli import main
 from dinov3_framework.contracts.running import Job, JobHandle, Launcher, Resources
 from dinov3_framework.errors import DivergenceError, StopRequested
 from dinov3_framework.plugins import BrokenPlugin
+from dinov3_framework.recipes.files import recipes_of
 
 Write = Callable[[str, str], Path]
 
@@ -107,7 +108,7 @@ def trace(registry: Registry, write: Write, monkeypatch: pytest.MonkeyPatch) -> 
             component = registry.get(kind, name).component
             factory = factories.get(name, component.factory)
             ours.add(kind, evolve(component, factory=factory), "toys", "toy-box")
-    monkeypatch.setattr(Registry, "load", classmethod(lambda cls, block=(): ours))
+    monkeypatch.setattr(Registry, "load", classmethod(lambda cls, *_, **__: ours))
     monkeypatch.setattr("dinov3_framework.runtime.session.run_task", run_task)
     monkeypatch.setattr("dinov3_framework.runtime.session.prepare_output", prepare_output)
     for variable in ("RANK", "WORLD_SIZE"):
@@ -212,7 +213,7 @@ def test_a_fault_of_a_plugin_names_its_distribution(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "hats.py").write_text("def wear(hats):\n    return hats['top']\n")
+    (tmp_path / "hats.py").write_text("def wear(hats):\n    return int(hats)\n")
     told = tmp_path / "fine_hats-1.0.dist-info"
     told.mkdir()
     (told / "METADATA").write_text("Metadata-Version: 2.1\nName: fine-hats\nVersion: 1.0\n")
@@ -220,11 +221,12 @@ def test_a_fault_of_a_plugin_names_its_distribution(
     monkeypatch.syspath_prepend(str(tmp_path))
     import hats  # type: ignore[import-not-found]
 
-    with pytest.raises(KeyError) as caught:
+    with pytest.raises(TypeError) as caught:
         hats.wear({})
     trace.run_error = caught.value
     assert main(["r.toml"]) == ExitCode.FAILED
-    assert "a fault of a plugin of fine-hats" in capsys.readouterr().err.splitlines()[-1]
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"a fault of a plugin of fine-hats, at {tmp_path / 'hats.py'}:2," in last
 
 
 def test_an_exit_is_a_fault(trace: Trace, capsys: pytest.CaptureFixture[str]) -> None:
@@ -321,6 +323,20 @@ def test_list_and_describe(trace: Trace, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["--list", "lossen"]) == 2
 
 
+def test_list_recipes_shows_their_headers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list", "recipes"]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "recipes"
+    shown = {line.split()[0]: line for line in lines if line[2] != " "}
+    assert set(shown) == set(recipes_of("dinov3_recipes"))
+    for name, line in shown.items():
+        assert len(line.split()) > 3, name
+    assert "Overlay: one GPU" in shown["1gpu"]
+    after = lines[lines.index(shown["quickstart"]) + 1 :]
+    assert "Cost: 700 iterations" in after[0]
+    assert "76.8 %" in after[1]
+
+
 def test_broken_plugins_are_warned_of_on_every_command(
     trace: Trace, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -353,23 +369,23 @@ def test_usage(trace: Trace, capsys: pytest.CaptureFixture[str]) -> None:
 # --------------------------------------------------------------------------- launching
 def test_a_launcher_gets_a_job(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
     trace.code = 7
-    blocked: list[object] = []
+    asked: list[object] = []
     ours = Registry.load()
 
-    def load(cls: type, block: object = ()) -> Registry:
-        blocked.append(block)
+    def load(cls: type, *asked_for: object) -> Registry:
+        asked.extend(asked_for)
         return ours
 
     monkeypatch.setattr(Registry, "load", classmethod(load))
     arguments = ["r.toml", "--launcher", "here", "launcher.processes=2"]
-    arguments += ["--block-plugin", "a", "--block-plugin", "b"]
+    arguments += ["--block-plugin", "a", "--block-plugin", "b", "--plugin", "x.py"]
     assert main(arguments) == 7
     (job,) = trace.jobs
     assert job.command == [
         *[sys.executable, "-m", "dinov3_framework", "runs/r/recipe.toml", "--launched"],
-        *["--block-plugin", "a", "--block-plugin", "b"],
+        *["--block-plugin", "a", "--block-plugin", "b", "--plugin", str(Path("x.py").absolute())],
     ]
-    assert blocked == [["a", "b"]]
+    assert asked == [["a", "b"], ["x.py"]]
     assert job.output_dir == Path("runs/r")
     assert trace.prepared == [Path("runs/r")]
     assert trace.worlds == [2]
@@ -480,10 +496,14 @@ def test_python_m() -> None:
     assert run("no_such_recipe").returncode == 2
 
 
-def test_a_reader_that_goes_away_is_no_mistake() -> None:
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [("dinov3_framework.cli", "--list"), ("dinov3_framework.weights.cli", "list")],
+)
+def test_a_reader_that_goes_away_is_no_mistake(module: str, words: str) -> None:
     # /dev/full would be another error; a closed pipe is what `| head` leaves behind.
     process = subprocess.Popen(
-        [sys.executable, "-m", "dinov3_framework", "--list"],
+        [sys.executable, "-c", f"import sys, {module} as m; sys.exit(m.main(['{words}']))"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from run_support import run
 
 from dinov3_framework import ExitCode, PluginError, Registry
 from dinov3_framework.cli import main
@@ -191,7 +195,7 @@ def test_blocked_plugins_are_not_even_imported(
     monkeypatch.setenv(BLOCK_VARIABLE, "bomb, losses ,")
     registry = Registry.load()
     assert registry.blocked == ["bomb", "losses"]
-    assert registry.names("loss") == []
+    assert not {"dino", "ibot", "koleo", "gram"} & set(registry.names("loss"))
     assert "bomb" not in [plugin.name for plugin in registry.broken]
 
 
@@ -203,3 +207,106 @@ def test_blocking_what_is_not_there() -> None:
 def test_the_environment_may_block_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BLOCK_VARIABLE, "not_installed_here")
     assert Registry.load().blocked == ["not_installed_here"]
+
+
+# --------------------------------------------------------------------------- not installed
+def test_a_file_is_a_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    file = tmp_path / "try_me.py"
+    file.write_text(textwrap.dedent(good("try_me")) + "\nimport beside_it\n")
+    (tmp_path / "beside_it.py").write_text("")
+    for _ in range(2):
+        found = Registry.load(files=[str(file)])
+        assert found.get("backbone", "third").distribution == str(file)
+        config = found.config_of("backbone", "third", {"depth": 3})
+        assert found.get("backbone", "third").component.resolve() is type(config)
+    # A process that was not forked and unpickles it finds it, too.
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(getattr, (config, "depth")) == 3
+    assert "third" not in Registry.load().names("backbone")
+
+
+TRIAL = """
+    import torch
+    from dinov3_framework import Component, DatasetConfig, Loss, LossConfig, LossResult
+    from dinov3_framework import config, hookimpl
+    from dinov3_framework.contracts.data import Dataset, Sample
+
+    @config
+    class NoiseConfig(DatasetConfig):
+        '''Flat images.'''
+
+    class Noise(Dataset):
+        def __init__(self, config, channels):
+            self.channels = channels
+
+        def __len__(self):
+            return 24
+
+        def __getitem__(self, index):
+            return Sample(torch.full((self.channels, 28, 28), index, dtype=torch.uint8))
+
+        def describe(self):
+            return "noise"
+
+    @config
+    class FussyConfig(LossConfig):
+        '''A loss that has enough of it.'''
+
+    class Fussy(Loss):
+        needs = frozenset({"student.global.class"})
+
+        def __init__(self, config):
+            super().__init__()
+
+        def forward(self, step):
+            if step.iteration == 1:
+                raise RuntimeError("enough")  # here
+            return LossResult(step.student["global"].cls.square().mean())
+
+    @hookimpl
+    def dinov3_datasets():
+        return [Component("noise", NoiseConfig, "trial:Noise")]
+
+    @hookimpl
+    def dinov3_losses():
+        return [Component("fussy", FussyConfig, "trial:Fussy")]
+"""
+
+
+@pytest.mark.slow
+def test_a_file_serves_launched_processes_and_their_workers(tmp_path: Path) -> None:
+    file, source = tmp_path / "trial.py", textwrap.dedent(TRIAL)
+    file.write_text(source)
+    words = ("--plugin", str(file), "dataset={use='noise'}", "losses.fussy.use=fussy")
+    two = ("launcher.use=local", "launcher.processes=2", "loader.workers=1", "observers={}")
+    done = run(tmp_path / "run", *words, *two)
+    assert done.returncode == 1, done.stderr
+    (line,) = [n for n, text in enumerate(source.splitlines(), 1) if text.endswith("# here")]
+    assert f"a plugin of {file}, at {file}:{line}, not of your recipe" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "words"),
+    [
+        ("not_there.py", None, "no such Python file"),
+        ("no_plugin.txt", "", "no such Python file"),
+        ("no_hooks.py", "", "no hook"),
+        ("no_import.py", "x = 1\nimport a_library_that_is_missing", "no_import.py:2: ModuleNotF"),
+        ("no_code.py", "def", "line 1"),
+        ("quits.py", "raise SystemExit(3)", "SystemExit: 3"),
+        ("json.py", "", "rename the file"),
+        ("a-b.py", "", "rename the file"),
+        ("typo.py", good("typo").replace("_backbones", "_bones"), "unknown hook"),
+    ],
+)
+def test_a_file_that_is_no_plugin_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, source: str | None, words: str
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    file = tmp_path / name
+    if source is not None:
+        file.write_text(textwrap.dedent(source))
+    with pytest.raises(PluginError, match=name.removesuffix(".py")) as caught:
+        Registry.load(files=[str(file)])
+    assert words in str(caught.value)

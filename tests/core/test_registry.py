@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 import attrs
 import pytest
+from PIL import Image
 from toy_configs import HeadOptions, OtherConfig, PullConfig, TinyConfig
 
 from dinov3_framework import (
@@ -18,9 +20,10 @@ from dinov3_framework import (
     config,
     option,
 )
-from dinov3_framework.errors import ExitCode, UnknownNameError, UserError
+from dinov3_framework.errors import ExitCode, RecipeError, UnknownNameError, UserError
 from dinov3_framework.kinds import KINDS
 from dinov3_framework.plugins import HOOKS, OFFERS, PROJECT, BrokenPlugin
+from dinov3_framework.recipes.describe import rounded
 
 
 @config
@@ -113,10 +116,25 @@ def test_components_that_cannot_be(registry: Registry) -> None:
 def test_build(registry: Registry) -> None:
     assert registry.build("backbone", "tiny", depth=5) == (TinyConfig(depth=5), {})
     assert registry.build(PullConfig(), channels=3) == (PullConfig(), {"channels": 3})
+    assert registry.build("backbone", "tiny", depth=5) == (TinyConfig(depth=5), {})
     with pytest.raises(TypeError, match="build"):
         registry.build("backbone")
     with pytest.raises(UnknownNameError, match="no component has the config class SpareConfig"):
         registry.build(SpareConfig())
+
+
+def test_build_by_name_with_what_the_factory_takes(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    registry = Registry.load()
+    dataset = registry.build("dataset", "image_folder", root=str(tmp_path), channels=1)
+    assert dataset[0].image.shape == (1, 8, 8)
+    crops = registry.build("augmentations", "multi_crop", global_size=32, channels=3, patch_size=16)
+    assert crops.views["global"].size == 32
+    for typo, meant in (("chanels", "channels"), ("rot", "root")):
+        with pytest.raises(RecipeError, match=f"{typo}: unknown key.*\\n.*{meant}"):
+            registry.build("dataset", "image_folder", root="x", **{typo: 3})
+    with pytest.raises(RecipeError, match="channels: unknown key"):
+        registry.build("backbone", "vit", channels=3)
 
 
 def test_factories_are_imported_when_built(registry: Registry) -> None:
@@ -133,6 +151,13 @@ def test_a_factory_that_is_not_there(factory: str) -> None:
 
 
 # --------------------------------------------------------------------------- describing
+def test_numbers_say_no_more_than_is_known() -> None:
+    numbers = (260042.29, 4e6, 8.96, 15.24, 99.96, 0.00114, 0)
+    assert [rounded(number) for number in numbers] == [
+        *("260,000", "4,000,000", "8.96", "15.2", "100", "0.00114", "0")
+    ]
+
+
 def test_describe(registry: Registry) -> None:
     found = registry.describe("backbone", "tiny")
     assert (found.doc, found.plugin, found.distribution) == (

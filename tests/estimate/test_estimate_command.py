@@ -53,6 +53,17 @@ def test_another_accelerator_and_the_launchers_processes(
     assert "5.50 US dollars an hour" in out
 
 
+def test_cards_of_desks_have_no_price(capsys: pytest.CaptureFixture[str]) -> None:
+    bf16 = ("parallel.param_dtype=bf16", "batch_size=24")
+    assert main([str(TINY), "--rehearse", "--accelerator", "t4", *bf16]) == 0
+    out = printed(capsys)
+    assert "estimated on T4 16 GB" in out
+    assert "8 (bf16)" in out, "as slow as fp32"
+    assert "GPU hours" in out
+    assert "dollars" not in out
+    assert "RTX 5090 32 GB" in out.partition("memory needed")[2]
+
+
 def test_data_weights_and_device_may_be_missing(capsys: pytest.CaptureFixture[str]) -> None:
     missing = ("dataset={use='image_folder', root='nowhere'}", "images={}")
     absent = ("parallel.device=cuda", "init_from.weights=nowhere.pth")

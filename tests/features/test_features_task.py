@@ -30,6 +30,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from dinov3_framework import load_backbone
+from dinov3_framework.cli import main
 from dinov3_framework.errors import DataError, OutputError, RecipeError
 
 ALL = ("class", "mean_patch", "patches", "storage")
@@ -74,6 +75,7 @@ def test_all_outputs_of_two_layers(weights: Path, photographs: Path, tmp_path: P
         "a/004.png",
     ]
     assert [row["label"] for row in index] == list("00001111")
+    assert [row["class"] for row in index] == list("aaaabbbb")
     assert (index[1]["height"], index[1]["width"]) == ("38", "45")
     assert {(row["grid_height"], row["grid_width"]) for row in index} == {(str(grid), str(grid))}
     skipped = rows(tmp_path / "skipped.csv")
@@ -421,3 +423,20 @@ def test_images_that_are_not_here_are_missing_and_not_wrong(weights: Path, tmp_p
     with pytest.raises(DataError, match="does not exist"):
         absent.run(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_overwrite_makes_them_anew(
+    weights: Path, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["features", f"weights={weights}", f"dataset.root={photographs}", "workers=0"]
+    assert main([*words, "format=npy", "outputs=['patches']"]) == 0
+    output = Path("runs/features-w")
+    (output / "features.mine.npy").touch()
+    assert main([*words, "size=16"]) == 2  # another recipe's
+    assert main([*words, "size=16", "--overwrite"]) == 0
+    assert json.loads((output / "results.json").read_text())["size"] == 16
+    assert {path.name for path in output.glob("features*")} == {
+        "features.mine.npy",
+        "features.safetensors",
+    }

@@ -182,3 +182,12 @@ def test_figure_is_a_png_of_sensible_size(
     assert 500 <= picture.shape[0] <= 2300
     assert 0.2 < (picture < 250).mean() < 0.95
     assert [entry.name for entry in path.parent.iterdir()] == ["crops.png"]
+
+
+def test_heads_of_narrow_columns_are_not_cut() -> None:
+    tile = Tile(np.zeros((200, 40, 3), np.uint8))
+    heads = ["image", "PCA of foreground", "at 28 px: 4 x 4 patches\n62%"]
+    figure = draw_sheet("Title", "", [[tile] * 3], heads=heads, narrowest=110)
+    shown = [" ".join(text.split()) for text in texts_on(figure)]
+    for head in heads:
+        assert " ".join(head.split()) in shown

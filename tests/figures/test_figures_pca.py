@@ -126,7 +126,7 @@ def test_maps_stand_beside_their_images_as_squares() -> None:
     levels = torch.tensor([10, 20], dtype=torch.uint8)
     images = levels[:, None, None, None].expand(2, 3, 28, 28)
     figure = pca_figure(images, {28: features}, ImagesConfig())
-    assert any(text.startswith("8 x 8 patches of 28 px") for text in texts_on(figure))
+    assert any(text.startswith("at 28 px: 8 x 8 patches") for text in texts_on(figure))
     for (image, shown), level, colors in zip(
         drawn_on(figure), (10, 20), colored(features), strict=True
     ):

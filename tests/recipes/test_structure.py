@@ -25,9 +25,9 @@ from dinov3_framework import (
     config,
     option,
 )
-from dinov3_framework.errors import UnknownNameError
+from dinov3_framework.errors import UnknownNameError, suggest
 from dinov3_framework.plugins import BrokenPlugin
-from dinov3_framework.recipes.compose import Composed
+from dinov3_framework.recipes.compose import Composed, compose
 from dinov3_framework.recipes.option_types import type_name
 from dinov3_framework.recipes.plain import to_toml_value, unstructure
 from dinov3_framework.recipes.structure import structure_component, structure_recipe
@@ -283,6 +283,39 @@ def test_missing_keys_say_what_belongs_there(registry: Registry) -> None:
         "backbone": "missing: backbone (use = ...) | the network",
         "lr.peak": "missing: number | value after the warm-up",
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "meant"),
+    [
+        ("gpu", ["auto", "cpu", "cuda"], None),
+        ("CPU", ["auto", "cpu", "cuda"], "'cpu'"),
+        ("ibto", ["dino", "gram", "ibot"], "'ibot'"),
+        ("batch", ["batch_size", "seed"], "'batch_size'"),
+        ("cosin", ["constant", "cosine"], "'cosine'"),
+    ],
+)
+def test_only_what_was_probably_meant_is_suggested(
+    name: str, known: list[str], meant: str | None
+) -> None:
+    expected = f"known: {', '.join(known)}" if meant is None else f"did you mean {meant}?"
+    assert suggest(name, known) == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("losses.dino.weight", "-1"),
+        ("losses.dino.weight", "{ use = 'cosine', start = 0, peak = 1, end = -0.1 }"),
+        ("losses.dino.local_weight", "-0.5"),
+        ("optimizer.lr", "-0.001"),
+        ("teacher.momentum", "1.01"),
+    ],
+)
+def test_schedules_have_bounds(key: str, value: str) -> None:
+    with pytest.raises(RecipeError, match=f"{key}: must") as caught:
+        structure_recipe(Registry.load(), compose("quickstart", [f"{key}={value}"]))
+    assert len(caught.value.problems) == 1
 
 
 def test_use_is_needed_and_must_name_something(registry: Registry) -> None:

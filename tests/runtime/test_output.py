@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from disks import small_disk
@@ -19,6 +21,7 @@ from dinov3_framework.recipes.structure import structure_recipe
 from dinov3_framework.runtime.lock import locked, verify_held
 from dinov3_framework.runtime.output import (
     RunComplete,
+    overwrite,
     prepared,
     write_aside,
 )
@@ -325,6 +328,57 @@ def test_leftovers_of_a_killed_start_are_removed(tmp_path: Path) -> None:
     prepare(tmp_path)
     assert not any(path.exists() for path in leftovers)
     assert all(path.exists() for path in others)
+
+
+# --------------------------------------------------------------------------- written anew
+def evaluation(*overrides: str) -> Any:
+    data = "evaluations.knn.%s.use=image_folder evaluations.knn.%s.root=x"
+    sets = [word for name in ("train", "test") for word in (data % (name, name)).split()]
+    return structure_recipe(registry(), compose("knn", [*sets, *overrides]))
+
+
+def test_overwrite_deletes_what_the_run_left_and_nothing_else(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    ours = ("recipe.toml", "results.json", "results.csv", "run.log", "made/a[1].png")
+    theirs = ("made/b.png", "made/a1.png", "notes.txt", "../outside.txt")
+    for name in (*ours, *theirs):
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).touch()
+    files = ["made/a[1].png", "../outside.txt", str(tmp_path / "outside.txt")]
+    (output / "results.json").write_text(json.dumps({"files": files}))
+    (output / "recipe.toml").write_text('task = "features"')
+    with pytest.raises(OutputError, match="the task features"):
+        overwrite(evaluation(), registry(), output)
+    (output / "recipe.toml").write_text('task = "evaluate"')
+    overwrite(evaluation(), registry(), output)
+    assert not any((output / name).exists() for name in ours)
+    assert all((output / name).exists() for name in theirs)
+    overwrite(evaluation(), registry(), output)  # where no run is, nothing is deleted
+    assert all((output / name).exists() for name in theirs)
+
+
+def test_trainings_are_not_overwritten(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    with pytest.raises(OutputError, match="not for the task pretrain"):
+        overwrite(tiny_config(), registry(), tmp_path)
+    assert (tmp_path / "recipe.toml").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ((), "knn-quickstart"),
+        (("weights=dinov3_vits16@lvd1689m",), "knn-dinov3_vits16@lvd1689m"),
+        (("weights=/a/my vit.v1.5.pth",), "knn-my_vit.v1.5"),
+        (("weights=https://host/x/w.pth?key=1",), "knn-w"),
+        (("weights=runs/a/exports/w.safetensors", "head=runs/b"), "knn-a-b"),
+        (("weights=none", "backbone.use=vit_small"), "knn"),
+    ],
+)
+def test_evaluations_of_different_weights_have_folders_of_their_own(
+    given: tuple[str, ...], name: str
+) -> None:
+    assert evaluation(*given).run_name("knn") == name
 
 
 def test_leftovers_that_cannot_be_removed_are_left(

@@ -33,7 +33,7 @@ def test_a_sound_recipe() -> None:
     assert row(report, "batch", "images per step") == "12"
     assert row(report, "batch", "crops per image") == "2 global of 28 px, 2 local of 14 px"
     assert row(report, "data", "images seen") == "72"
-    assert row(report, "data", "passes over the data") == "0.01"
+    assert row(report, "data", "passes over the data") == "0.0144"
     assert "5,000 images" in row(report, "data", "dataset")
     backbone = pretrain().method.prepare().blueprint.backbone
     count = sum(parameter.numel() for parameter in backbone.parameters())
