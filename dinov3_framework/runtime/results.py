@@ -126,3 +126,20 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_summary(results: Mapping[str, Any], output_dir: Path, usage: str) -> None:
+    """Show tables of results, and what to do with them."""
+    for name, value in results.items():
+        if (
+            isinstance(value, list)
+            and value
+            and all(isinstance(row, Mapping | Record) for row in value)
+        ):
+            print_results(name, value)
+    print(f"\nDone. Everything is in {output_dir}:")
+    for entry in sorted(output_dir.iterdir()):
+        if not entry.name.startswith("."):
+            print(f"  {entry.name}{'/' if entry.is_dir() else ''}")
+    if usage:
+        print(f"\n{usage}")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
+from dinov3_framework.checkpoints.store import CheckpointStore
 from dinov3_framework.configs import ImagesConfig, replace
 from dinov3_framework.contracts.data import Dataset, StreamDataset
 from dinov3_framework.errors import DataError, Problem, RecipeError
 from dinov3_framework.recipes.describe import rounded
 from dinov3_framework.registry import Registry
-from dinov3_framework.training import DATA, TrainingConfig
+from dinov3_framework.runtime.output import identity, identity_complaint, is_of_recipe
+from dinov3_framework.training import CHECKPOINTS, DATA, RECIPE_IDENTITY, TrainingConfig
 
 Config = TypeVar("Config", bound=TrainingConfig)
 
@@ -46,6 +49,20 @@ def with_iterations(
         raise RecipeError([Problem("epochs", text)])
     iterations = max(round(config.epochs * len(dataset) / config.batch_size), 1)
     return replace(config, epochs=None, iterations=iterations), dataset
+
+
+def state_problems(
+    config: TrainingConfig, registry: Registry, dataset: Dataset | StreamDataset | None
+) -> Iterator[Problem]:
+    """Whether a run that goes on would be another than before, or see other data."""
+    folder = Path(config.output_dir or "")
+    state = {} if config.output_dir is None else CheckpointStore(folder / CHECKPOINTS).peek()
+    if state and is_of_recipe(config, registry, folder):
+        now = identity(config, registry)
+        if complaint := identity_complaint(state.get(RECIPE_IDENTITY), now):
+            yield Problem("output_dir", f"the newest checkpoint in {folder} {complaint}")
+    if complaint := data_complaint(state, dataset):
+        yield Problem("dataset", complaint)
 
 
 def data_complaint(state: Mapping[str, Any], dataset: Dataset | StreamDataset | None) -> str:

@@ -39,17 +39,17 @@ from dinov3_framework.recipes.toml_text import to_toml
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.agreement import OwnErrors, run_on_all_ranks
-from dinov3_framework.runtime.output import RECIPE, identity, identity_complaint, is_of_recipe
+from dinov3_framework.runtime.output import RECIPE, identity
 from dinov3_framework.runtime.processes import pick_device
-from dinov3_framework.runtime.results import Record, print_results, write_results
-from dinov3_framework.training import CHECKPOINTS, RECIPE_IDENTITY, TrainingConfig
+from dinov3_framework.runtime.results import print_summary, write_results
+from dinov3_framework.training import CHECKPOINTS, TrainingConfig
 from dinov3_framework.training.check import batch_problems, memory_complaint, schedule_problems
 from dinov3_framework.training.clock import StepClock
 from dinov3_framework.training.coordination import NullCoordinator
 from dinov3_framework.training.data import (
     build_dataset,
-    data_complaint,
     data_rows,
+    state_problems,
     with_iterations,
 )
 from dinov3_framework.training.optimizer import Optimizer
@@ -261,7 +261,7 @@ class TrainingTask(Task):
             [
                 *network_problems(config.parallel, network),
                 *method.problems(prepared, done),
-                *self._state_problems(dataset),
+                *state_problems(config, self.registry, dataset),
             ]
         )
         sections = {
@@ -294,17 +294,6 @@ class TrainingTask(Task):
         if self._given is None:
             self._given = build_dataset(self.config, self.registry, self.method.images())
         return self._given
-
-    def _state_problems(self, dataset: Dataset | StreamDataset | None) -> Iterator[Problem]:
-        """Whether a run that goes on would be another than before, or see other data."""
-        folder = self.config.output_dir
-        state = {} if folder is None else CheckpointStore(Path(folder) / CHECKPOINTS).peek()
-        if state and is_of_recipe(self.config, self.registry, Path(str(folder))):
-            now = identity(self.config, self.registry)
-            if complaint := identity_complaint(state.get(RECIPE_IDENTITY), now):
-                yield Problem("output_dir", f"the newest checkpoint in {folder} {complaint}")
-        if complaint := data_complaint(state, dataset):
-            yield Problem("dataset", complaint)
 
     def _absent_abilities(self) -> list[str]:
         """What the recipe asks of a machine and this one, perhaps a login node, cannot do."""
@@ -431,20 +420,3 @@ def _refuse(problems: list[Problem]) -> None:
     if problems:
         # What is wrong with several parts alike is reported once.
         raise RecipeError(list(dict.fromkeys(problems)))
-
-
-def print_summary(results: Mapping[str, Any], output_dir: Path, usage: str) -> None:
-    """Show tables of results, and what to do with them."""
-    for name, value in results.items():
-        if (
-            isinstance(value, list)
-            and value
-            and all(isinstance(row, Mapping | Record) for row in value)
-        ):
-            print_results(name, value)
-    print(f"\nDone. Everything is in {output_dir}:")
-    for entry in sorted(output_dir.iterdir()):
-        if not entry.name.startswith("."):
-            print(f"  {entry.name}{'/' if entry.is_dir() else ''}")
-    if usage:
-        print(f"\n{usage}")
