@@ -18,6 +18,7 @@ from dinov3_framework.recipes.toml_text import parse_toml
 
 PROJECT = "dinov3_framework"
 RECIPES_PACKAGE = "dinov3_recipes"
+_CHECKOUT = Path(__file__).parents[2] / "recipes"  # of which an editable install has copies
 FORMERLY = "formerly.json"  # in a package: {name of a recipe that went: what to write instead}
 
 _HEADER_LINE = re.compile(r"([A-Z][a-z]+): +(.*)")
@@ -122,6 +123,8 @@ def _folders(package: str) -> list[Path]:
     one. ``importlib.resources`` cannot look into a package without ``__init__`` that is installed
     in editable mode, which is what the shipped recipes are to a developer.
     """
+    if package == RECIPES_PACKAGE and (_CHECKOUT / FORMERLY).is_file():
+        return [_CHECKOUT]
     top, *inner = package.split(".")
     try:
         spec = importlib.util.find_spec(top) if top in _declared() else None

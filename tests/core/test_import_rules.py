@@ -270,19 +270,13 @@ def test_every_plugin_folder_is_installed() -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         data = tomli.load(file)
     points = data["project"]["entry-points"]["dinov3_framework"]
-    setuptools = data["tool"]["setuptools"]
+    packages = data["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    assert CORE in packages
     for package in PLUGINS:
         # The hooks may stand apart, so that the rest of a package does without the framework's own
         # dependencies.
         assert {package, f"{package}.plugin"} & set(points.values())
-        assert package in setuptools["packages"]
-        assert setuptools["package-dir"][package] == f"plugins/{package}"
-    modules = {
-        module_name(file.parent / "__init__.py", root)
-        for root, top in ((ROOT, CORE), *((ROOT / "plugins", name) for name in PLUGINS))
-        for file in (root / top).rglob("*.py")
-    }
-    assert modules <= set(setuptools["packages"])
+        assert f"plugins/{package}" in packages
 
 
 def test_every_hook_has_a_user() -> None:

@@ -78,3 +78,22 @@ sys.exit(f"imported {heavy}" if heavy else 0)
 def test_configs_are_written_without_heavy_imports() -> None:
     done = subprocess.run([sys.executable, "-c", CONFIG_ONLY], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_type_checkers_see_an_editable_install(tmp_path: Path) -> None:
+    script = tmp_path / "features.py"
+    script.write_text(
+        "from dinov3_framework import load_backbone\n"
+        'reveal_type(load_backbone("x"))\n'
+        "load_backbone(width=3)\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), str(script)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert 'type is "dinov3_framework.weights.loaded.LoadedBackbone"' in found.stdout
+    assert 'Unexpected keyword argument "width"' in found.stdout
