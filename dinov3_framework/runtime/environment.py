@@ -11,6 +11,7 @@ import time
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from dinov3_framework import __version__
 from dinov3_framework.registry import Registry
@@ -44,11 +45,6 @@ def _commit() -> str:
 
 def note_start(output_dir: Path, registry: Registry) -> None:
     """Add a start to those that ``environment.json`` lists."""
-    path = output_dir / ENVIRONMENT
-    try:
-        before = json.loads(read_file(path))["starts"]
-    except (OSError, ValueError, LookupError, TypeError):
-        before = []
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "software": software(),
@@ -57,7 +53,17 @@ def note_start(output_dir: Path, registry: Registry) -> None:
         "host": socket.gethostname(),
         "command": sys.argv,
     }
-    write_aside(path, json.dumps({"starts": [*before, start]}, indent=1) + "\n")
+    starts = [*starts_of(output_dir), start]
+    write_aside(output_dir / ENVIRONMENT, json.dumps({"starts": starts}, indent=1) + "\n")
+
+
+def starts_of(output_dir: Path) -> list[dict[str, Any]]:
+    """The starts that a folder's ``environment.json`` lists, the last one last."""
+    try:
+        starts = json.loads(read_file(output_dir / ENVIRONMENT))["starts"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    return [start for start in starts if isinstance(start, dict)] if type(starts) is list else []
 
 
 def _version(distribution: str) -> str:

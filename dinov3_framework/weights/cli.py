@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinov3_framework import __version__
@@ -105,7 +107,7 @@ def _show(options: argparse.Namespace) -> None:
 
     # Loaded in full: only then is it known that nothing is missing, cut off or not finite.
     loaded = load_backbone(options.source, **_reading(options))
-    for label, value in _rows(loaded):
+    for label, value in (*_rows(loaded), *_run_rows(Path(options.source))):
         print(printable(f"{label:<12} {value}"))
 
 
@@ -122,6 +124,21 @@ def _rows(loaded: LoadedBackbone) -> list[tuple[str, str]]:
         ("std", ", ".join(f"{value:g}" for value in images.std)),
         *sorted(loaded.provenance.items()),
     ]
+
+
+def _run_rows(source: Path) -> Iterator[tuple[str, str]]:
+    """Where and how the run was started whose folder or export this is.
+
+    Not in the export itself: that may be given away, and is the same bytes wherever it was made.
+    """
+    from dinov3_framework.runtime.environment import starts_of
+
+    starts = starts_of(source) or starts_of(source.absolute().parent.parent)
+    for start in starts[-1:]:
+        plugins = sorted({str(each) for each in dict(start.get("plugins", {})).values()})
+        yield "plugins", ", ".join(plugins)
+        yield "host", str(start.get("host"))
+        yield "command", shlex.join(map(str, start.get("command", ())))
 
 
 def _convert(options: argparse.Namespace) -> None:

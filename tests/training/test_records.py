@@ -17,6 +17,7 @@ from run_support import export_bytes, run_here
 from dinov3_framework import ExitCode, load_backbone
 from dinov3_framework.runtime import console
 from dinov3_framework.runtime.console import TrainingProgress
+from dinov3_framework.weights.cli import main as show_weights
 
 KNN = (
     'observers.knn={ use="evaluate", every=3 }',
@@ -26,7 +27,9 @@ KNN = (
 )
 
 
-def test_the_folder_says_with_what_each_start_computed(tmp_path: Path) -> None:
+def test_the_folder_says_with_what_each_start_computed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     assert run_here(run).returncode == 0
     (run / "results.json").unlink()
@@ -40,7 +43,16 @@ def test_the_folder_says_with_what_each_start_computed(tmp_path: Path) -> None:
         assert any("dinov3-framework" in each for each in start["plugins"].values())
     log = (run / "run.log").read_text()
     assert log.count("crops per image") == 2, "what a start found is in the log"
-    assert "torch" in load_backbone(run).provenance["software"]
+    export = run / "exports" / "teacher_backbone.safetensors"
+    assert "torch" in load_backbone(export).provenance["software"]
+    for source in (run, export):
+        assert show_weights(["show", str(source)]) == 0
+        shown = capsys.readouterr().out
+        assert socket.gethostname() in shown
+        assert "software" in shown
+    moved = export.rename(tmp_path / "given_away.safetensors")
+    assert show_weights(["show", str(moved)]) == 0
+    assert socket.gethostname() not in capsys.readouterr().out, "it may be given to anybody"
 
 
 def test_a_checkpoint_of_another_run_is_refused(
