@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinov3_framework import __version__
+from dinov3_framework.blame import as_error, author_of, describe_error, line_of
 from dinov3_framework.errors import (
     DataError,
     ExitCode,
@@ -28,7 +29,6 @@ from dinov3_framework.errors import (
     printable,
 )
 from dinov3_framework.kinds import resolve
-from dinov3_framework.plugins import as_error, author_of, describe_error, line_of
 from dinov3_framework.runtime.stopping import (
     LAUNCHER,
     EndOnSignal,
@@ -68,7 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if launcher := os.environ.pop(LAUNCHER, None):
         end_with(int(launcher))
     with EndOnSignal() as ending:
-        ending.code = _main(sys.argv[1:])
+        try:
+            ending.code = _main(sys.argv[1:])
+        except Interrupted as error:  # while an error was about to be said
+            ending.code = exit_code_of(error.received)
     return ending.code
 
 
@@ -84,6 +87,9 @@ def _main(argv: Sequence[str]) -> int:
             return _dispatch(options, registry)
         except SystemExit as error:
             raise as_error(error) from None
+        except Exception:
+            EndOnSignal.let_finish()  # others of the job may be stopped for it
+            raise
     except UserError as error:
         if options.traceback:
             traceback.print_exc()

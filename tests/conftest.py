@@ -6,6 +6,7 @@ What tests import is in ``support``, which pyproject.toml puts on the path.
 from __future__ import annotations
 
 import os
+import signal
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from toy_configs import HereConfig, OtherConfig, PullConfig, TinyConfig, ToyConfig
 
 from dinov3_framework import Component, Registry
+
+# Under nohup the processes that tests start would ignore it, as they should.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,9 +17,9 @@ from attrs import frozen
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
+from dinov3_framework.blame import blame, blaming, take_blame
 from dinov3_framework.contracts.data import Dataset, StreamDataset
 from dinov3_framework.errors import DataError
-from dinov3_framework.plugins import blame, blaming, take_blame
 from dinov3_framework.runtime.stopping import end_with
 
 T = TypeVar("T")

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from attrs import frozen
 
+from dinov3_framework.blame import PROJECT
 from dinov3_framework.errors import Problem, first_few, suggest
 from dinov3_framework.recipes.toml_text import parse_toml
 
-PROJECT = "dinov3_framework"
 RECIPES_PACKAGE = "dinov3_recipes"
 _CHECKOUT = Path(__file__).parents[2] / "recipes"  # of which an editable install has copies
 FORMERLY = "formerly.json"  # in a package: {name of a recipe that went: what to write instead}

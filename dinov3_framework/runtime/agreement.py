@@ -12,8 +12,8 @@ from typing import ParamSpec, TypeVar, cast
 import torch
 from attrs import frozen
 
+from dinov3_framework.blame import describe_error
 from dinov3_framework.errors import CheckpointError, ExitCode, PeerError, UserError, first_few
-from dinov3_framework.plugins import describe_error
 from dinov3_framework.runtime import collectives
 
 T = TypeVar("T")

@@ -136,6 +136,7 @@ class EndOnSignal(_Handlers):
     def __init__(self) -> None:
         self.code = 0  # what the program ends with, once that is known
         self._first: signal.Signals | None = None  # that the thread has heard
+        self._finishing = False
         self._asked = self._deadline = math.inf
 
     def __enter__(self) -> EndOnSignal:  # type: ignore[override]
@@ -156,8 +157,14 @@ class EndOnSignal(_Handlers):
         EndOnSignal.active = None
         self._tell.shutdown(socket.SHUT_RDWR)
 
+    @classmethod
+    def let_finish(cls) -> None:
+        """The program ends with an error that is still to be said: interrupt it no more."""
+        if cls.active is not None:
+            cls.active._finishing = True
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
+        if self.received is None and not self._finishing:
             self.received = signal.Signals(number)
             if _is_importing(frame):
                 self._end(describe_stop(self.received))

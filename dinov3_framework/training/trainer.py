@@ -13,6 +13,7 @@ import torch
 from attrs import define, field, frozen
 from torch import Tensor
 
+from dinov3_framework.blame import blaming
 from dinov3_framework.checkpoints.finite import nonfinite_tensors
 from dinov3_framework.checkpoints.store import CheckpointStore, Restored
 from dinov3_framework.contracts.data import Dataset
@@ -28,7 +29,6 @@ from dinov3_framework.errors import (
     UserError,
     first_few,
 )
-from dinov3_framework.plugins import blaming
 from dinov3_framework.randomness import keyed_seed
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.console import TrainingProgress

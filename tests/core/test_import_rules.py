@@ -117,6 +117,7 @@ def test_what_plugins_may_import_is_let_through(source: str) -> None:
 # From the bottom up: a package imports what stands on a line below its own, and nothing else.
 LAYERS = (
     ("errors", "schedules", "randomness"),
+    ("blame",),
     ("configs",),
     ("kinds",),
     ("contracts",),

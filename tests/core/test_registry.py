@@ -20,9 +20,10 @@ from dinov3_framework import (
     config,
     option,
 )
+from dinov3_framework.blame import PROJECT
 from dinov3_framework.errors import ExitCode, RecipeError, UnknownNameError, UserError
 from dinov3_framework.kinds import KINDS
-from dinov3_framework.plugins import HOOKS, OFFERS, PROJECT, BrokenPlugin
+from dinov3_framework.plugins import HOOKS, OFFERS, BrokenPlugin
 from dinov3_framework.recipes.describe import rounded
 
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from trainer_support import dataset_of, pretrain, registry
 
 from dinov3_framework import Augmentation, DataError, Dataset, Sample, View
+from dinov3_framework.blame import describe_error
 from dinov3_framework.data import workers as loader_workers
 from dinov3_framework.data.loader import Layout
-from dinov3_framework.plugins import describe_error
 
 
 class Plain(Augmentation):

@@ -11,7 +11,7 @@ from run_support import TINY, environment
 from torch import nn
 from trainer_support import NO_LOSSES, pretrain, tiny_config
 
-from dinov3_framework import Plan, RecipeError
+from dinov3_framework import ExitCode, Plan, RecipeError
 from dinov3_framework.cli import main
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -186,7 +186,7 @@ def test_a_check_of_the_7b_recipe_takes_no_memory(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == ExitCode.WRONG_INPUT, "its data are not here"
     assert "6,716," in done.stdout, "parameters of the backbone"
     assert int(done.stdout.rpartition("peak MB")[2]) < 2000
     assert not list(tmp_path.iterdir())
