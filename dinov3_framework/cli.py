@@ -307,9 +307,12 @@ def _check(task: Task, launcher: Launcher | None, may_miss: bool) -> Plan:
 def _plan_text(task: Task, plan: Plan, launcher: Launcher | None, job: Job) -> str:
     from dinov3_framework.configs import replace
     from dinov3_framework.recipes.describe import report_text
+    from dinov3_framework.runtime.output import is_complete
 
     state = "begun before" if job.output_dir.exists() else "new"
-    if done := task.progress():
+    if is_complete(job.output_dir):
+        state = "complete"
+    elif done := task.progress():
         state = f"goes on after {done}"
     output = {"output": [("folder", f"{job.output_dir}, {state}")]}
     text = report_text(replace(plan, sections={**plan.sections, **output}))

@@ -37,8 +37,9 @@ def state(folder: Path) -> dict[str, tuple[int, int]]:
 def test_what_a_start_would_find(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{run.parent / 'new'}, new" in check(capsys, run.parent / "new")[1]
     before = state(run)
-    code, _, said = check(capsys, run)
+    code, out, said = check(capsys, run)
     assert code == 0
+    assert f"{run}, complete" in out
     assert "complete" in said
     code, _, said = check(capsys, run, "iterations=30")
     assert code == ExitCode.WRONG_INPUT
