@@ -168,7 +168,7 @@ def overwrite(config: TaskConfig, registry: Registry, output_dir: Path) -> None:
 def _named_files(output_dir: Path) -> list[str]:
     """The files in the folder that its results.json names, as patterns."""
     try:
-        names = json.loads((output_dir / RESULTS).read_text("utf-8")).get("files", [])
+        names = json.loads(read_file(output_dir / RESULTS)).get("files", [])
         inside = [each for each in names if not os.path.isabs(each) and ".." not in each]
         return [glob.escape(each) for each in inside]
     except (OSError, ValueError, TypeError, AttributeError):

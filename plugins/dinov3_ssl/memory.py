@@ -24,7 +24,7 @@ _ADAM = 4 * 4  # bytes of a parameter that learns: itself, its gradient, two mom
 _LOGITS = 4  # copies of a projector's output that a loss makes on its way, in float32
 # Of what a block keeps: products, convolutions and attention, beside its input.
 _SELECTIVE = 0.4
-_FEW = 32
+_FEW = 32  # inputs; twice as many are compared with them
 _HIDDEN = 0.15  # of all patches, by masks as published: half of the crops, a tenth to a half
 
 
@@ -53,7 +53,7 @@ def memory_rows(
     there = memory_for_process(device, world_size)
     if there is None or own + images * each <= there:
         return
-    fitting = int((there - own) // each)
+    fitting = int((there - own) // each) if each else 0
     if fitting < 1:
         mend = "take more processes, or a smaller backbone, smaller crops, or fewer prototypes"
     else:
