@@ -176,7 +176,10 @@ class Registry:
         if name is None:
             if isinstance(kind_or_config, str):
                 raise TypeError("build(kind, name, **values) or build(config, **arguments)")
-            return self.of_config(kind_or_config).component.resolve()(kind_or_config, **values)
+            component = self.of_config(kind_or_config).component
+            if component.composes:
+                values["build"] = self.build
+            return component.resolve()(kind_or_config, **values)
         found = self.get(kind_or_config, name)
         fields, arguments = attrs.fields_dict(found.component.config), KINDS[found.kind].names
         given = {key: values.pop(key) for key in arguments if key in values.keys() - fields}

@@ -45,6 +45,9 @@ def test_the_folder_says_with_what_each_start_computed(
     assert log.count("crops per image") == 2, "what a start found is in the log"
     export = run / "exports" / "teacher_backbone.safetensors"
     assert "torch" in load_backbone(export).provenance["software"]
+    assert "dinov3-framework" in load_backbone(export).provenance["plugins"]
+    beside = json.loads((export.parent / "environment.json").read_text())["starts"]
+    assert beside == starts[-1:], "host and command line go with the export's folder"
     for source in (run, export):
         assert show_weights(["show", str(source)]) == 0
         shown = capsys.readouterr().out
