@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from dinov3_datasets.file_stamps import files_stamp
 from dinov3_datasets.imagenet_configs import Imagenet1kConfig
 from dinov3_datasets.imagenet_layout import (
     TooManyImages,
@@ -31,7 +33,6 @@ from dinov3_datasets.imagenet_table import (
     table_of,
 )
 from dinov3_datasets.index_arrays import Progress, data_folder, index_command, save_array
-
 from dinov3_framework import DataError, Dataset, Sample, Target
 from dinov3_framework.data.pictures import read_image
 
@@ -91,6 +92,10 @@ class Imagenet1k(Dataset):
 
     def digest(self) -> str:
         return f"{len(self):,} images, their names and labels {self._digest}"
+
+    def version(self) -> str:
+        stamp = files_stamp(self.root, map(self.name, range(len(self))))
+        return f"{self.digest()}; at most {self.config.max_pixels} pixels, files {stamp}"
 
     def notes(self) -> Sequence[str]:
         return [*self.table.notes, *size_note(len(self), self.config.split)]

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from dinov3_datasets.file_stamps import files_stamp
 from dinov3_datasets.imagenet_configs import Imagenet22kConfig
 from dinov3_datasets.index_arrays import (
     Progress,
@@ -32,7 +34,6 @@ from dinov3_datasets.index_arrays import (
     save_array,
 )
 from dinov3_datasets.tar_index import BLOCK, Members, read_block_log, read_members
-
 from dinov3_framework import CorruptSampleError, DataError, Dataset, Sample, Target
 from dinov3_framework.data.pictures import decode_image
 from dinov3_framework.errors import first_few
@@ -86,6 +87,10 @@ class Imagenet22k(Dataset):
 
     def digest(self) -> str:
         return f"{len(self):,} images, their places and labels {self._digest}"
+
+    def version(self) -> str:
+        stamp = files_stamp(self.root, (f"{each}.tar" for each in self.ids))
+        return f"{self.digest()}; at most {self.config.max_pixels} pixels, tar files {stamp}"
 
     @cached_property
     def _digest(self) -> str:
@@ -170,7 +175,9 @@ class Imagenet22k(Dataset):
     def _check_tars(self, ends: np.ndarray) -> None:
         """Raise ``DataError`` for tar files that are missing, or shorter than the index says."""
         sizes = _in_threads(_size, [self._tar(each) for each in self.ids])
-        if absent := [f"{each}.tar" for each, size in zip(self.ids, sizes, strict=True) if not size]:
+        if absent := [
+            f"{each}.tar" for each, size in zip(self.ids, sizes, strict=True) if not size
+        ]:
             raise DataError(
                 f"imagenet_22k: {self.root} lacks {len(absent):,} of {len(self.ids):,} tar files: "
                 f"{first_few(absent)}\n    fetch them, or {self._mend()}"

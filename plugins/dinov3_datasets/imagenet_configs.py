@@ -93,9 +93,7 @@ class Imagenet22kConfig(DatasetConfig):
     extra: str | None = option(
         "the folder of the index files; left out, extra below root", default=None, is_place=True
     )
-    open_tars: int = option(
-        "tar files that each process keeps open", default=64, check=positive
-    )
+    open_tars: int = option("tar files that each process keeps open", default=64, check=positive)
     max_pixels: int = option(
         "pixels above which an image counts as corrupt", default=_MAX_PIXELS, check=positive
     )

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 from attrs import frozen
-from dinov3_datasets.index_arrays import Progress
 
+from dinov3_datasets.index_arrays import Progress
 from dinov3_framework import DataError
 from dinov3_framework.errors import first_few, printable
 

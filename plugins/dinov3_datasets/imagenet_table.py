@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from attrs import evolve, frozen
+
 from dinov3_datasets.imagenet_layout import (
     FIELDS,
     FULL,
@@ -18,7 +19,6 @@ from dinov3_datasets.imagenet_layout import (
     read_labels,
 )
 from dinov3_datasets.index_arrays import check_class_ids, check_labels, in_chunks, load_array
-
 from dinov3_framework import DataError
 from dinov3_framework.errors import first_few
 
@@ -49,7 +49,8 @@ class Table:
 
     def keys(self) -> np.ndarray:
         """What tells each image from all others of the split, uint64 [n]."""
-        return self.labels.astype(np.uint64) << np.uint64(32) | self.numbers
+        keys: np.ndarray = self.labels.astype(np.uint64) << np.uint64(32) | self.numbers
+        return keys
 
 
 # --------------------------------------------------------------------------- from index files

@@ -7,11 +7,12 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+
+from dinov3_datasets.file_stamps import files_stamp
 from dinov3_datasets.imagenet_configs import ImagenetV2Config
 from dinov3_datasets.imagenet_layout import read_labels
 from dinov3_datasets.index_arrays import check_class_ids, data_folder, load_array
 from dinov3_datasets.listing import FileList, image_files
-
 from dinov3_framework import DataError, Dataset, Sample, Target
 from dinov3_framework.data.pictures import read_image
 from dinov3_framework.errors import first_few
@@ -66,6 +67,10 @@ class ImagenetV2(Dataset):
     def digest(self) -> str:
         ids = hashlib.sha256("\n".join(self.ids).encode()).hexdigest()[:8]
         return f"{len(self):,} images, their names {self.files.digest}, their classes {ids}"
+
+    def version(self) -> str:
+        stamp = files_stamp(self.root, iter(self.files))
+        return f"{self.digest()}; at most {self.config.max_pixels} pixels, files {stamp}"
 
     def notes(self) -> list[str]:
         found = []
