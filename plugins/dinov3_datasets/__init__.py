@@ -1,4 +1,4 @@
-"""Datasets: folders of images, ImageNet as it is published, and a Fashion-MNIST that is part of this.
+"""Datasets: folders of images, ImageNet as it is published, a small Fashion-MNIST of its own.
 
 And the task ``index``, which writes what some of them need beside their data.
 """
