@@ -264,10 +264,10 @@ def _in_threads(
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file; 0 if there is none."""
+    """Bytes of a file; 0 if there is none that can be read."""
     try:
         return path.stat().st_size
-    except FileNotFoundError:
+    except OSError:
         return 0
 
 

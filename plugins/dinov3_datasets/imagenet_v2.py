@@ -82,7 +82,10 @@ class ImagenetV2(Dataset):
 
     def _folders(self) -> list[int]:
         """The labels that there are folders of, in order."""
-        names = [path.name for path in self.root.iterdir() if path.is_dir()]
+        try:
+            names = [path.name for path in self.root.iterdir() if path.is_dir()]
+        except OSError as error:
+            raise DataError(f"cannot read the folder {self.root}: {error.strerror}") from error
         names = [name for name in names if not name.startswith(".")]
         count = len(self.ids)
         known = {str(label) for label in range(count)}

@@ -50,10 +50,10 @@ def read_members(path: Path) -> Members:
                     ends.append(member.offset_data + blocks * BLOCK)
             file.seek(tar.offset)
             last = file.read(BLOCK)
-    except tarfile.ReadError as error:
-        raise _damaged(path, str(error)) from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    except (tarfile.TarError, ValueError, OverflowError) as error:  # of sizes and names, say
+        raise _damaged(path, str(error)) from error
     if len(last) < BLOCK:
         raise _damaged(path, "it is cut off")
     if last.strip(b"\0"):
@@ -61,7 +61,7 @@ def read_members(path: Path) -> Members:
     return Members(tuple(names), np.array(starts, np.int64), np.array(ends, np.int64))
 
 
-_LINE = re.compile(r"block ([0-9]+): (.*)")
+_LINE = re.compile(r"block ([0-9]{1,12}): (.*)")
 _NULS = "** Block of NULs **"
 
 
@@ -71,21 +71,24 @@ def read_block_log(log: Path, tar: Path) -> Members:
     Raises ``DataError``.
     """
     names, blocks = [], []
-    with log.open(encoding="utf-8", errors="surrogateescape") as stream:
-        for number, line in enumerate(stream, 1):
-            found = _LINE.fullmatch(line.rstrip("\n"))
-            if found is None:
-                raise DataError(
-                    f"{log}, line {number}: is no line of tar -tRf: "
-                    f"{printable(line[:80].rstrip(), kept='')!r}"
-                )
-            blocks.append(int(found[1]))
-            names.append(found[2])
+    try:
+        text = log.read_text(encoding="utf-8", errors="surrogateescape")
+        size = tar.stat().st_size
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+        found = _LINE.fullmatch(line)
+        if found is None:
+            raise DataError(
+                f"{log}, line {number}: is no line of tar -tRf: {printable(line[:80], kept='')!r}"
+            )
+        blocks.append(int(found[1]))
+        names.append(found[2])
     offsets = np.array(blocks, np.int64) * BLOCK
     ordered = bool((np.diff(offsets) > 0).all())
     if not names or names[-1] != _NULS or _NULS in names[:-1] or not ordered:
         raise DataError(f"{log} is not whole: it must end with {_NULS!r}\n    remove it")
-    if tar.stat().st_size < offsets[-1] + BLOCK:
+    if size < offsets[-1] + BLOCK:
         raise _damaged(tar, f"it is cut off, or {log} is of another one")
     kept = [place for place, name in enumerate(names[:-1]) if not name.endswith("/")]
     chosen = tuple(names[place] for place in kept)

@@ -15,8 +15,10 @@ from dinov3_datasets import imagenet_1k, imagenet_table
 from dinov3_datasets.imagenet_1k import Imagenet1k
 from dinov3_datasets.imagenet_configs import Imagenet1kConfig
 from imagenet_support import IDS, NAMES, TRAIN, published_index, write_tree
+from tiny_backbone import Tiny, TinyConfig
 
-from dinov3_framework.configs import InvalidOption
+from dinov3_framework import extract_features
+from dinov3_framework.configs import ImagesConfig, InvalidOption
 from dinov3_framework.data.inference import InferenceLoader
 from dinov3_framework.errors import CorruptSampleError, DataError
 from dinov3_framework.testing import DatasetSuite
@@ -171,6 +173,21 @@ def test_real_labels_go_by_the_numbers_of_the_images(published: Path, tmp_path: 
     labels[11] = [1]
     other = build(published, split="val", real=real(tmp_path, labels))
     assert other.digest() != dataset.digest()
+
+
+def test_features_have_all_labels_that_are_right(published: Path, tmp_path: Path) -> None:
+    labels = [[0, 2], [], [1]] * 4
+    dataset = build(published, split="val", real=real(tmp_path, labels))
+    backbone = Tiny(TinyConfig())
+    backbone.init_weights()
+    features = extract_features(backbone, dataset, images=ImagesConfig(), size=4)
+    assert features.labels is not None
+    # The images 3, 12 and 1: number 2 has no label.
+    assert features.labels.tolist() == [
+        [False, True, False],
+        [False, True, False],
+        [True, False, True],
+    ]
 
 
 @pytest.mark.parametrize(
