@@ -81,9 +81,7 @@ def knn_classify(
         raise DataError(f"k = {max(k)} neighbors of only {len(train)} training images")
     _check_finite("training", train.features)
     _check_finite("test", queries)
-    similarity, place = nearest(
-        queries, train.features, max(k), places=train.places, device=device
-    )
+    similarity, place = nearest(queries, train.features, max(k), places=train.places, device=device)
     weights = (similarity / temperature).softmax(dim=1)
     if not weighted:
         weights = torch.ones_like(weights)

@@ -1,143 +1,157 @@
-"""k-NN evaluation of backbones on one pair of datasets."""
+"""k-NN evaluation of a backbone's features."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from dinov3_classify import KnnConfig
-from dinov3_classify.knn import knn_classify
+from dinov3_classify.configs import KnnConfig
+from dinov3_classify.data import ClassifyData, vectors
+from dinov3_classify.findings import Findings
+from dinov3_classify.knn import LabeledShare, knn_classify
+from dinov3_classify.metrics import check_classes, check_labels
+from dinov3_classify.subsets import few_shot_draws
 from dinov3_framework import (
-    CorruptSampleError,
     DataError,
-    Dataset,
     Evaluation,
     Features,
     ImagesConfig,
     Model,
     Problem,
     RecipeError,
-    extract_features,
-    raw_pixels,
 )
-from dinov3_framework.data.workers import memory_complaint
-from dinov3_framework.runtime.processes import environment_world_size
+from dinov3_framework.contracts.running import Build, Details
 
 
 class KnnEvaluation(Evaluation):
-    """How well the nearest training images tell the classes of the test images."""
+    """How well the nearest training images tell the classes of the test images.
 
-    train: Dataset
-    test: Dataset
+    Each process searches its own share of the training features.
+    """
+
+    data_sets: ClassifyData
 
     def __init__(self, config: KnnConfig) -> None:
         self.config = config
-        self.skipped = {"train": 0, "test": 0}
+        self.found = Findings(None, config.seed)
 
-    def prepare(self, build: Callable[..., Any], images: ImagesConfig) -> None:
-        self.train = build(self.config.train, channels=images.channels)
-        self.test = build(self.config.test, channels=images.channels)
-        if problems := list(self._misfits()):
+    def prepare(self, build: Build, images: ImagesConfig) -> None:
+        config = self.config
+        self.data_sets = ClassifyData(config, build, images, size=config.size, resize=config.resize)
+        if problems := list(self._too_few()):
             raise RecipeError(problems)
 
     def problems(self, model: Model) -> list[Problem]:
-        batch = self.config.batch_size * model.images.channels * (self._size(model) or 0) ** 2
-        processes = environment_world_size() or 1
-        if lack := memory_complaint(batch, workers=self.config.workers, processes=processes):
-            raise DataError(lack)
-        size, patch = self.config.size, model.backbone.patch_size
-        if size is None or size % patch == 0:
-            return []
-        lower = max(size // patch, 1) * patch
-        message = f"{size} px are no multiple of the backbone's patch size {patch}"
-        return [Problem("size", message, f"take {lower} or {lower + patch}")]
+        return self.data_sets.problems(model)
 
     def run(self, model: Model) -> Mapping[str, float]:
-        train, test = (
-            extract_features(model.backbone, dataset, **self._shown(model))
-            for dataset in (self.train, self.test)
-        )
-        self.skipped = {"train": train.skipped, "test": test.skipped}
+        data = self.data_sets
+        train = data.extract(model, data.train, "train", gather=False)
+        tests = {
+            name: data.extract(model, each, name or "test") for name, each in data.tests.items()
+        }
         device = next((parameter.device for parameter in model.backbone.parameters()), None)
-        return self._classify(train, test, device)
+        self.found = self._classify(train, tests, device)
+        return self.found.metrics
+
+    def details(self) -> Details:
+        return self.found.details()
 
     def baselines(self, model: Model) -> Mapping[str, Mapping[str, float]]:
         """Raw pixels, if they are within the limit."""
-        per_image = 4 * model.images.channels * self._pixels(self._size(model))
-        if per_image * (len(self.train) + len(self.test)) > self.config.raw_pixels_limit * 2**20:
+        data = self.data_sets
+        if data.raw_bytes(model) > self.config.raw_pixels_limit * 2**20:
             return {}
-        train, test = (
-            raw_pixels(dataset, **self._shown(model)) for dataset in (self.train, self.test)
-        )
-        return {"raw pixels": self._classify(train, test, None)}
+        train = data.raw(model, data.train, gather=False)
+        tests = {name: data.raw(model, each) for name, each in data.tests.items()}
+        return {"raw pixels": self._classify(train, tests, None).metrics}
 
     def protocol(self, model: Model) -> Mapping[str, Any]:
-        size = self._size(model)
+        config, data = self.config, self.data_sets
+        few = config.n_per_class or config.percent
         return {
             "similarity": "cosine",
-            "size": "as they are" if size is None else size,
-            "temperature": self.config.temperature,
-            **{f"unreadable in {name}": count for name, count in self.skipped.items() if count},
+            **data.protocol(model),
+            "vote": config.vote,
+            **({"temperature": config.temperature} if config.vote == "softmax" else {}),
+            **({"tries": config.tries, "seed": config.seed} if few else {}),
+            **self.found.notes,
         }
 
     def data(self) -> str:
-        return f"{self.train.describe()}; classified: {self.test.describe()}"
+        return self.data_sets.describe()
 
     # ------------------------------------------------------------------ parts
-    def _size(self, model: Model) -> int | None:
-        return self.config.size or model.size
-
-    def _shown(self, model: Model) -> dict[str, Any]:
-        """How images are shown to a backbone."""
-        return {
-            "images": model.images,
-            "size": self._size(model),
-            "batch_size": self.config.batch_size,
-            "workers": self.config.workers,
-        }
-
     def _classify(
-        self, train: Features, test: Features, device: torch.device | None
-    ) -> dict[str, float]:
-        accuracy = knn_classify(
-            train,
-            test,
-            k=self.config.k,
+        self, train: Features, tests: Mapping[str, Features], device: torch.device | None
+    ) -> Findings:
+        config, data = self.config, self.data_sets
+        names = data.train.classes
+        found = Findings(names, config.seed, config.class_mean)
+        labels = check_labels("training", train.labels, data.n_classes)
+        share = LabeledShare.of_indices(vectors(train), labels, train.indices)
+        for test, features in tests.items():
+            truth = check_labels(test or "test", features.labels, data.n_classes)
+            check_classes(share.labels, truth, data.n_classes, names)
+            queries = vectors(features)
+            for k, result in self._vote(share, queries, truth, config.k, device).items():
+                found.add(test, f"knn@{k}", result)
+            draws = few_shot_draws(
+                share.labels, config.n_per_class, config.percent, config.tries, config.seed
+            )
+            for shots, tries in draws.items():
+                fewest = min(map(len, tries))
+                within = [count for count in config.k if count <= fewest]
+                if not within:
+                    raise DataError(
+                        f"{shots} are {fewest} training images, fewer than the {min(config.k)} "
+                        f"neighbors asked for"
+                    )
+                results = [
+                    self._vote(share.subset(each), queries, truth, within, device) for each in tries
+                ]
+                for count in within:
+                    found.add_tries(
+                        test, f"knn@{count}/{shots}", [result[count] for result in results]
+                    )
+        return found
+
+    def _vote(
+        self,
+        share: LabeledShare,
+        queries: Tensor,
+        truth: Tensor,
+        k: Sequence[int],
+        device: torch.device | None,
+    ) -> dict[int, Any]:
+        return knn_classify(
+            share,
+            queries,
+            truth,
+            k=k,
             temperature=self.config.temperature,
-            n_classes=max(self.train.n_classes or 0, self.test.n_classes or 0),
+            weighted=self.config.vote == "softmax",
+            n_classes=self.data_sets.n_classes,
             device=device,
         )
-        return {f"knn@{k}": round(100 * value, 4) for k, value in accuracy.items()}
 
-    def _pixels(self, size: int | None) -> int:
-        """Pixels of one evaluation image."""
-        if size is not None:
-            return size**2
-        for index in range(len(self.train)):
-            try:
-                return int(self.train[index].image[0].numel())
-            except CorruptSampleError:
-                continue
-        return 0  # nothing is readable, which the evaluation itself will report
-
-    def _misfits(self) -> Iterator[Problem]:
-        """What makes an evaluation of these datasets impossible or meaningless."""
-        train, test, k = self.train, self.test, max(self.config.k)
-        for where, dataset in (("train", train), ("test", test)):
-            if dataset.n_classes is None:
-                yield Problem(where, f"k-NN needs labels; {dataset.describe()}")
-        if k > len(train):
-            message = f"{k} neighbors are asked for, the training set has {len(train):,} images"
-            yield Problem("k", f"{message}: {train.describe()}")
-        ours, theirs = train.classes, test.classes
-        if ours is not None and theirs is not None and tuple(ours) != tuple(theirs):
-            odd = sorted(set(ours) ^ set(theirs))
-            what = f"{', '.join(odd[:5])} in one of them only" if odd else "in another order"
-            yield Problem(
-                "test",
-                f"its classes are not those of train: {what}",
-                "list the same classes in both, so that a label means the same (image_folder: "
-                "classes)",
+    def _too_few(self) -> Iterator[Problem]:
+        """Numbers of neighbors beyond those of images."""
+        train, config = self.data_sets.train, self.config
+        if max(config.k) > len(train):
+            message = (
+                f"{max(config.k)} neighbors are asked for, the training set has {len(train):,}"
             )
+            yield Problem("k", f"{message} images: {train.describe()}")
+        classes = train.n_classes or 1
+        for count in config.n_per_class:
+            if min(config.k) > count * classes:
+                yield Problem(
+                    "n_per_class",
+                    f"{count} images of each of {classes} classes are fewer than the "
+                    f"{min(config.k)} neighbors asked for",
+                    f"add a k of at most {count * classes}",
+                )

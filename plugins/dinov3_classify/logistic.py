@@ -26,10 +26,11 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 from torch import Tensor
 
 _HISTORY = 20  # pairs that L-BFGS keeps
+_ROWS = 1 << 14  # images of which the Gram matrix is made at once
 _SEARCHES = 30  # steps of a line search
 _FLATTER = 0.1  # a line search ends where the slope is at most so much of what it was
 _DECREASE = 64 * torch.finfo(torch.float64).eps  # of the objective, relative to at least 1
@@ -48,6 +49,13 @@ class Solution:
     iterations: int
     converged: bool
 
+    def to(self, device: torch.device | str) -> Solution:
+        return evolve(
+            self,
+            coefficients=self.coefficients.to(device),
+            intercepts=self.intercepts.to(device),
+        )
+
     def scores(self, features: Tensor) -> Tensor:
         """Logits [n, K] of features [n, D]."""
         return features.to(self.coefficients) @ self.coefficients.T + self.intercepts
@@ -63,15 +71,18 @@ def solve(
     tolerance: float = 1e-12,
     max_iterations: int = 1000,
     start: Solution | None = None,
+    device: torch.device | None = None,
 ) -> Iterator[Solution]:
     """Solutions for the values of C in ``strengths``, which should increase.
 
-    ``features`` [n, D] and ``labels`` int64 [n] say by their device where the work is done.
+    ``features`` are [n, D], ``labels`` int64 [n]. The work is done on ``device``, or left out where
+    the features are; it takes their memory in float64, and four times that of all logits.
+
     Converged is: the largest element of the gradient is at most ``tolerance``, or two steps in a
     row decrease the objective by no more than 64 times the rounding of max(objective, 1), which is
     the rule of scipy's L-BFGS-B (that has it of one step). ``start`` is where the first begins.
     """
-    problem = _Problem.of(features, labels, n_classes)
+    problem = _Problem.of(features, labels, n_classes, device or features.device)
     now = problem.zeros() if start is None else problem.inner(start)
     before = now
     for c in strengths:
@@ -108,15 +119,16 @@ class _Problem:
     n_classes: int
 
     @classmethod
-    def of(cls, features: Tensor, labels: Tensor, n_classes: int) -> _Problem:
-        features = features.double()
-        mean = features.mean(dim=0)
-        centered, basis = features - mean, None
-        if len(centered) < centered.shape[1]:
-            basis, triangular = torch.linalg.qr(centered.T)
-            centered = triangular.T
-        ones = centered.new_ones(len(centered), 1)
-        return cls(torch.cat([centered, ones], dim=1), labels[None], mean, basis, n_classes)
+    def of(cls, features: Tensor, labels: Tensor, n_classes: int, device: torch.device) -> _Problem:
+        n, width = features.shape
+        inputs = torch.ones(n, width + 1, dtype=torch.float64, device=device)
+        inputs[:, :-1] = features
+        mean, basis = inputs[:, :-1].mean(dim=0), None
+        inputs[:, :-1] -= mean
+        if n < width:
+            basis, triangular = torch.linalg.qr(inputs[:, :-1].T)
+            inputs = torch.cat([triangular.T, inputs[:, -1:]], dim=1)
+        return cls(inputs, labels.to(device)[None], mean, basis, n_classes)
 
     def zeros(self) -> Tensor:
         return self.inputs.new_zeros(self.n_classes, self.inputs.shape[1])
@@ -172,7 +184,10 @@ class _Problem:
         # Of a probability p, and p - 1 of the true class: p (1 - p) is |r| (1 - |r|) of both.
         size = point.residual.abs()
         share = (size - size.square()).mean(dim=0)
-        gram = self.inputs.T @ (self.inputs * share[:, None]) / len(self.inputs)
+        width = self.inputs.shape[1]
+        gram = self.inputs.new_zeros(width, width)
+        for rows, weights in zip(self.inputs.split(_ROWS), share.split(_ROWS), strict=True):
+            gram.addmm_(rows.T, rows * weights[:, None], alpha=1 / len(self.inputs))
         diagonal = gram.diagonal()
         diagonal[:-1] += penalty
         # Not of the objective: it keeps a problem whose images are all certain from failing.
@@ -239,6 +254,9 @@ def _minimize(
         if float(point.gradient.abs().max()) <= tolerance:
             return point, iteration, True
         found = _search(problem, point, memory.direction(point.gradient, conditioned), penalty)
+        if found is None and memory.steps:  # perhaps what is remembered misleads
+            memory = _Memory(memory.inverse)
+            continue
         if found is None:  # nothing is lower, to rounding
             return point, iteration, True
         least = _DECREASE * max(abs(float(point.objective)), 1.0)
@@ -257,11 +275,12 @@ def _search(problem: _Problem, point: _Point, direction: Tensor, penalty: float)
     """A lower point along the direction, or None: Newton's method in one dimension, in bounds."""
     n = len(problem.inputs)
     moved = direction @ problem.inputs.T
-    along = penalty * (point.weights[:, :-1] * direction[:, :-1]).sum()
-    along = float(along - moved.gather(0, problem.labels).mean())
+    shrinking = penalty * (point.weights[:, :-1] * direction[:, :-1]).sum()
+    along = float(shrinking - moved.gather(0, problem.labels).mean())
     curve = float(penalty * direction[:, :-1].square().sum())
     slope_before = float((point.gradient * direction).sum())
-    following, low, high = 1.0, 0.0, math.inf
+    step = following = 1.0
+    low, high = 0.0, math.inf
     for _ in range(_SEARCHES):
         step = following
         logits = torch.add(point.logits, moved, alpha=step)

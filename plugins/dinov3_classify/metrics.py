@@ -66,8 +66,10 @@ class Classification:
         right = self.rank == 0
         if self.truth.ndim == 2:
             return self.truth.sum(dim=0).numpy(), self.truth[right].sum(dim=0).numpy()
-        counts = (torch.bincount(each, minlength=self.n_classes) for each in
-                  (self.truth, self.truth[right]))
+        counts = (
+            torch.bincount(each, minlength=self.n_classes)
+            for each in (self.truth, self.truth[right])
+        )
         images, hits = (count.numpy() for count in counts)
         return images, hits
 
@@ -98,7 +100,7 @@ def _rank(scores: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
 
 # --------------------------------------------------------------------------- labels
 def check_labels(what: str, labels: Tensor | None, n_classes: int) -> Tensor:
-    """The labels of a set, which ``what`` names; ``DataError`` where there are none or wrong ones."""
+    """The labels of the set that ``what`` names; ``DataError`` where they are missing or wrong."""
     if labels is None:
         raise DataError(f"the {what} set has no labels, and needs them")
     if len(labels) == 0:

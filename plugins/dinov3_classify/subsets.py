@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,6 +24,25 @@ def choose_share(labels: Tensor, share: float, seed: int, try_index: int) -> Ten
     """That share (0..1) of the images of each class, rounded, at least one: increasing places."""
     shuffled, rank, counts = _shuffled(labels, seed, "few-shot", try_index)
     return _places(shuffled[rank < np.maximum(1, np.floor(share * counts + 0.5))])
+
+
+def few_shot_draws(
+    labels: Tensor,
+    n_per_class: Sequence[int],
+    percent: Sequence[float],
+    tries: int,
+    seed: int,
+) -> dict[str, list[Tensor]]:
+    """The places of each try, by what metrics call them: ``5-shot``, ``1%``."""
+    draws = {
+        f"{count}-shot": [choose_per_class(labels, count, seed, each) for each in range(tries)]
+        for count in n_per_class
+    }
+    for share in percent:
+        draws[f"{share:g}%"] = [
+            choose_share(labels, share / 100, seed, each) for each in range(tries)
+        ]
+    return draws
 
 
 def hold_out(labels: Tensor, share: float, seed: int, try_index: int = 0) -> tuple[Tensor, Tensor]:
