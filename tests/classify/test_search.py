@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from dinov3_classify.search import nearest
-from process_groups import run_processes
 from torch import Tensor
 
 
@@ -69,27 +66,3 @@ def test_vectors_that_nearly_coincide() -> None:
     expected = cosines(queries, train).topk(10, dim=1).indices
     shared = [len({*a} & {*b}) for a, b in zip(place.tolist(), expected.tolist(), strict=True)]
     assert sum(shared) > 0.97 * 600
-
-
-# --------------------------------------------------------------------------- processes
-def search_share(queries: Tensor, train: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    rank = torch.distributed.get_rank()
-    places = torch.arange(len(train))[rank::2]
-    return nearest(queries, train[places], k, places=places)
-
-
-def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
-    train = vectors(2000, 2)
-    train[1000:] = train[:1000]  # ties across processes
-    queries = vectors(40, 1)
-    similarity, place = nearest(queries, train, 30)
-    for found in run_processes(2, tmp_path, search_share, queries, train, 30):
-        assert torch.equal(found[1], place)
-        torch.testing.assert_close(found[0], similarity)
-
-
-def test_a_process_with_fewer_than_k(tmp_path: Path) -> None:
-    train, queries = vectors(21, 2), vectors(4, 1)
-    _, place = nearest(queries, train, 20)
-    for found in run_processes(2, tmp_path, search_share, queries, train, 20):
-        assert torch.equal(found[1], place)

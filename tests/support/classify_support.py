@@ -101,7 +101,9 @@ class ClustersConfig(DatasetConfig):
 
     count: int = option("images", default=40)
     seed: int = option("seed of the noise", default=0)
+    noise: float = option("deviation of the noise", default=40.0)
     labeled: bool = option("whether there are labels", default=True)
+    several: bool = option("whether each image is of the next class, too", default=False)
     there: bool = option("whether this machine has it", default=True)
     names: tuple[str, ...] = option("names of the classes", default=("a", "b", "c", "d"))
 
@@ -115,18 +117,23 @@ class Clusters(Dataset):
         patterns = np.random.default_rng(123).integers(0, 256, (4, channels, 4, 4))
         rng = np.random.default_rng(config.seed)
         self.labels = [index % 4 for index in range(config.count)]
-        noise = rng.normal(0, 40, (config.count, channels, 4, 4))
+        noise = rng.normal(0, config.noise, (config.count, channels, 4, 4))
         pixels = (patterns[self.labels] + noise).clip(0, 255).astype(np.uint8)
         self.images = torch.from_numpy(pixels)
         self.labeled = config.labeled
+        self.several = config.several
         if config.labeled:
-            self.targets = {"label": Target("class", classes=config.names)}
+            target = Target("class", classes=config.names, per_object=config.several)
+            self.targets = {"labels" if config.several else "label": target}
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:
-        return Sample(self.images[index], {"label": self.labels[index]} if self.labeled else {})
+        label = self.labels[index]
+        if self.several:
+            return Sample(self.images[index], {"labels": torch.tensor([label, (label + 1) % 4])})
+        return Sample(self.images[index], {"label": label} if self.labeled else {})
 
     def describe(self) -> str:
         return f"clusters, {len(self)} images"
@@ -136,11 +143,11 @@ def registry() -> Registry:
     made = Registry()
     made.add("backbone", Component("tiny", TinyConfig, Tiny), "tests", "tests")
     made.add("dataset", Component("clusters", ClustersConfig, Clusters), "tests", "tests")
-    for name, config, factory in (
+    for name, evaluation, factory in (
         ("knn", KnnConfig, KnnEvaluation),
         ("logistic_regression", LogisticRegressionConfig, LogisticRegressionEvaluation),
     ):
-        made.add("evaluation", Component(name, config, factory), "tests", "tests")
+        made.add("evaluation", Component(name, evaluation, factory), "tests", "tests")
     return made
 
 
