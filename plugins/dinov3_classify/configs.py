@@ -82,6 +82,11 @@ class ClassifyConfig(EvaluationConfig):
     )
     batch_size: int = option("images at a time in each process", default=256, check=positive)
     workers: int = option("loader workers of each process", default=0, check=not_negative)
+    top5: bool = option(
+        "report whether the class is among the first five, too, as METRIC/top5, where there are "
+        "more than five",
+        default=True,
+    )
     class_mean: bool = option(
         "report the mean of the classes' accuracies, too, as METRIC/class_mean", default=False
     )

@@ -26,6 +26,7 @@ class Findings:
 
     names: Sequence[str] | None  # of the classes
     seed: int
+    with_top5: bool = True
     with_class_mean: bool = False
     metrics: dict[str, float] = field(factory=dict)
     notes: dict[str, Any] = field(factory=dict)  # for the protocol
@@ -37,7 +38,7 @@ class Findings:
         """One classification of the test set ``test`` ("" the first)."""
         name = f"{test}/{metric}" if test else metric
         self._accuracy(name, result.right())
-        if result.n_classes > 5:
+        if self.with_top5 and result.n_classes > 5:
             self._accuracy(f"{name}/top5", result.right(top=5))
         if self.with_class_mean:
             self.metrics[f"{name}/class_mean"] = _percent(class_mean(result))

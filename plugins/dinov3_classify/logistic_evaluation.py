@@ -64,9 +64,9 @@ class LogisticRegressionEvaluation(Evaluation):
         return self.data_sets.problems(model)
 
     def run(self, model: Model) -> Mapping[str, float]:
-        data = self.data_sets
+        config, data = self.config, self.data_sets
         names = data.train.classes
-        found = Findings(names, self.config.seed, self.config.class_mean)
+        found = Findings(names, config.seed, config.top5, config.class_mean)
         device = fitting_device(model)
         train = self._labeled(data.extract(model, data.train, "train"), "training")
         val = None
@@ -78,19 +78,19 @@ class LogisticRegressionEvaluation(Evaluation):
             truth = check_labels(name or "test", features.labels, data.n_classes)
             check_classes(train.labels, truth, data.n_classes, names)
             tests[name] = (vectors(features), truth)
-        fitted = self._fit(train, val, self.config.held_out, 0, device)
+        fitted = self._fit(train, val, config.held_out, 0, device)
         self._note(found, "", [fitted])
         for name, (queries, truth) in tests.items():
             found.add(name, _METRIC, self._classify(fitted, queries, truth))
         for shots, draws in few_shot_draws(
             train.labels,
-            self.config.n_per_class,
-            self.config.percent,
-            self.config.tries,
-            self.config.seed,
+            config.n_per_class,
+            config.percent,
+            config.tries,
+            config.seed,
         ).items():
             few = [
-                self._fit(train.at(draw), val, self.config.held_out_few_shot, each, device)
+                self._fit(train.at(draw), val, config.held_out_few_shot, each, device)
                 for each, draw in enumerate(draws)
             ]
             self._note(found, f" of {shots}", few)

@@ -20,6 +20,7 @@ from dinov3_framework.randomness import keyed_rng
 
 _RESAMPLES = 10_000
 _CLASS_RESAMPLES = 2_000  # of all classes each
+_MATRIX = 4096  # classes up to which there is a confusion matrix: 128 MB
 _CONFUSED = 20  # pairs in the table of the most confused classes
 
 
@@ -74,8 +75,11 @@ class Classification:
         return images, hits
 
     def confusion(self) -> np.ndarray | None:
-        """int64 [C, C], rows the truth, columns what was predicted; None with several truths."""
-        if self.truth.ndim == 2:
+        """int64 [C, C], rows the truth, columns what was predicted.
+
+        None where images have several classes, and where there are more than 4,096.
+        """
+        if self.truth.ndim == 2 or self.n_classes > _MATRIX:
             return None
         cells = self.truth * self.n_classes + self.predicted
         counts = torch.bincount(cells, minlength=self.n_classes**2)
@@ -201,7 +205,8 @@ def confused_rows(
     """The pairs of a class and another that its images are most often taken for."""
     wrong = confusion.copy()
     np.fill_diagonal(wrong, 0)
-    order = np.argsort(-wrong, axis=None, kind="stable")[:_CONFUSED]
+    truths, others = wrong.nonzero()
+    order = np.argsort(-wrong[truths, others], kind="stable")[:_CONFUSED]
     images = confusion.sum(axis=1)
     return [
         {
@@ -211,6 +216,5 @@ def confused_rows(
             "images": int(wrong[truth, other]),
             "of": int(images[truth]),
         }
-        for truth, other in zip(*map(list, np.unravel_index(order, wrong.shape)), strict=True)
-        if wrong[truth, other]
+        for truth, other in zip(truths[order].tolist(), others[order].tolist(), strict=True)
     ]
