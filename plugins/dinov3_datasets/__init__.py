@@ -1,8 +1,9 @@
-"""Datasets: folders of images, and a small Fashion-MNIST that needs no download."""
+"""Datasets: folders, lists, archives and tables of images, and a small Fashion-MNIST."""
 
 from __future__ import annotations
 
 from dinov3_datasets.configs import FashionMnistConfig, ImageFolderConfig
+from dinov3_datasets.webdataset_config import WebDatasetConfig
 from dinov3_framework import Component, hookimpl
 
 
@@ -10,5 +11,6 @@ from dinov3_framework import Component, hookimpl
 def dinov3_datasets() -> list[Component]:
     return [
         Component("image_folder", ImageFolderConfig, "dinov3_datasets.image_folder:ImageFolder"),
+        Component("webdataset", WebDatasetConfig, "dinov3_datasets.webdataset:open_webdataset"),
         Component("fashion_mnist", FashionMnistConfig, "dinov3_datasets.fashion:FashionMnist"),
     ]

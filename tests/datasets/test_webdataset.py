@@ -1,0 +1,518 @@
+"""Shards of WebDataset, by index and as streams."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from archive_support import picture, write_shards, write_tar
+from dinov3_datasets.tar_dataset import TarDataset
+from dinov3_datasets.tar_stream import TarStream
+from dinov3_datasets.webdataset_config import WebDatasetConfig
+
+from dinov3_framework import CorruptSampleError, DataError, InvalidOption, OutputError, Sample
+from dinov3_framework.testing import DatasetSuite, StreamDatasetSuite
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven, nine and five samples, each of a gray value of its own."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(folder, [7, 9, 5])
+    return folder
+
+
+def indexed(place: Path | str, **options: Any) -> TarDataset:
+    return TarDataset(WebDatasetConfig(shards=str(place), **options), channels=3)
+
+
+def stream(place: Path | str, **options: Any) -> TarStream:
+    return TarStream(WebDatasetConfig(shards=str(place), mode="stream", **options), channels=3)
+
+
+def gray(sample: Any) -> int:
+    assert isinstance(sample, Sample), sample
+    return int(sample.image[0, 0, 0])
+
+
+def first(dataset: TarStream, count: int, part: int = 0, parts: int = 1, **how: Any) -> list[Any]:
+    return list(itertools.islice(dataset.open(part=part, parts=parts, seed=3, **how), count))
+
+
+class TestIndexed(DatasetSuite):
+    @pytest.fixture(autouse=True)
+    def _data(self, shards: Path) -> None:
+        self.config = WebDatasetConfig(shards=str(shards), text="txt")
+
+
+class TestStream(StreamDatasetSuite):
+    @pytest.fixture(autouse=True)
+    def _data(self, shards: Path) -> None:
+        self.config = WebDatasetConfig(shards=str(shards), mode="stream", text="txt", shuffle=4)
+
+
+# --------------------------------------------------------------------------- by index
+def test_samples_have_labels_texts_and_names(shards: Path) -> None:
+    dataset = indexed(shards, text="txt")
+    assert [gray(sample) for sample in dataset] == list(range(21))
+    assert [sample.label for sample in dataset] == [value % 3 for value in range(21)]
+    assert dataset[7].targets["text"] == "a picture of 7"
+    assert (dataset.n_classes, dataset.classes) == (3, None)
+    assert dataset.name(7) == "train-001.tar:part/01_0000.png"
+    assert "21 images in 3 shards, 3 classes" in dataset.describe()
+    assert not dataset.notes()
+
+
+@pytest.mark.parametrize(
+    ("options", "classes", "count"),
+    [
+        ({"label": "json:label"}, None, 3),
+        ({"label": "json:name"}, ("class 0", "class 1", "class 2"), 3),
+        ({"label": "json:name", "classes": ("class 0", "class 1", "class 2", "x")}, None, 4),
+        ({"label": "cls", "n_classes": 10}, None, 10),
+        ({"label": None}, None, None),
+    ],
+)
+def test_labels_come_from_any_member(
+    shards: Path, options: dict[str, Any], classes: tuple[str, ...] | None, count: int | None
+) -> None:
+    dataset = indexed(shards, **options)
+    assert dataset.n_classes == count
+    assert dataset.classes == options.get("classes", classes)
+    expected = [None if count is None else value % 3 for value in range(21)]
+    assert [sample.label for sample in dataset] == expected
+
+
+def test_labels_that_are_no_class_are_counted(shards: Path) -> None:
+    with pytest.raises(DataError, match=r"7 of 21 labels are wrong: .*label 2 is not in 0\.\.1"):
+        indexed(shards, n_classes=2)
+    with pytest.raises(DataError, match="is no class"):
+        indexed(shards, label="json:name", classes=("class 0", "class 1"))
+
+
+@pytest.mark.parametrize(
+    "pattern", ["train-{000..002}.tar", "train-*.tar", "train-00{0,1,2}.tar", "train-{0..2}.tar"]
+)
+def test_patterns_mean_shards(shards: Path, pattern: str) -> None:
+    if "{0.." in pattern:
+        pattern = pattern.replace("train-", "train-00")
+    assert indexed(shards / pattern).digest() == indexed(shards).digest()
+
+
+def test_missing_shards_are_all_counted(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"2 of the 5 shards .* missing: .*003\.tar, .*004\.tar"):
+        indexed(shards / "train-{000..004}.tar")
+    with pytest.raises(DataError, match="matches no file"):
+        indexed(shards / "val-*.tar")
+    with pytest.raises(DataError, match="does not exist"):
+        indexed(shards / "none.tar")
+    with pytest.raises(DataError, match=r"no \*\.tar file in the folder .*; it is empty"):
+        indexed(tmp_path)
+
+
+@pytest.mark.parametrize("url", ["pipe:curl http://x/a.tar", "https://x/{00..11}.tar", "s3://b/a"])
+def test_urls_and_commands_are_refused(url: str) -> None:
+    with pytest.raises(InvalidOption, match="shards are local files"):
+        WebDatasetConfig(shards=url)
+
+
+def test_an_index_file_takes_the_place_of_the_scan(tmp_path: Path) -> None:
+    write_shards(tmp_path, [4, 3])
+    scanned = indexed(tmp_path, text="txt")
+    calls: list[tuple[int, int]] = []
+    written = scanned.write_index(lambda *done: calls.append(done))
+    names = ["train-000.tar.idx.npy", "train-001.tar.idx.npy"]
+    assert sorted(path.name for path in tmp_path.iterdir() if "idx" in path.name) == names
+    assert [path.name for path in written] == names
+    assert calls == [(1, 2), (2, 2)]
+    for label in ("cls", "json:label"):
+        dataset = indexed(tmp_path, text="txt", label=label)
+        assert dataset.digest() == scanned.digest()
+        assert not dataset.notes()
+        assert [gray(sample) for sample in dataset] == list(range(7))
+        assert dataset[6].targets == {"label": 0, "text": "a picture of 6"}
+    # Headers are not read again: damage to one that is not the first goes unseen.
+    damaged = tmp_path / "train-001.tar"
+    state = os.stat(damaged)
+    content = bytearray(damaged.read_bytes())
+    place = content.index(b"part/01_0001.png")
+    content[place] ^= 1
+    damaged.write_bytes(content)
+    os.utime(damaged, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert len(indexed(tmp_path)) == 7
+
+
+def test_an_index_file_of_another_state_is_not_used(tmp_path: Path) -> None:
+    write_shards(tmp_path, [4])
+    first_version = indexed(tmp_path).version()
+    [path] = indexed(tmp_path).write_index()
+    write_shards(tmp_path, [6])
+    dataset = indexed(tmp_path)
+    assert len(dataset) == 6
+    assert "1 index files not used" in dataset.notes()[0]
+    assert "another state" in dataset.notes()[0]
+    assert dataset.version() != first_version
+    for content in (b"", b"no array", path.read_bytes()[:-40]):
+        path.write_bytes(content)
+        assert len(indexed(tmp_path)) == 6
+        assert "not used" in indexed(tmp_path).notes()[0]
+    np.save(path, np.zeros(5))
+    assert "is not of this format" in indexed(tmp_path).notes()[0]
+    indexed(tmp_path).write_index()
+    assert not indexed(tmp_path).notes()
+    rows = np.load(path)
+    rows["offset"][-1] = 2**40
+    np.save(path, rows)
+    assert "beyond the shard" in indexed(tmp_path).notes()[0]
+    assert len(indexed(tmp_path)) == 6
+
+
+def test_an_index_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shards(tmp_path, [2])
+    dataset = indexed(tmp_path)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OutputError, match="disk full"):
+        dataset.write_index()
+    assert [path.name for path in tmp_path.iterdir()] == ["train-000.tar"]
+
+
+def test_the_version_changes_with_times_and_options(tmp_path: Path) -> None:
+    write_shards(tmp_path, [3])
+    dataset = indexed(tmp_path)
+    assert indexed(tmp_path, background=(0, 0, 0)).version() != dataset.version()
+    assert indexed(tmp_path, text="txt").version() != dataset.version()
+    os.utime(tmp_path / "train-000.tar", (1, 1))
+    assert indexed(tmp_path).digest() == dataset.digest()
+    assert indexed(tmp_path).version() != dataset.version()
+
+
+def test_many_shards_are_not_all_kept_open(tmp_path: Path) -> None:
+    write_shards(tmp_path, [1] * 80)
+    dataset = indexed(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    assert [gray(sample) for sample in dataset] == list(range(80))
+    assert len(os.listdir("/proc/self/fd")) - before <= 64
+
+
+# --------------------------------------------------------------------------- samples
+def test_groups_are_those_of_webdataset(tmp_path: Path) -> None:
+    image = picture(9)
+    shard = write_tar(
+        tmp_path / "a.tar",
+        [
+            ("./dir/a.JPG", image),
+            ("dir/a.cls", b"1\n"),  # ./dir/a and dir/a are one
+            ("other/a.jpg", image),
+            ("other/a.cls", b"0"),
+            ("v1.2/b.jpg", image),  # the first dot of the file name, not of the path
+            ("v1.2/b.seg.png", picture(200, "png")),
+            ("v1.2/b.cls", b"1"),
+            ("__meta__", b"{}"),
+            ("._hidden.jpg", b"no image"),
+            ("noending", b"x"),
+            ("only.json", b"{}"),
+            ("dir/a.jpg", image),  # not with those of its key before
+            ("dir/a.cls", b"2"),
+        ],
+    )
+    dataset = indexed(shard)
+    assert [dataset.name(index) for index in range(4)] == [
+        "a.tar:dir/a.JPG",
+        "a.tar:other/a.jpg",
+        "a.tar:v1.2/b.jpg",
+        "a.tar:dir/a.jpg",
+    ]
+    assert [sample.label for sample in dataset] == [1, 0, 1, 2]
+    assert dataset.notes() == [
+        "1 samples without an image passed over",
+        "3 hidden or without an ending passed over",
+    ]
+    masks = indexed(shard, images=("seg.png", "jpg"))
+    assert gray(masks[2]) == 200
+
+
+def test_samples_that_lack_something_are_corrupt(tmp_path: Path) -> None:
+    image = picture(1)
+    write_tar(
+        tmp_path / "a.tar",
+        [
+            ("a.jpg", image),
+            ("a.cls", b"0"),
+            ("b.jpg", image),
+            ("c.jpg", image),
+            ("c.jpg", image),
+            ("c.cls", b"0"),
+            ("d.jpg", image[:100]),
+            ("d.cls", b"0"),
+            ("e.jpg", image),
+            ("e.cls", b"dog"),
+            ("f.jpg", image),
+            ("f.cls", b"-1"),
+            ("g.jpg", image + bytes(9000)),
+            ("g.cls", b"0"),
+        ],
+    )
+    with pytest.raises(DataError, match=r"1 of 7 labels are wrong: a\.tar:f\.jpg: label -1"):
+        indexed(tmp_path)
+    options: dict[str, Any] = {"label": None, "max_bytes": 9000}
+    dataset = indexed(tmp_path, **options)
+    complaints = {2: "two members 'jpg'", 3: "(?i)truncated", 6: "max_bytes = 9,000"}
+    for index in range(7):
+        if index not in complaints:
+            assert gray(dataset[index]) == 1
+            continue
+        with pytest.raises(CorruptSampleError, match=complaints[index]) as caught:
+            dataset[index]
+        assert caught.value.name == dataset.name(index)
+    mixed = [each for each, _ in first(stream(tmp_path, shuffle=0, **options), 7)]
+    assert ["" if isinstance(each, Sample) else each.name for each in mixed] == [
+        "",
+        "",
+        "a.tar:c.jpg",
+        "a.tar:d.jpg",
+        "",
+        "",
+        "a.tar:g.jpg",
+    ]
+    with pytest.raises(DataError, match=r"f\.jpg: label -1 is not in"):
+        first(stream(tmp_path), 7)
+
+
+def test_a_label_that_is_missing_is_corrupt(tmp_path: Path) -> None:
+    image = picture(1)
+    write_tar(tmp_path / "a.tar", [("a.jpg", image), ("a.cls", b"0"), ("b.jpg", image)])
+    dataset = indexed(tmp_path)
+    assert dataset[0].label == 0
+    with pytest.raises(CorruptSampleError, match=r"a\.tar:b\.jpg: .*no label: cls is missing"):
+        dataset[1]
+    found = [each for each, _ in first(stream(tmp_path, shuffle=0), 2)]
+    assert isinstance(found[1], CorruptSampleError)
+
+
+def test_what_the_first_sample_lacks_is_said_at_once(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("a.0001.jpg", picture(1)), ("a.0001.cls", b"0")])
+    for build in (indexed, stream):
+        with pytest.raises(DataError, match=r"no image in .*members end in 0001\.cls, 0001\.jpg"):
+            build(tmp_path)
+    write_tar(tmp_path / "a.tar", [("a.jpg", picture(1)), ("a.txt", b"0")])
+    for build in (indexed, stream):
+        with pytest.raises(
+            DataError, match=r"label = .cls., but the first sample, a of .*jpg, txt"
+        ):
+            build(tmp_path, label="cls")
+        with pytest.raises(DataError, match=r"no member json"):
+            build(tmp_path, text="json:caption")
+        with pytest.raises(DataError, match="classes are stated"):
+            build(tmp_path, n_classes=3)
+
+
+def test_many_members_of_one_key_are_names_with_dots(tmp_path: Path) -> None:
+    members = [(f"frame.{number}.jpg", b"x") for number in range(300)]
+    write_tar(tmp_path / "a.tar", [("a.jpg", picture(1)), *members])
+    with pytest.raises(DataError, match="256 members have the key 'frame'"):
+        indexed(tmp_path)
+
+
+# --------------------------------------------------------------------------- hostile and damaged
+def test_names_and_links_lead_nowhere(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.jpg"
+    secret.write_bytes(picture(7))
+    members: list[Any] = [("../secret.jpg", picture(50)), (str(secret), picture(60))]
+    for name, kind in (("a.jpg", tarfile.SYMTYPE), ("b.jpg", tarfile.LNKTYPE)):
+        link = tarfile.TarInfo(name)
+        link.type, link.linkname = kind, str(secret)
+        members.append((link, b""))
+    for name, kind in (("c.jpg", tarfile.CHRTYPE), ("d.jpg", tarfile.FIFOTYPE)):
+        device = tarfile.TarInfo(name)
+        device.type = kind
+        members.append((device, b""))
+    members.append(("e\x1b[2J.jpg", picture(70)[:50]))
+    shard = write_tar(tmp_path / "shards" / "a.tar", members)
+    before = sorted(tmp_path.rglob("*"))
+    dataset = indexed(shard)
+    assert [gray(dataset[index]) for index in range(2)] == [50, 60]
+    assert len(dataset) == 3
+    with pytest.raises(CorruptSampleError) as caught:
+        dataset[2]
+    assert "\x1b" not in str(caught.value)
+    assert "4 links, folders or devices passed over" in dataset.notes()
+    assert sorted({gray(each) for each, _ in first(stream(shard), 3)[:3] if _ok(each)}) == [50, 60]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def _ok(sample: Any) -> bool:
+    return isinstance(sample, Sample)
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.62, 0.9])
+def test_a_shard_that_is_cut_off(shards: Path, tmp_path: Path, kept: float) -> None:
+    for path in shards.glob("*.tar"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    cut = tmp_path / "train-001.tar"
+    content = cut.read_bytes()[: -9 * 512]  # of the ending, too, there is something
+    cut.write_bytes(content[: int(len(content) * kept) // 512 * 512 + 77])
+    for build in (indexed, stream):
+        with pytest.raises(DataError, match=r"train-001\.tar is cut off within .*\n.*again"):
+            build(tmp_path)
+
+
+def test_a_shard_that_is_cut_off_while_it_is_read(tmp_path: Path) -> None:
+    write_shards(tmp_path, [8])
+    [path] = tmp_path.iterdir()
+    sequential, random = stream(tmp_path, shuffle=2), indexed(tmp_path)
+    samples = sequential.open(part=0, parts=1, seed=0)
+    next(samples)
+    opened = indexed(tmp_path)
+    opened[0]
+    os.truncate(path, path.stat().st_size // 2)
+    for read in (lambda: list(itertools.islice(samples, 8)), lambda: random[7]):
+        with pytest.raises(DataError, match=r"train-000\.tar had .* bytes when this run began"):
+            read()
+    with pytest.raises(DataError, match=r"train-000\.tar is cut off: byte .* is missing"):
+        opened[7]
+
+
+def test_an_ending_without_zeros_is_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_shards(tmp_path, [3])
+    [path] = tmp_path.iterdir()
+    os.truncate(path, len(path.read_bytes().rstrip(b"\0")) // 512 * 512 + 512)
+    assert len(indexed(tmp_path)) == 3
+    assert "is it whole?" in indexed(tmp_path).notes()[0]
+    stream(tmp_path)
+    assert "is it whole?" in caplog.text
+
+
+def test_a_damaged_header_is_not_the_end(tmp_path: Path) -> None:
+    """tarfile itself takes it for the end of the archive, and says nothing."""
+    write_shards(tmp_path, [8])
+    [path] = tmp_path.iterdir()
+    content = bytearray(path.read_bytes())
+    content[content.index(b"part/00_0005.png")] ^= 1
+    path.write_bytes(content)
+    with tarfile.open(path) as tar:
+        assert len(tar.getnames()) == 20
+    with pytest.raises(DataError, match=r"train-000\.tar is damaged: no header at byte"):
+        indexed(tmp_path)
+    with pytest.raises(DataError, match=r"train-000\.tar is damaged"):
+        first(stream(tmp_path), 8)
+
+
+def test_declared_sizes_are_not_believed(tmp_path: Path) -> None:
+    for size in (2**40, 8**11 - 1):
+        info = tarfile.TarInfo("a.jpg")
+        info.size = size
+        write_raw(tmp_path / "a.tar", info.tobuf(tarfile.GNU_FORMAT) + picture(1))
+        with pytest.raises(DataError, match=r"a\.tar is cut off within 'a\.jpg'"):
+            indexed(tmp_path)
+    for kind in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
+        info = tarfile.TarInfo("a.jpg")
+        info.type, info.size = kind, 2**40
+        write_raw(tmp_path / "a.tar", info.tobuf(tarfile.GNU_FORMAT) + picture(1))
+        with pytest.raises(DataError, match=r"a\.tar is no tar file: a header declares"):
+            indexed(tmp_path)
+    info = tarfile.TarInfo("b.jpg")
+    info.size = -1024  # would lead back to where it came from
+    write_raw(tmp_path / "a.tar", info.tobuf(tarfile.GNU_FORMAT))
+    with pytest.raises(DataError, match="its size or name is impossible"):
+        indexed(tmp_path)
+
+
+def write_raw(path: Path, content: bytes) -> None:
+    path.write_bytes(content.ljust(4096, b"\0") + bytes(1024))
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "is an empty file"),
+        (b"\x1f\x8b" + bytes(600), "is compressed"),
+        (b"hello " * 200, "is no tar file"),
+        (bytes(10240), "there are no samples"),
+    ],
+)
+def test_files_that_are_no_shards(tmp_path: Path, content: bytes, complaint: str) -> None:
+    (tmp_path / "a.tar").write_bytes(content)
+    for build in (indexed, stream):
+        with pytest.raises(DataError, match=complaint):
+            build(tmp_path)
+
+
+# --------------------------------------------------------------------------- as a stream
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("shuffle", [0, 1, 4, 100])
+def test_parts_cover_an_epoch_exactly(shards: Path, parts: int, shuffle: int) -> None:
+    dataset, epochs = stream(shards, shuffle=shuffle), 3
+    seen = [Counter[int]() for _ in range(epochs)]
+    for part in range(parts):
+        for sample, state in dataset.open(part=part, parts=parts, seed=3):
+            epoch = state["place"]["epoch"]
+            if epoch >= epochs:
+                break
+            seen[epoch][gray(sample)] += 1
+    assert [dict(each) for each in seen] == [dict.fromkeys(range(21), 1)] * epochs
+
+
+def test_orders_differ_by_epoch_seed_and_mixing(shards: Path) -> None:
+    def order(count: int, seed: int = 3, **options: Any) -> list[int]:
+        samples = stream(shards, **options).open(part=0, parts=1, seed=seed)
+        return [gray(sample) for sample, _ in itertools.islice(samples, count)]
+
+    whole = order(42)
+    assert whole == order(42)
+    assert sorted(whole[:21]) == sorted(whole[21:]) == list(range(21))
+    assert whole[:21] != whole[21:]
+    assert whole[:21] != order(21, seed=4)
+    kept = order(21, shuffle=0)
+    runs = itertools.permutations([range(7), range(7, 16), range(16, 21)])
+    assert any(kept == list(itertools.chain(*each)) for each in runs)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_a_stream_goes_on_from_every_state(shards: Path, parts: int) -> None:
+    dataset = stream(shards, shuffle=4, text="json:name")
+    part = parts - 1
+    whole = first(dataset, 30, part, parts)
+    for place in range(24):
+        state = json.loads(json.dumps(whole[place][1]))
+        assert len(json.dumps(state)) < 200
+        found, expected = first(dataset, 4, part, parts, state=state), whole[place + 1 : place + 5]
+        assert [(gray(each), after) for each, after in found] == [
+            (gray(each), after) for each, after in expected
+        ]
+
+
+def test_states_of_other_shards_are_refused(shards: Path, tmp_path: Path) -> None:
+    write_shards(tmp_path, [7, 9, 15])
+    [*_, (_, state)] = first(stream(shards), 3)
+    with pytest.raises(DataError, match="shards are not those that this run has read from"):
+        first(stream(tmp_path), 1, state=state)
+
+
+def test_more_parts_than_samples_are_refused(tmp_path: Path) -> None:
+    write_shards(tmp_path, [2])
+    assert len(first(stream(tmp_path), 9, part=1, parts=2)) == 9
+    with pytest.raises(DataError, match="too few samples for 5 parts"):
+        first(stream(tmp_path), 1, part=4, parts=5)
+
+
+def test_data_that_cannot_be_decoded_end_a_stream(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("a.jpg", b"no image"), ("b.jpg", b"no image")])
+    with pytest.raises(DataError, match="1,000 samples in a row could not be decoded"):
+        first(stream(tmp_path), 5000)
+
+
+def test_a_stream_says_what_it_promises(shards: Path) -> None:
+    text = stream(shards, n_classes=3).describe()
+    for part in ("3 shards", "3 classes", "each sample once an epoch", "processes x loader"):
+        assert part in text
