@@ -112,6 +112,7 @@ def number_labels(
         shown = first_few((f"{printable(name(i))}: {known[values[i]]}" for i in wrong), 3, "; ")
         raise DataError(
             f"{what}: {len(wrong):,} of {len(values):,} labels are wrong: {shown}\n"
-            "    state all classes (classes or n_classes), or mend the labels"
+            "    state all classes (classes or n_classes), mend the labels, or leave them out "
+            '(label = "none")'
         )
     return Labels(labels, classes.target)

@@ -11,9 +11,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dinov3_datasets.decoding import pixel_options
+from dinov3_datasets.files import Files, find_files
 from dinov3_datasets.labels import NONE, Classes, Labels, Value, number_labels
 from dinov3_datasets.listing import FileList
-from dinov3_datasets.shards import ShardFiles
 from dinov3_datasets.tar_index import TarIndex, index_path, index_shards, load, scan
 from dinov3_datasets.tar_samples import RawSample, SampleFormat, read_at, read_text, sample_name
 from dinov3_datasets.tars import Group, Member, TarReader, open_shard
@@ -34,7 +34,7 @@ class TarDataset(Dataset):
 
     def __init__(self, config: WebDatasetConfig, *, channels: int) -> None:
         self.config, self.channels = config, channels
-        self.shards = ShardFiles.find(config.shards)
+        self.shards = Files.of(find_files("shards", config.shards, ".tar"))
         self.format = SampleFormat.of(config, list(self.shards.paths))
         self.passed_over: Counter[str] = Counter()
         self.unused_indexes: list[str] = []

@@ -8,8 +8,8 @@ from typing import Any
 
 from attrs import asdict, evolve, frozen
 
+from dinov3_datasets.files import Files, find_files
 from dinov3_datasets.labels import Classes
-from dinov3_datasets.shards import ShardFiles
 from dinov3_datasets.tar_samples import RawSample, SampleFormat
 from dinov3_datasets.tars import TarReader, open_shard
 from dinov3_datasets.webdataset_config import WebDatasetConfig
@@ -71,7 +71,7 @@ class TarStream(StreamDataset):
 
     def __init__(self, config: WebDatasetConfig, *, channels: int) -> None:
         self.config, self.channels = config, channels
-        self.shards = ShardFiles.find(config.shards)
+        self.shards = Files.of(find_files("shards", config.shards, ".tar"))
         self.format = SampleFormat.of(config, list(self.shards.paths))
         odd = [
             complaint for path in self.shards.paths if (complaint := TarReader(path).check_end())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from dinov3_datasets.files import place_complaint
 from dinov3_datasets.labeled_config import LabeledConfig
-from dinov3_datasets.shards import shards_complaint
 from dinov3_framework import config, not_negative, option, positive
 
 _ENDINGS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "ppm", "avif", "jp2", "npy")
@@ -35,7 +35,7 @@ class WebDatasetConfig(LabeledConfig):
 
     shards: str = option(
         "a folder of *.tar files, or a pattern such as train-{000..127}.tar or train-*.tar",
-        check=shards_complaint,
+        check=place_complaint,
         is_place=True,
     )
     mode: Literal["indexed", "stream"] = option(

@@ -107,19 +107,21 @@ def test_patterns_mean_shards(shards: Path, pattern: str) -> None:
 
 
 def test_missing_shards_are_all_counted(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"2 of the 5 shards .* missing: .*003\.tar, .*004\.tar"):
+    with pytest.raises(
+        DataError, match=r"2 of the 5 files of shards .* missing: .*003\.tar, .*004\.tar"
+    ):
         indexed(shards / "train-{000..004}.tar")
     with pytest.raises(DataError, match="matches no file"):
         indexed(shards / "val-*.tar")
     with pytest.raises(DataError, match="does not exist"):
         indexed(shards / "none.tar")
-    with pytest.raises(DataError, match=r"no \*\.tar file in the folder .*; it is empty"):
+    with pytest.raises(DataError, match=r"no \*\.tar file in this folder; it is empty"):
         indexed(tmp_path)
 
 
 @pytest.mark.parametrize("url", ["pipe:curl http://x/a.tar", "https://x/{00..11}.tar", "s3://b/a"])
 def test_urls_and_commands_are_refused(url: str) -> None:
-    with pytest.raises(InvalidOption, match="shards are local files"):
+    with pytest.raises(InvalidOption, match="files here are local"):
         WebDatasetConfig(shards=url)
 
 

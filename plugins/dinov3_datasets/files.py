@@ -1,4 +1,4 @@
-"""Which tar files a folder or a pattern of shards means."""
+"""Which files a folder or a pattern means, and what identifies them."""
 
 from __future__ import annotations
 
@@ -13,59 +13,61 @@ from pathlib import Path
 from attrs import frozen
 
 from dinov3_framework import DataError
-from dinov3_framework.errors import first_few
+from dinov3_framework.errors import first_few, printable
 
 _URL = re.compile(r"(pipe:|[A-Za-z][\w+.-]*://)")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_MOST = 1_000_000  # shards
+_MOST = 1_000_000  # files
 
 
-def shards_complaint(value: str) -> str | None:
-    """Why a value of ``shards`` is none; None if it may be one."""
+def place_complaint(value: str) -> str | None:
+    """Why a value is no folder and no pattern of files; None if it may be one."""
     if _URL.match(value):
         return (
-            f"{value!r} is a URL or a command, shards are local files; copy them here, or mount "
-            "the storage as a folder"
+            f"{value!r} is a URL or a command, files here are local; copy them, or mount the "
+            "storage as a folder"
         )
-    return None if value else "must be a folder or a pattern of tar files"
+    return None if value else "must be a folder or a pattern of files"
 
 
-def find_shards(shards: str) -> list[Path]:
-    """All tar files of a folder, or those that a pattern means, in the order of their names.
+def find_files(key: str, value: str, ending: str) -> list[Path]:
+    """All files of a folder with an ending, or those that a pattern means, sorted by name.
 
     Braces stand for numbers, ``{000..127}``, or for alternatives, ``{a,b}``; ``*``, ``?`` and
-    ``[]`` are as in a shell. Raises ``DataError`` where there are none, or some are missing.
+    ``[]`` are as in a shell. ``key`` is the option that has the value. Raises ``DataError`` where
+    there are none, or some are missing.
     """
-    place = Path(shards).expanduser()
+    place = Path(value).expanduser()
     if place.is_dir():
-        found = sorted(path for path in place.glob("*.tar") if not path.name.startswith("."))
+        found = sorted(path for path in place.glob(f"*{ending}") if not path.name.startswith("."))
         if not found:
             others = sorted(path.name for path in place.iterdir())
-            held = f"it holds {first_few(others)}" if others else "it is empty"
-            raise DataError(f"no *.tar file in the folder {place} of shards; {held}")
+            held = f"it holds {printable(first_few(others))}" if others else "it is empty"
+            raise DataError(f"{key} = {value!r}: no *{ending} file in this folder; {held}")
         return found
     if place.exists():
         return [place]
     expanded = list(itertools.islice(_expanded(str(place)), _MOST + 1))
     if len(expanded) > _MOST:
-        raise DataError(f"shards = {shards!r} are more than {_MOST:,} files")
+        raise DataError(f"{key} = {value!r} means more than {_MOST:,} files")
     found, missing = [], []
     for each in expanded:
         matches = sorted(glob.glob(each)) if glob.has_magic(each) else [each]
-        found += [Path(match) for match in matches if os.path.exists(match)]
-        if not any(map(os.path.exists, matches)):
+        matches = [match for match in matches if os.path.exists(match)]
+        found += [Path(match) for match in matches]
+        if not matches:
             missing.append(each)
-    if missing:
-        if expanded == [str(place)]:
-            what = "matches no file" if glob.has_magic(str(place)) else "does not exist"
-            raise DataError(f"shards = {shards!r} {what}")
+    if missing and expanded != [str(place)]:
         raise DataError(
-            f"{len(missing):,} of the {len(expanded):,} shards of {shards!r} are missing: "
+            f"{len(missing):,} of the {len(expanded):,} files of {key} = {value!r} are missing: "
             f"{first_few(missing)}"
         )
+    if missing:
+        what = "matches no file" if glob.has_magic(str(place)) else "does not exist"
+        raise DataError(f"{key} = {value!r} {what}")
     if not found:
-        raise DataError(f"shards = {shards!r} means no file: braces count up, as in {{000..127}}")
+        raise DataError(f"{key} = {value!r} means no file: braces count up, as in {{000..127}}")
     return list(dict.fromkeys(found))
 
 
@@ -93,17 +95,16 @@ def _choices(text: str) -> Iterator[str]:
 
 
 @frozen
-class ShardFiles:
-    """Shards, and what identifies them by size and time."""
+class Files:
+    """Files, their sizes, and when they were modified in ns."""
 
     paths: Sequence[Path]
     sizes: Sequence[int]
-    times: Sequence[int]  # of modification, in ns
+    times: Sequence[int]
 
     @classmethod
-    def find(cls, shards: str) -> ShardFiles:
-        """Errors as of :func:`find_shards`."""
-        paths = find_shards(shards)
+    def of(cls, paths: Sequence[Path]) -> Files:
+        """The files as they are now; ``DataError`` if one cannot be looked at."""
         try:
             status = [os.stat(path) for path in paths]
         except OSError as error:
