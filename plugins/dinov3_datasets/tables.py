@@ -76,7 +76,7 @@ def image_column(table: Table, given: str | None) -> str:
         if pa.types.is_struct(kind):
             index = kind.get_field_index("bytes")
             return index >= 0 and fits(kind.field(index).type)
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
     if given is not None:
         kind = column_type(table, "image", given)

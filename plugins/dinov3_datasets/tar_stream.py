@@ -129,7 +129,8 @@ class TarStream(StreamDataset):
         if not self.config.shuffle:
             return list(range(size))
         rng = keyed_rng(seed, "webdataset block", place.epoch, place.block, part, parts)
-        return rng.permutation(size).tolist()
+        order: list[int] = rng.permutation(size).tolist()
+        return order
 
     def _block(
         self, place: Place, part: int, parts: int, seed: int

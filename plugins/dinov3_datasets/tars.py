@@ -22,6 +22,7 @@ from dinov3_framework.errors import printable
 _BLOCK = tarfile.BLOCKSIZE
 _LONGEST_HEADER = 1 << 20  # bytes of a long name or of pax records, which are read at once
 _LONGEST_NAME = 4096
+_REST = 1 << 16  # bytes after the end that are looked at; tar files are padded by 10 KiB or so
 _MOST_MEMBERS = 256  # of one key
 _PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 _HIDDEN = "hidden or without an ending"
@@ -95,6 +96,11 @@ class TarReader:
         bounded, place = _Bounded(file), start
         tar: tarfile.TarFile | None = None
         while True:
+            block = os.pread(file.fileno(), _BLOCK, place)
+            if len(block) < _BLOCK and block:
+                raise self._truncated(size)
+            if not any(block):
+                return self._check_rest(file, place)
             try:
                 bounded.seek(place)
                 if tar is None:
@@ -102,10 +108,6 @@ class TarReader:
                     bounded.seek(place)
                 tar.offset = place
                 info = tarfile.TarInfo.fromtarfile(tar)
-            except (tarfile.EOFHeaderError, tarfile.EmptyHeaderError):
-                return
-            except tarfile.TruncatedHeaderError as error:
-                raise self._truncated(size) from error
             except Exception as error:  # garbage raises nearly anything
                 raise self._damaged(place, str(error) or type(error).__name__) from error
             place_after = tar.offset
@@ -171,6 +173,14 @@ class TarReader:
             raise DataError(
                 f"{self.path} is compressed, and no place in it can be gone to; unpack it to a "
                 ".tar file (images gain nothing from it)"
+            )
+
+    def _check_rest(self, file: BinaryIO, end: int) -> None:
+        """Complain of what comes after the end of the archive, which nobody would read."""
+        if any(os.pread(file.fileno(), _REST, end)):
+            raise DataError(
+                f"{self.path} goes on after the end of its archive, at byte {end:,}: tar files "
+                "that were put one after another?\n    give them as shards of their own"
             )
 
     def _damaged(self, place: int, reason: str) -> DataError:

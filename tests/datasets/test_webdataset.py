@@ -410,6 +410,16 @@ def test_a_damaged_header_is_not_the_end(tmp_path: Path) -> None:
         first(stream(tmp_path), 8)
 
 
+def test_archives_one_after_another_are_not_half_read(tmp_path: Path) -> None:
+    write_shards(tmp_path, [3, 4])
+    one, other = sorted(tmp_path.iterdir())
+    one.write_bytes(one.read_bytes() + other.read_bytes())
+    with pytest.raises(DataError, match=r"train-000\.tar goes on after the end of its archive"):
+        indexed(tmp_path)
+    with pytest.raises(DataError, match="goes on after the end"):
+        first(stream(tmp_path), 8)
+
+
 def test_declared_sizes_are_not_believed(tmp_path: Path) -> None:
     for size in (2**40, 8**11 - 1):
         info = tarfile.TarInfo("a.jpg")
