@@ -18,7 +18,6 @@ from dinov3_framework.errors import first_few, printable
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_LARGE = 2**28  # bytes of a row group that a note is made of
 # train-00000-of-00004.parquet, as datasets and the hub name the parts of a split.
 _PART = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.parquet")
 
@@ -127,11 +126,10 @@ class ParquetTable(Table):
             with pq.ParquetFile(self.files.paths[number]) as file:
                 # Threads of a forked process are not there any more.
                 table = file.read_row_group(place, columns=list(columns), use_threads=False)
+            room = self.cache_bytes - table.nbytes
+            while self._kept and sum(each.nbytes for each in self._kept.values()) > room:
+                self._kept.popitem(last=False)
         self._kept[key] = table
-        while len(self._kept) > 1 and sum(each.nbytes for each in self._kept.values()) > (
-            self.cache_bytes
-        ):
-            self._kept.popitem(last=False)
         return table
 
     def name(self, index: int) -> str:
@@ -143,15 +141,13 @@ class ParquetTable(Table):
 
     def notes(self) -> list[str]:
         rows, sizes = self._groups[:, 2], self._groups[:, 3]
-        cost = (
-            f"a sample at random costs the reading of its row group, {int(np.median(rows)):,} rows "
-            f"and {np.median(sizes) / 2**20:,.1f} MiB as a rule"
-        )
-        if len(rows) > 1 and sizes.max() <= _LARGE:
-            return [cost] if sizes.sum() > self.cache_bytes else []
-        if sizes.max() <= _LARGE:
+        if sizes.sum() <= self.cache_bytes:
             return []
-        return [f"{cost}; files written anew with some 100 rows a group are read faster"]
+        return [
+            "a sample at random costs the reading of its row group, as a rule "
+            f"{np.median(rows):,.0f} rows and {np.median(sizes) / 2**20:,.1f} MiB; row groups of some 20 images, or a "
+            "folder of save_to_disk, are read faster"
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": OrderedDict()}

@@ -253,7 +253,7 @@ def test_the_cost_of_large_row_groups_is_stated(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", 10, image=images)
     assert build(path).notes() == []
     [note] = build(path, cache_bytes=100).notes()
-    assert "costs the reading of its row group, 10 rows" in note
+    assert "costs the reading of its row group, as a rule 10 rows" in note
 
 
 @pytest.mark.parametrize("kind", ["alone", "parquet"])

@@ -214,6 +214,7 @@ def test_groups_are_those_of_webdataset(tmp_path: Path) -> None:
         tmp_path / "a.tar",
         [
             ("./dir/a.JPG", image),
+            ("dir/._a.cls", b"as a Mac's tar writes it"),
             ("dir/a.cls", b"1\n"),  # ./dir/a and dir/a are one
             ("other/a.jpg", image),
             ("other/a.cls", b"0"),
@@ -238,7 +239,7 @@ def test_groups_are_those_of_webdataset(tmp_path: Path) -> None:
     assert [sample.label for sample in dataset] == [1, 0, 1, 2]
     assert dataset.notes() == [
         "1 samples without an image passed over",
-        "3 hidden or without an ending passed over",
+        "4 hidden or without an ending passed over",
     ]
     masks = indexed(shard, images=("seg.png", "jpg"))
     assert gray(masks[2]) == 200
