@@ -145,8 +145,8 @@ class ParquetTable(Table):
             return []
         return [
             "a sample at random costs the reading of its row group, as a rule "
-            f"{np.median(rows):,.0f} rows and {np.median(sizes) / 2**20:,.1f} MiB; row groups of some 20 images, or a "
-            "folder of save_to_disk, are read faster"
+            f"{np.median(rows):,.0f} rows and {np.median(sizes) / 2**20:,.1f} MiB; row groups of "
+            "some 20 images, or a folder of save_to_disk, are read faster"
         ]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -127,7 +127,7 @@ class TarDataset(Dataset):
             start, length = self._texts[2 * index : 2 * index + 2]
             if length < 0:
                 raise CorruptSampleError(name, f"the sample has no member {ending!r}")
-            parts[ending] = read_text(file, path, name, Member(ending, start, start, length))
+            parts[ending] = read_text(file, path, name, Member(ending, start, length))
         raw = RawSample(name, read_at(file, path, offset, size), parts)
         label = int(self.labels.values[index]) if self.format.label is not None else None
         return self.format.sample(raw, self.channels, label)

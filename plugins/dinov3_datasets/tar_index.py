@@ -35,10 +35,10 @@ class TarIndex:
     passed_over: int  # links, folders and devices
 
     def members(self) -> Iterator[Member]:
-        """Members in their order; where their headers are is not known."""
+        """Members in their order."""
         columns = (self.rows[name].tolist() for name in ("name", "offset", "size"))
         for name, offset, size in zip(*columns, strict=True):
-            yield Member(name.decode("utf-8", "surrogateescape"), offset, offset, size)
+            yield Member(name.decode("utf-8", "surrogateescape"), offset, size)
 
     @property
     def numbers(self) -> dict[int, int]:

@@ -34,25 +34,24 @@ _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 
 @frozen
 class Member:
-    """A file in a tar file: where its header, its bytes and what comes after it begin."""
+    """A file in a tar file, and where its bytes begin."""
 
     name: str
-    header: int
     offset: int
     size: int
 
     @property
     def end(self) -> int:
+        """Where the next header is."""
         return self.offset + -(-self.size // _BLOCK) * _BLOCK
 
 
 @frozen
 class Group:
-    """Consecutive members of one key, by ending, and the offsets that they lie between."""
+    """Consecutive members of one key, by ending, and where the next header is."""
 
     key: str
     members: dict[str, Member]
-    start: int
     end: int
     repeated: str = ""  # an ending that several of them have
 
@@ -116,7 +115,7 @@ class TarReader:
             if place_after > size:  # the last block is whole, too
                 raise self._truncated(size, info.name)
             if info.isreg() and not info.issparse():
-                yield Member(_normal(info.name), place, info.offset_data, info.size)
+                yield Member(_normal(info.name), info.offset_data, info.size)
             else:
                 self.passed_over[_LINKS] += 1
             place = place_after
@@ -127,7 +126,7 @@ class TarReader:
 
     def grouped(self, members: Iterable[Member]) -> Iterator[Group]:
         """Members of one key that come one after another, as one."""
-        key, found, start, end, repeated = "", dict[str, Member](), 0, 0, ""
+        key, found, end, repeated = "", dict[str, Member](), 0, ""
         for member in members:
             parsed = _NAME.fullmatch(member.name)
             if parsed is None or _is_meta(member.name):
@@ -135,10 +134,9 @@ class TarReader:
                 continue
             other, ending = parsed[1], parsed[2].lower()
             if found and other != key:
-                yield Group(key, found, start, member.header, repeated)
+                yield Group(key, found, end, repeated)
                 found, repeated = {}, ""
-            if not found:
-                key, start = other, member.header
+            key = other
             if ending in found:
                 repeated = ending
             found[ending] = member
@@ -150,7 +148,7 @@ class TarReader:
                     "file name: use names such as 000017.jpg and 000017.cls"
                 )
         if found:
-            yield Group(key, found, start, end, repeated)
+            yield Group(key, found, end, repeated)
 
     def check_end(self) -> str:
         """What is odd about the end of the file, "" if nothing; ``DataError`` if it is cut off.
