@@ -14,7 +14,7 @@ from dinov3_datasets.decoding import pixel_options
 from dinov3_datasets.files import Files, find_files
 from dinov3_datasets.labels import NONE, Classes, Labels, Value, number_labels
 from dinov3_datasets.listing import FileList
-from dinov3_datasets.tar_index import TarIndex, index_path, index_shards, load, scan
+from dinov3_datasets.shard_index import TarIndex, index_path, index_shards, load, scan
 from dinov3_datasets.tar_samples import RawSample, SampleFormat, read_at, read_text, sample_name
 from dinov3_datasets.tars import Group, Member, TarReader, open_shard
 from dinov3_datasets.webdataset_config import WebDatasetConfig
