@@ -81,7 +81,9 @@ class Registry:
             raise PluginError(
                 f"{new.origin}: {component.config.__name__} lacks the @config decorator"
             )
-        reserved = {"task", "extends", "drop"} if kind == "task" else {KINDS[kind].selector}
+        reserved = (
+            {"task", "extends", "drop", "shorthand"} if kind == "task" else {KINDS[kind].selector}
+        )
         for name in sorted(reserved & attrs.fields_dict(component.config).keys()):
             raise PluginError(
                 f"{new.origin}: {component.config.__name__} has a field {name!r}, a word that "
