@@ -9,16 +9,16 @@ how many links and the like were passed over.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from attrs import frozen
 
+from dinov3_datasets.index_arrays import Progress, save_array
 from dinov3_datasets.labels import NONE, whole_number
 from dinov3_datasets.tars import Member, TarReader, open_shard
-from dinov3_framework.runtime.durable import unwritable, written_aside
 
 _FORMAT = b"dinov3 index 1"
 _COLUMNS = ("name", "offset", "size", "number")
@@ -101,33 +101,30 @@ def load(shard: Path) -> TarIndex | str:
 
 def save(shard: Path, index: TarIndex) -> Path:
     """Write an index beside its shard, whole or not at all; raises ``OutputError``."""
-    path = index_path(shard)
     width = max(index.rows.dtype["name"].itemsize, len(_FORMAT))
     rows = np.zeros(len(index.rows) + 1, dtype=_dtype(width))
     rows[0] = (_FORMAT, index.size, index.time, index.passed_over)
     rows[1:] = index.rows.astype(rows.dtype)
-    try:
-        with written_aside(path) as aside, aside.open("wb") as stream:
-            np.save(stream, rows, allow_pickle=False)
-    except OSError as error:
-        raise unwritable(error, path) from error
-    return path
+    return save_array(index_path(shard), rows)
 
 
-def index_shards(
-    shards: Sequence[Path], progress: Callable[[int, int], None] | None = None
-) -> list[Path]:
+def is_indexed(shard: Path) -> bool:
+    """Whether a shard has an index file that can be used."""
+    return isinstance(load(shard), TarIndex)
+
+
+def index_shards(shards: Sequence[Path], progress: Progress | None = None) -> list[Path]:
     """Write the index file of each shard that has none, or that of another state of it.
 
-    ``progress`` is called with how many shards are done, and of how many. Returns the paths of all
-    index files.
+    ``progress`` is called with how many shards are done, and of how many. Returns the paths of the
+    files written.
     """
     paths = []
-    for done, shard in enumerate(shards):
-        is_there = isinstance(load(shard), TarIndex)
-        paths.append(index_path(shard) if is_there else save(shard, scan(shard)))
+    for done, shard in enumerate(shards, 1):
+        if not is_indexed(shard):
+            paths.append(save(shard, scan(shard)))
         if progress is not None:
-            progress(done + 1, len(shards))
+            progress(done, len(shards))
     return paths
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,7 +14,7 @@ from dinov3_datasets.decoding import pixel_options
 from dinov3_datasets.files import Files, find_files
 from dinov3_datasets.labels import NONE, Classes, Labels, Value, number_labels
 from dinov3_datasets.listing import FileList
-from dinov3_datasets.shard_index import TarIndex, index_path, index_shards, load, scan
+from dinov3_datasets.shard_index import TarIndex, index_path, load, scan
 from dinov3_datasets.tar_samples import RawSample, SampleFormat, read_at, read_text, sample_name
 from dinov3_datasets.tars import Group, Member, TarReader, open_shard
 from dinov3_datasets.webdataset_config import WebDatasetConfig
@@ -164,10 +164,6 @@ class TarDataset(Dataset):
             complaint for path in self.shards.paths if (complaint := TarReader(path).check_end())
         ]
         return found + ([first_few(odd, 2, "; ")] if odd else [])
-
-    def write_index(self, progress: Callable[[int, int], None] | None = None) -> list[Path]:
-        """Write the index files that are missing or old; raises ``OutputError``."""
-        return index_shards(self.shards.paths, progress)
 
     # ------------------------------------------------------------------ files
     def _open(self, shard: int) -> BinaryIO:

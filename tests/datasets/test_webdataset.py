@@ -16,10 +16,14 @@ import pytest
 from archive_support import picture, write_shards, write_tar
 from dinov3_datasets.tar_dataset import TarDataset
 from dinov3_datasets.tar_stream import TarStream
+from dinov3_datasets.webdataset import open_webdataset
 from dinov3_datasets.webdataset_config import WebDatasetConfig
+from run_support import run_here
 
 from dinov3_framework import CorruptSampleError, DataError, InvalidOption, OutputError, Sample
 from dinov3_framework.testing import DatasetSuite, StreamDatasetSuite
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +40,10 @@ def indexed(place: Path | str, **options: Any) -> TarDataset:
 
 def stream(place: Path | str, **options: Any) -> TarStream:
     return TarStream(WebDatasetConfig(shards=str(place), mode="stream", **options), channels=3)
+
+
+def write_index(place: Path, progress: Any = None) -> list[Path]:
+    return open_webdataset.write_index(WebDatasetConfig(shards=str(place)), progress)
 
 
 def gray(sample: Any) -> int:
@@ -130,7 +138,7 @@ def test_an_index_file_takes_the_place_of_the_scan(tmp_path: Path) -> None:
     write_shards(tmp_path, [4, 3])
     scanned = indexed(tmp_path, text="txt")
     calls: list[tuple[int, int]] = []
-    written = scanned.write_index(lambda *done: calls.append(done))
+    written = write_index(tmp_path, lambda *done: calls.append(done))
     names = ["train-000.tar.idx.npy", "train-001.tar.idx.npy"]
     assert sorted(path.name for path in tmp_path.iterdir() if "idx" in path.name) == names
     assert [path.name for path in written] == names
@@ -155,7 +163,7 @@ def test_an_index_file_takes_the_place_of_the_scan(tmp_path: Path) -> None:
 def test_an_index_file_of_another_state_is_not_used(tmp_path: Path) -> None:
     write_shards(tmp_path, [4])
     first_version = indexed(tmp_path).version()
-    [path] = indexed(tmp_path).write_index()
+    [path] = write_index(tmp_path)
     write_shards(tmp_path, [6])
     dataset = indexed(tmp_path)
     assert len(dataset) == 6
@@ -163,7 +171,7 @@ def test_an_index_file_of_another_state_is_not_used(tmp_path: Path) -> None:
     assert "another state" in dataset.notes()[0]
     assert dataset.version() != first_version
     os.utime(tmp_path / "train-000.tar", (1, 1))
-    dataset.write_index()
+    write_index(tmp_path)
     os.utime(tmp_path / "train-000.tar", (2, 2))
     assert "another state" in indexed(tmp_path).notes()[0]
     for content in (b"", b"no array", path.read_bytes()[:-40]):
@@ -172,7 +180,7 @@ def test_an_index_file_of_another_state_is_not_used(tmp_path: Path) -> None:
         assert "not used" in indexed(tmp_path).notes()[0]
     np.save(path, np.zeros(5))
     assert "is not of this format" in indexed(tmp_path).notes()[0]
-    indexed(tmp_path).write_index()
+    write_index(tmp_path)
     assert not indexed(tmp_path).notes()
     rows = np.load(path)
     rows["offset"][-1] = 2**40
@@ -181,16 +189,34 @@ def test_an_index_file_of_another_state_is_not_used(tmp_path: Path) -> None:
     assert len(indexed(tmp_path)) == 6
 
 
+def test_the_task_index_writes_what_is_missing(tmp_path: Path) -> None:
+    write_shards(tmp_path / "shards", [3, 2])
+    data = ("dataset.use=webdataset", f"dataset.shards={tmp_path / 'shards'}")
+    for number in range(2):
+        done = run_here(tmp_path / f"run{number}", *data, recipe=RECIPES / "index.toml")
+        assert done.returncode == 0, done.stderr
+        results = json.loads((tmp_path / f"run{number}" / "results.json").read_text())
+        assert [Path(path).name for path in results["written"]] == (
+            [] if number else ["train-000.tar.idx.npy", "train-001.tar.idx.npy"]
+        )
+    os.utime(tmp_path / "shards" / "train-001.tar", (1, 1))
+    refused = run_here(tmp_path / "run2", *data, recipe=RECIPES / "index.toml")
+    assert refused.returncode == 2
+    assert "train-001.tar.idx.npy is there already" in refused.stderr
+    done = run_here(tmp_path / "run3", *data, "replace=true", recipe=RECIPES / "index.toml")
+    assert done.returncode == 0, done.stderr
+    assert not indexed(tmp_path / "shards").notes()
+
+
 def test_an_index_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_shards(tmp_path, [2])
-    dataset = indexed(tmp_path)
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(OutputError, match="disk full"):
-        dataset.write_index()
+        write_index(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["train-000.tar"]
 
 
