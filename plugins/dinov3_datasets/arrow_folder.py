@@ -65,6 +65,16 @@ class ArrowFolder(Table):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def check(self, columns: Sequence[str]) -> None:
+        # Arrow reads what is mapped without looking: offsets that lead elsewhere end the process.
+        # Of images, the offsets alone are read here.
+        import pyarrow as pa
+
+        try:
+            self._rows.select_columns(list(columns))[:].validate(full=True)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise DataError(f"{self.folder} is damaged: {printable(str(error))}") from error
+
     def column(self, name: str) -> list[Any]:
         values: list[Any] = self._rows.select_columns([name])[:].column(name).to_pylist()
         return values
@@ -77,7 +87,7 @@ class ArrowFolder(Table):
             self._views[key] = self._rows.select_columns(list(columns))
         try:
             found: Mapping[str, Any] = self._views[key][index].to_pylist()[0]
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise CorruptSampleError(self.name(index), str(error)) from error
         return found
 

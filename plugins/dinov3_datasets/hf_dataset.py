@@ -28,6 +28,7 @@ class HfDataset(Dataset):
         self.image = image_column(self.table, config.image)
         self.label = label_column(self.table, config.label)
         self.text = text_column(self.table, config.text)
+        self.table.check([name for name in (self.image, self.label, self.text) if name is not None])
         stated = None if self.label is None else self.table.class_names(self.label)
         values = [] if self.label is None else self.table.column(self.label)
         what = f"hf_dataset {config.path}, column {self.label}"

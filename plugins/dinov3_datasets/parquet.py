@@ -61,7 +61,7 @@ class ParquetTable(Table):
         for number, path in enumerate(paths):
             try:
                 file = pq.ParquetFile(path)
-            except (OSError, pa.ArrowException) as error:
+            except (OSError, ValueError, pa.ArrowException) as error:
                 raise DataError(
                     f"{path} is no sound Parquet file: {printable(str(error))}"
                 ) from error
@@ -99,7 +99,7 @@ class ParquetTable(Table):
             try:
                 with pq.ParquetFile(path) as file:
                     values += file.read(columns=[name], use_threads=False).column(name).to_pylist()
-            except (OSError, pa.ArrowException) as error:
+            except (OSError, ValueError, pa.ArrowException) as error:
                 raise DataError(f"{path} cannot be read: {printable(str(error))}") from error
         return values
 
@@ -111,7 +111,7 @@ class ParquetTable(Table):
         try:
             table = self._group(group, tuple(columns))
             return {name: table.column(name)[place].as_py() for name in columns}
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise CorruptSampleError(
                 self.name(index), f"its row group cannot be read: {error}"
             ) from error

@@ -43,6 +43,9 @@ class Table(abc.ABC):
     def name(self, index: int) -> str:
         """What a row is called."""
 
+    def check(self, columns: Sequence[str]) -> None:
+        """Raise ``DataError`` where reading damaged values could end the process."""
+
     def class_names(self, column: str) -> tuple[str, ...] | None:
         """The classes of a column of Hugging Face's ``ClassLabel``."""
         feature = _features(self.schema).get(column)

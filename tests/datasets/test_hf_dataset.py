@@ -248,6 +248,24 @@ def test_damaged_tables(tmp_path: Path, folder: Path) -> None:
         build(broken)
 
 
+def test_offsets_that_lead_elsewhere_do_not_end_the_process(folder: Path, tmp_path: Path) -> None:
+    """Arrow itself follows them, out of the mapped file."""
+    place = tmp_path / "alone"
+    place.mkdir()
+    for path in (folder / "alone").iterdir():
+        (place / path.name).write_bytes(path.read_bytes())
+    first = next(place.glob("data-00000-*.arrow"))
+    sizes = [len(picture(value)) for value in range(3)]
+    offsets = np.cumsum([0, *sizes], dtype="<i4")
+    content = first.read_bytes()
+    assert content.count(offsets.tobytes()) == 1
+    damaged = offsets.copy()
+    damaged[2] = 2**31 - 1
+    first.write_bytes(content.replace(offsets.tobytes(), damaged.tobytes()))
+    with pytest.raises(DataError, match="alone is damaged"):
+        build(place)
+
+
 def test_the_cost_of_large_row_groups_is_stated(tmp_path: Path) -> None:
     images = [picture(i, "png", (64, 64)) for i in range(30)]
     path = write(tmp_path / "a.parquet", 10, image=images)
