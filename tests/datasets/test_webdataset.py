@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import pickle
-import tarfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from archive_support import picture, write_shards, write_tar
-from dinov3_datasets.tar_dataset import TarDataset
-from dinov3_datasets.tar_stream import TarStream
-from dinov3_datasets.webdataset import open_webdataset
+from archive_support import (
+    first,
+    gray,
+    indexed,
+    picture,
+    stream,
+    write_index,
+    write_shards,
+    write_tar,
+)
 from dinov3_datasets.webdataset_config import WebDatasetConfig
 from run_support import run_here
 
 from dinov3_framework import CorruptSampleError, DataError, InvalidOption, OutputError, Sample
-from dinov3_framework.testing import DatasetSuite, StreamDatasetSuite
+from dinov3_framework.testing import DatasetSuite
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -34,37 +37,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def indexed(place: Path | str, **options: Any) -> TarDataset:
-    return TarDataset(WebDatasetConfig(shards=str(place), **options), channels=3)
-
-
-def stream(place: Path | str, **options: Any) -> TarStream:
-    return TarStream(WebDatasetConfig(shards=str(place), mode="stream", **options), channels=3)
-
-
-def write_index(place: Path, progress: Any = None) -> list[Path]:
-    return open_webdataset.write_index(WebDatasetConfig(shards=str(place)), progress)
-
-
-def gray(sample: Any) -> int:
-    assert isinstance(sample, Sample), sample
-    return int(sample.image[0, 0, 0])
-
-
-def first(dataset: TarStream, count: int, part: int = 0, parts: int = 1, **how: Any) -> list[Any]:
-    return list(itertools.islice(dataset.open(part=part, parts=parts, seed=3, **how), count))
-
-
 class TestIndexed(DatasetSuite):
     @pytest.fixture(autouse=True)
     def _data(self, shards: Path) -> None:
         self.config = WebDatasetConfig(shards=str(shards), text="txt")
-
-
-class TestStream(StreamDatasetSuite):
-    @pytest.fixture(autouse=True)
-    def _data(self, shards: Path) -> None:
-        self.config = WebDatasetConfig(shards=str(shards), mode="stream", text="txt", shuffle=4)
 
 
 # --------------------------------------------------------------------------- by index
@@ -361,209 +337,3 @@ def test_many_members_of_one_key_are_names_with_dots(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("a.jpg", picture(1)), *members])
     with pytest.raises(DataError, match="256 members have the key 'frame'"):
         indexed(tmp_path)
-
-
-# --------------------------------------------------------------------------- hostile and damaged
-def test_names_and_links_lead_nowhere(tmp_path: Path) -> None:
-    secret = tmp_path / "secret.jpg"
-    secret.write_bytes(picture(7))
-    members: list[Any] = [("../secret.jpg", picture(50)), (str(secret), picture(60))]
-    for name, kind in (("a.jpg", tarfile.SYMTYPE), ("b.jpg", tarfile.LNKTYPE)):
-        link = tarfile.TarInfo(name)
-        link.type, link.linkname = kind, str(secret)
-        members.append((link, b""))
-    for name, kind in (("c.jpg", tarfile.CHRTYPE), ("d.jpg", tarfile.FIFOTYPE)):
-        device = tarfile.TarInfo(name)
-        device.type = kind
-        members.append((device, b""))
-    members.append(("e\x1b[2J.jpg", picture(70)[:50]))
-    shard = write_tar(tmp_path / "shards" / "a.tar", members)
-    before = sorted(tmp_path.rglob("*"))
-    dataset = indexed(shard)
-    assert [gray(dataset[index]) for index in range(2)] == [50, 60]
-    assert len(dataset) == 3
-    with pytest.raises(CorruptSampleError) as caught:
-        dataset[2]
-    assert "\x1b" not in str(caught.value)
-    assert "4 links, folders or devices passed over" in dataset.notes()
-    assert sorted({gray(each) for each, _ in first(stream(shard), 3)[:3] if _ok(each)}) == [50, 60]
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def _ok(sample: Any) -> bool:
-    return isinstance(sample, Sample)
-
-
-@pytest.mark.parametrize("kept", [0.3, 0.62, 0.9])
-def test_a_shard_that_is_cut_off(shards: Path, tmp_path: Path, kept: float) -> None:
-    for path in shards.glob("*.tar"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    cut = tmp_path / "train-001.tar"
-    content = cut.read_bytes()[: -9 * 512]  # of the ending, too, there is something
-    cut.write_bytes(content[: int(len(content) * kept) // 512 * 512 + 77])
-    for build in (indexed, stream):
-        with pytest.raises(DataError, match=r"train-001\.tar is cut off within .*\n.*again"):
-            build(tmp_path)
-
-
-def test_a_shard_that_is_cut_off_while_it_is_read(tmp_path: Path) -> None:
-    write_shards(tmp_path, [8])
-    [path] = tmp_path.iterdir()
-    sequential, random = stream(tmp_path, shuffle=2), indexed(tmp_path)
-    samples = sequential.open(part=0, parts=1, seed=0)
-    next(samples)
-    opened = indexed(tmp_path)
-    opened[0]
-    os.truncate(path, path.stat().st_size // 2)
-    for read in (lambda: list(itertools.islice(samples, 8)), lambda: random[7]):
-        with pytest.raises(DataError, match=r"train-000\.tar had .* bytes when this run began"):
-            read()
-    with pytest.raises(DataError, match=r"train-000\.tar is cut off: byte .* is missing"):
-        opened[7]
-
-
-def test_an_ending_without_zeros_is_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_shards(tmp_path, [3])
-    [path] = tmp_path.iterdir()
-    os.truncate(path, len(path.read_bytes().rstrip(b"\0")) // 512 * 512 + 512)
-    assert len(indexed(tmp_path)) == 3
-    assert "is it whole?" in indexed(tmp_path).notes()[0]
-    stream(tmp_path)
-    assert "is it whole?" in caplog.text
-
-
-def test_a_damaged_header_is_not_the_end(tmp_path: Path) -> None:
-    """tarfile itself takes it for the end of the archive, and says nothing."""
-    write_shards(tmp_path, [8])
-    [path] = tmp_path.iterdir()
-    content = bytearray(path.read_bytes())
-    content[content.index(b"part/00_0005.png")] ^= 1
-    path.write_bytes(content)
-    with tarfile.open(path) as tar:
-        assert len(tar.getnames()) == 20
-    with pytest.raises(DataError, match=r"train-000\.tar is damaged: no header at byte"):
-        indexed(tmp_path)
-    with pytest.raises(DataError, match=r"train-000\.tar is damaged"):
-        first(stream(tmp_path), 8)
-
-
-def test_archives_one_after_another_are_not_half_read(tmp_path: Path) -> None:
-    write_shards(tmp_path, [3, 4])
-    one, other = sorted(tmp_path.iterdir())
-    one.write_bytes(one.read_bytes() + other.read_bytes())
-    with pytest.raises(DataError, match=r"train-000\.tar goes on after the end of its archive"):
-        indexed(tmp_path)
-    with pytest.raises(DataError, match="goes on after the end"):
-        first(stream(tmp_path), 8)
-
-
-def test_declared_sizes_are_not_believed(tmp_path: Path) -> None:
-    for size in (2**40, 8**11 - 1):
-        info = tarfile.TarInfo("a.jpg")
-        info.size = size
-        write_raw(tmp_path / "a.tar", info.tobuf(tarfile.GNU_FORMAT) + picture(1))
-        with pytest.raises(DataError, match=r"a\.tar is cut off within 'a\.jpg'"):
-            indexed(tmp_path)
-    for kind in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
-        info = tarfile.TarInfo("a.jpg")
-        info.type, info.size = kind, 2**40
-        write_raw(tmp_path / "a.tar", info.tobuf(tarfile.GNU_FORMAT) + picture(1))
-        with pytest.raises(DataError, match=r"a\.tar is no tar file: a header declares"):
-            indexed(tmp_path)
-    info = tarfile.TarInfo("b.jpg")
-    info.size = -1024  # would lead back to where it came from
-    write_raw(tmp_path / "a.tar", info.tobuf(tarfile.GNU_FORMAT))
-    with pytest.raises(DataError, match="its size or name is impossible"):
-        indexed(tmp_path)
-
-
-def write_raw(path: Path, content: bytes) -> None:
-    path.write_bytes(content.ljust(4096, b"\0") + bytes(1024))
-
-
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        (b"", "is an empty file"),
-        (b"\x1f\x8b" + bytes(600), "is compressed"),
-        (b"hello " * 200, "is no tar file"),
-        (bytes(10240), "there are no samples"),
-    ],
-)
-def test_files_that_are_no_shards(tmp_path: Path, content: bytes, complaint: str) -> None:
-    (tmp_path / "a.tar").write_bytes(content)
-    for build in (indexed, stream):
-        with pytest.raises(DataError, match=complaint):
-            build(tmp_path)
-
-
-# --------------------------------------------------------------------------- as a stream
-@pytest.mark.parametrize("parts", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("shuffle", [0, 1, 4, 100])
-def test_parts_cover_an_epoch_exactly(shards: Path, parts: int, shuffle: int) -> None:
-    dataset, epochs = stream(shards, shuffle=shuffle), 3
-    seen = [Counter[int]() for _ in range(epochs)]
-    for part in range(parts):
-        for sample, state in dataset.open(part=part, parts=parts, seed=3):
-            epoch = state["place"]["epoch"]
-            if epoch >= epochs:
-                break
-            seen[epoch][gray(sample)] += 1
-    assert [dict(each) for each in seen] == [dict.fromkeys(range(21), 1)] * epochs
-
-
-def test_orders_differ_by_epoch_seed_and_mixing(shards: Path) -> None:
-    def order(count: int, seed: int = 3, **options: Any) -> list[int]:
-        samples = stream(shards, **options).open(part=0, parts=1, seed=seed)
-        return [gray(sample) for sample, _ in itertools.islice(samples, count)]
-
-    whole = order(42)
-    assert whole == order(42)
-    assert sorted(whole[:21]) == sorted(whole[21:]) == list(range(21))
-    assert whole[:21] != whole[21:]
-    assert whole[:21] != order(21, seed=4)
-    kept = order(10 * 21, shuffle=0)
-    epochs = {tuple(kept[start : start + 21]) for start in range(0, len(kept), 21)}
-    runs = itertools.permutations([range(7), range(7, 16), range(16, 21)])
-    assert epochs <= {tuple(itertools.chain(*each)) for each in runs}
-    assert len(epochs) > 2
-
-
-@pytest.mark.parametrize("parts", [1, 2, 5])
-def test_a_stream_goes_on_from_every_state(shards: Path, parts: int) -> None:
-    dataset = stream(shards, shuffle=4, text="json:name")
-    part = parts - 1
-    whole = first(dataset, 30, part, parts)
-    for place in range(24):
-        state = json.loads(json.dumps(whole[place][1]))
-        assert len(json.dumps(state)) < 200
-        found, expected = first(dataset, 4, part, parts, state=state), whole[place + 1 : place + 5]
-        assert [(gray(each), after) for each, after in found] == [
-            (gray(each), after) for each, after in expected
-        ]
-
-
-def test_states_of_other_shards_are_refused(shards: Path, tmp_path: Path) -> None:
-    write_shards(tmp_path, [7, 9, 15])
-    [*_, (_, state)] = first(stream(shards), 3)
-    with pytest.raises(DataError, match="shards are not those that this run has read from"):
-        first(stream(tmp_path), 1, state=state)
-
-
-def test_more_parts_than_samples_are_refused(tmp_path: Path) -> None:
-    write_shards(tmp_path, [2])
-    assert len(first(stream(tmp_path), 9, part=1, parts=2)) == 9
-    with pytest.raises(DataError, match="too few samples for 5 parts"):
-        first(stream(tmp_path), 1, part=4, parts=5)
-
-
-def test_data_that_cannot_be_decoded_end_a_stream(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", [("a.jpg", b"no image"), ("b.jpg", b"no image")])
-    with pytest.raises(DataError, match="1,000 samples in a row could not be decoded"):
-        first(stream(tmp_path), 5000)
-
-
-def test_a_stream_says_what_it_promises(shards: Path) -> None:
-    text = stream(shards, n_classes=3).describe()
-    for part in ("3 shards", "3 classes", "each sample once an epoch", "processes x loader"):
-        assert part in text

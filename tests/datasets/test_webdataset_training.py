@@ -19,6 +19,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     return tuple(f"dataset.{option}" for option in options)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bit_equal(data: tuple[str, ...], tmp_path: Path) -> None:
     options = (*data, "loader.workers=2")
     whole, output = tmp_path / "whole", tmp_path / "killed"

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
+from dinov3_datasets.tar_dataset import TarDataset
+from dinov3_datasets.tar_stream import TarStream
+from dinov3_datasets.webdataset import open_webdataset
+from dinov3_datasets.webdataset_config import WebDatasetConfig
 from PIL import Image
+
+from dinov3_framework import Sample
 
 
 def picture(value: int, ending: str = "jpg", size: tuple[int, int] = (12, 9)) -> bytes:
@@ -49,3 +57,24 @@ def write_shards(folder: Path, sizes: list[int], classes: int = 3) -> list[int]:
             values.append(value)
         write_tar(folder / f"train-{number:03}.tar", members)
     return values
+
+
+def indexed(place: Path | str, **options: Any) -> TarDataset:
+    return TarDataset(WebDatasetConfig(shards=str(place), **options), channels=3)
+
+
+def stream(place: Path | str, **options: Any) -> TarStream:
+    return TarStream(WebDatasetConfig(shards=str(place), mode="stream", **options), channels=3)
+
+
+def write_index(place: Path, progress: Any = None) -> list[Path]:
+    return open_webdataset.write_index(WebDatasetConfig(shards=str(place)), progress)
+
+
+def gray(sample: Any) -> int:
+    assert isinstance(sample, Sample), sample
+    return int(sample.image[0, 0, 0])
+
+
+def first(dataset: TarStream, count: int, part: int = 0, parts: int = 1, **how: Any) -> list[Any]:
+    return list(itertools.islice(dataset.open(part=part, parts=parts, seed=3, **how), count))
