@@ -24,6 +24,7 @@ from dinov3_reports.subject import Subject
 _LISTED = 50  # rows of a table before it is cut
 _COMMON = 8  # sizes in a table
 _NARROWEST = 104  # pixels that the text below a picture needs
+_TINY = 64  # pixels up to which images are enlarged
 _APART = 0.01  # two ways to count pixels, before both are shown
 
 
@@ -224,7 +225,8 @@ def _repeated(found: Findings) -> Section:
         for group in found.repeated[:_LISTED]
     ]
     blocks: list[Block] = [
-        f"{counted(len(found.repeated), 'group')} of images with equal pixels. Images that merely look alike, or were saved once more, are not found.",
+        f"{counted(len(found.repeated), 'group')} of images with equal pixels. Images that "
+        "merely look alike, or were saved once more, are not found.",
         rows,
     ]
     if len(found.repeated) > len(rows):
@@ -246,14 +248,20 @@ def _sheet(subject: Subject, found: Findings, sheet: Sequence[Seen], seed: int) 
         size = f"{each.width} x {each.height} px"
         note = f"{each.name}, {size}" if labels else size
         if each.thumbnail is not None:
-            pixels = pixels_of(each.thumbnail)
-            width = max(pixels.shape[1], _NARROWEST)
-            crisp = max(each.height, each.width) < 64
-            images.append(Image(pixels, title, note, each.name, width, crisp))
+            images.append(_tile(pixels_of(each.thumbnail), title, note, each.name))
     text = f"{len(images):,} of the images, chosen by seed {seed}, as the dataset gives them."
     if len(subject.images.mean) not in (1, 3):
         text += " Of their channels the first three are shown, each stretched to its range."
     return Section("Contact sheet", [text, images])
+
+
+def _tile(pixels: np.ndarray, title: str, note: str, alt: str) -> Image:
+    """A picture wide enough for its text: tiny ones are enlarged, others have white beside them."""
+    if max(pixels.shape[:2]) <= _TINY:
+        return Image(pixels, title, note, alt, _NARROWEST, crisp=True)
+    lack = max(_NARROWEST - pixels.shape[1], 0)
+    padded = np.pad(pixels, ((0, 0), (0, lack), (0, 0)), constant_values=255)
+    return Image(padded, title, note, alt, padded.shape[1])
 
 
 def _augmented(augmentation: Augmentation, seen: Sequence[Seen], seed: int) -> Section:
