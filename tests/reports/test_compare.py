@@ -297,6 +297,24 @@ def test_overwriting(runs: Path, tmp_path: Path) -> None:
     compared(runs, tmp_path / "out", "one", "larger", given=("--overwrite",))
 
 
+def test_as_the_last_stage_of_a_pipeline(tmp_path: Path) -> None:
+    recipe = tmp_path / "chain.toml"
+    recipe.write_text(f"""
+        task = "pipeline"
+        [stages.one.recipe]
+        extends = "{KNN}"
+        [stages.two.recipe]
+        extends = "{KNN}"
+        backbone = {{ embed_dim = 8 }}
+        [stages.compare.recipe]
+        task = "compare"
+        runs = ["stage:one", "stage:two"]
+    """)
+    done = run_here(tmp_path / "out", recipe=recipe)
+    assert done.returncode == 0, done.stderr
+    assert "★ best" in Page(tmp_path / "out" / "compare" / "report.html").text
+
+
 class TestCompare(TaskSuite):
     @pytest.fixture(autouse=True)
     def _config(self, runs: Path) -> None:
