@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ import torch
 from dinov3_reports import InspectConfig
 from dinov3_reports.inspect_task import Inspect
 from dinov3_reports.moments import image_moments, merge
+from PIL import Image
 from reports_support import EMPTY, SCRIPT, Page, make_images
 from run_support import HERE, run_here, two_processes
 from torchvision import tv_tensors
@@ -138,6 +140,23 @@ def test_workers_change_no_byte(
     assert done.returncode == 0, done.stderr
     for name in ("report.html", "unreadable.txt", "results.json"):
         assert (tmp_path / "out" / name).read_bytes() == (output / name).read_bytes(), name
+
+
+def test_images_are_upright_and_odd_names_printable(tmp_path: Path) -> None:
+    folder = tmp_path / "images" / os.fsdecode(b"caf\xe9 $x_1$")
+    folder.mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    Image.new("RGB", (40, 90), "red").save(folder / "turned.jpg", exif=exif)
+    (folder / "bad\x1b[31m.png").write_bytes(b"no image")
+    done = run_here(tmp_path / "out", f"data={tmp_path / 'images'}", "workers=0", recipe=RECIPE)
+    assert done.returncode == 0, done.stderr
+    sizes = results(tmp_path / "out")["sizes"]
+    assert (sizes["width"]["max"], sizes["height"]["max"]) == (90, 40)
+    page = Page(tmp_path / "out" / "report.html")
+    assert r"caf\xe9 $x_1$/turned.jpg, 90 x 40 px" in page.text
+    assert r"bad\x1b[31m.png" in page.text
+    assert r"bad\x1b[31m.png" in (tmp_path / "out" / "unreadable.txt").read_text()
 
 
 @pytest.mark.slow
