@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from attrs import frozen
 from torch import Tensor
+from torch.nn import functional as F
 
 from dinov3_classify.logistic import Solution, solve
 from dinov3_framework import Model
@@ -51,31 +52,35 @@ def fit(
     max_iterations: int,
     device: torch.device,
 ) -> Fitted:
-    """Choose C by the accuracy on ``val``, the smallest of equally good ones; fit to ``whole``."""
+    """Choose C by the accuracy on ``val``, of equal ones by the cross-entropy; fit to ``whole``."""
     options: dict[str, Any] = {
         "tolerance": tolerance,
         "max_iterations": max_iterations,
         "device": device,
     }
     rows: list[dict[str, Any]] = []
-    best: tuple[float, Solution] | None = None
+    best: tuple[tuple[float, float], Solution] | None = None
     if val is not None and len(strengths) > 1:
         held, truth = val.features.to(device), val.labels.to(device)
         for solution in solve(train.features, train.labels, n_classes, strengths, **options):
-            accuracy = float((solution.scores(held).argmax(dim=1) == truth).double().mean())
-            rows.append(_row(solution, round(100 * accuracy, 4)))
-            if best is None or accuracy > best[0]:
-                best = accuracy, solution
+            scores = solution.scores(held)
+            accuracy = float((scores.argmax(dim=1) == truth).double().mean())
+            merit = accuracy, -float(F.cross_entropy(scores, truth))
+            rows.append(_row(solution, merit))
+            if best is None or merit > best[0]:
+                best = merit, solution
     c, start = (strengths[0], None) if best is None else (best[1].c, best[1])
     (solution,) = solve(whole.features, whole.labels, n_classes, [c], start=start, **options)
     return Fitted(solution.to("cpu"), [*rows, _row(solution, None)])
 
 
-def _row(solution: Solution, accuracy: float | None) -> dict[str, Any]:
+def _row(solution: Solution, merit: tuple[float, float] | None) -> dict[str, Any]:
+    accuracy, loss = (None, None) if merit is None else (round(100 * merit[0], 4), -merit[1])
     return {
         "C": solution.c,
-        "fitted to": "train" if accuracy is not None else "all",
+        "fitted to": "all" if merit is None else "train",
         "accuracy on held-out": accuracy,
+        "loss on held-out": loss,
         "objective": solution.objective,
         "gradient": solution.gradient,
         "iterations": solution.iterations,

@@ -38,8 +38,7 @@ _METRIC = "logistic_regression"
 class LogisticRegressionEvaluation(Evaluation):
     """How well a linear classifier, fitted to rounding, tells the classes of the test images.
 
-    C is chosen on images that are held out, the smallest of equally good ones; the classifier is
-    then fitted to those, too.
+    C is chosen on images that are held out; the classifier is then fitted to those, too.
     """
 
     data_sets: ClassifyData
@@ -176,6 +175,15 @@ class LogisticRegressionEvaluation(Evaluation):
                 {"fit": f"{which.removeprefix(' of ') or 'all'} {each}", **row} for row in one.rows
             ]
             found.tables.setdefault("sweep", []).extend(rows)
+        at_end = sum(each.solution.c == max(self.config.c) for each in fits)
+        if at_end and len(self.config.c) > 1 and collectives.is_main():
+            log.warning(
+                "logistic regression%s: the chosen C is the largest of those tried in %d of %d fits; "
+                "features of a small scale may need larger ones",
+                which,
+                at_end,
+                len(fits),
+            )
         if unfinished and collectives.is_main():
             worst = max(row["gradient"] for each in fits for row in each.rows)
             log.warning(

@@ -55,7 +55,8 @@ def test_it_chooses_and_refits_as_by_scikit_learn() -> None:
     (x, y), (xv, yv), (xt, yt) = features(train), features(val), features(test)
     options: dict[str, Any] = {"tol": 1e-12, "max_iter": 10_000}
     held = [LogisticRegression(C=c, **options).fit(x, y).score(xv, yv) for c in strengths]
-    best = strengths[int(np.argmax(held))]
+    losses = [row["loss on held-out"] for row in made.details().tables["sweep"][:3]]
+    best = strengths[max(range(3), key=lambda place: (held[place], -losses[place]))]
     whole = np.concatenate([x, xv]), np.concatenate([y, yv])
     refit = LogisticRegression(C=best, **options).fit(*whole)
     assert accuracy == pytest.approx(100 * refit.score(xt, yt), abs=1e-3)
@@ -93,6 +94,22 @@ def test_few_shots_and_several_test_sets() -> None:
         f"{test}logistic_regression{end}" for test in ("", "v2/") for end in ends
     }
     assert measure_regression(seed=5)["metrics"] != metrics
+
+
+def test_of_equally_accurate_ones_that_of_lower_cross_entropy_is_chosen() -> None:
+    made = evaluation(c=(1e-6, 1e-5, 1.0), n_per_class=(3,), tries=1)
+    made.run(model())
+    rows = [row for row in made.details().tables["sweep"] if row["fit"] == "3-shot 0"]
+    *tried, last = rows
+    top = max(row["accuracy on held-out"] for row in tried)
+    equal = [row for row in tried if row["accuracy on held-out"] == top]
+    assert last["C"] == min(equal, key=lambda row: row["loss on held-out"])["C"]
+
+
+def test_a_c_at_the_end_of_the_range_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        evaluation(c=(1e-9, 1e-8)).run(model())
+    assert "the chosen C is the largest of those tried" in caplog.text
 
 
 def test_what_has_not_converged_is_said(caplog: pytest.LogCaptureFixture) -> None:
