@@ -150,9 +150,9 @@ class ClassifyData:
         tests = {f"tests.{name}" if name else "test": each for name, each in self.tests.items()}
         for where, dataset in (learned | tests).items():
             if where in tests and n_classes(dataset) is None:
-                yield Problem(where, f"classes are not known; {dataset.describe()}")
+                yield Problem(where, f"needs labels of known classes; {dataset.describe()}")
             elif where in learned and dataset.n_classes is None:
-                yield Problem(where, f"needs one label of each image; {dataset.describe()}")
+                yield Problem(where, f"needs labels, one of each image; {dataset.describe()}")
             ours, theirs = self.train.classes, _class_target(dataset).classes
             if ours is not None and theirs is not None and tuple(ours) != tuple(theirs):
                 odd = sorted(set(ours) ^ set(theirs))

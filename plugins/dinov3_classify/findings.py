@@ -69,8 +69,8 @@ class Findings:
         if confusion is not None:
             # The last one of a set is that of most neighbors, and stands for the set.
             self.arrays[f"{test}_confusion" if test else "confusion"] = confusion
-            rows = confused_rows(confusion, self.names, metric=name)
-            self.tables.setdefault("confused", []).extend(rows)
+            if rows := confused_rows(confusion, self.names, metric=name):
+                self.tables.setdefault("confused", []).extend(rows)
         empty = [row["name"] for row in class_rows(result, self.names) if not row["images"]]
         if empty:
             where = f"classes without images in {test or 'test'}"

@@ -178,8 +178,8 @@ class LogisticRegressionEvaluation(Evaluation):
         at_end = sum(each.solution.c == max(self.config.c) for each in fits)
         if at_end and len(self.config.c) > 1 and collectives.is_main():
             log.warning(
-                "logistic regression%s: the chosen C is the largest of those tried in %d of %d fits; "
-                "features of a small scale may need larger ones",
+                "logistic regression%s: the chosen C is the largest of those tried, in %d of %d "
+                "fits; features of a small scale may need larger ones",
                 which,
                 at_end,
                 len(fits),

@@ -75,12 +75,12 @@ def test_images_that_cannot_be_read_are_in_the_protocol() -> None:
         ({"k": (1, 41)}, "k: 41 neighbors are asked for, the training set has 40 images: clusters"),
         (
             {"train": ClustersConfig(labeled=False)},
-            "train: needs one label of each image; clusters",
+            "train: needs labels, one of each image; clusters",
         ),
-        ({"test": ClustersConfig(labeled=False)}, "test: classes are not known; clusters"),
+        ({"test": ClustersConfig(labeled=False)}, "test: needs labels of known classes; clusters"),
         ({"test": ClustersConfig(names=("a", "b", "c", "e"))}, "d, e in one of them only"),
         ({"test": ClustersConfig(names=("b", "a", "c", "d"))}, "in another order"),
-        ({"tests": {"v2": ClustersConfig(labeled=False)}}, "tests.v2: classes are not known"),
+        ({"tests": {"v2": ClustersConfig(labeled=False)}}, "tests.v2: needs labels"),
         ({"k": (5,), "n_per_class": (1,)}, "n_per_class: 1 images of each of 4 classes are fewer"),
     ],
 )
