@@ -196,15 +196,23 @@ class _Problem:
 
 
 # --------------------------------------------------------------------------- the solver
+@frozen(eq=False)
+class _Pair:
+    """A step, and by how much it changed the gradient; all [K (d + 1)]."""
+
+    step: Tensor
+    change: Tensor
+    conditioned: Tensor  # the change times the preconditioner
+    share: Tensor  # the step over its curvature, step * change
+    scale: Tensor  # the curvature over that of the preconditioner
+
+
 @define(eq=False)
 class _Memory:
-    """What L-BFGS knows of the curvature: steps, and by how much they changed the gradient."""
+    """What L-BFGS knows of the curvature."""
 
     inverse: Tensor  # the preconditioner, which is symmetric
-    steps: list[Tensor] = field(factory=list)
-    changes: list[Tensor] = field(factory=list)
-    conditioned: list[Tensor] = field(factory=list)  # changes times the preconditioner
-    curvatures: list[Tensor] = field(factory=list)  # steps times changes
+    pairs: list[_Pair] = field(factory=list)
 
     def direction(self, gradient: Tensor, conditioned: Tensor) -> Tensor:
         """Downhill, by the two-loop recursion (Nocedal 1980).
@@ -212,35 +220,25 @@ class _Memory:
         ``conditioned`` is the gradient times the preconditioner; what the first loop takes off the
         gradient is taken off there, too, which saves a product.
         """
-        rest, ahead, shares = gradient.clone(), conditioned.clone(), []
-        for step, change, preconditioned, curvature in self._pairs(-1):
-            shares.append((step * rest).sum() / curvature)
-            rest -= shares[-1] * change
-            ahead -= shares[-1] * preconditioned
-        if self.steps:
-            ahead *= self.curvatures[-1] / (self.changes[-1] * self.conditioned[-1]).sum()
-        for (step, change, _, curvature), share in zip(
-            self._pairs(1), reversed(shares), strict=True
-        ):
-            ahead += (share - (change * ahead).sum() / curvature) * step
-        return ahead.neg_()
+        rest, ahead, shares = gradient.flatten().clone(), conditioned.flatten().clone(), []
+        for pair in reversed(self.pairs):
+            shares.append(torch.dot(pair.share, rest))
+            rest.addcmul_(pair.change, shares[-1], value=-1)
+            ahead.addcmul_(pair.conditioned, shares[-1], value=-1)
+        if self.pairs:
+            ahead *= self.pairs[-1].scale
+        for pair, share in zip(self.pairs, reversed(shares), strict=True):
+            ahead.addcmul_(pair.share, torch.dot(pair.change, ahead), value=-1)
+            ahead.addcmul_(pair.step, share)
+        return ahead.neg_().view_as(gradient)
 
     def remember(self, step: Tensor, change: Tensor, conditioned: Tensor) -> None:
-        curvature = (step * change).sum()
-        if float(curvature) <= 0:
-            return
-        for kept, new in (
-            (self.steps, step),
-            (self.changes, change),
-            (self.conditioned, conditioned),
-            (self.curvatures, curvature),
-        ):
-            kept.append(new)
-            del kept[:-_HISTORY]
-
-    def _pairs(self, way: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        lists = (self.steps, self.changes, self.conditioned, self.curvatures)
-        yield from zip(*(each[::way] for each in lists), strict=True)
+        step, change, conditioned = step.flatten(), change.flatten(), conditioned.flatten()
+        curvature = torch.dot(step, change)
+        if float(curvature) > 0:
+            scale = curvature / torch.dot(change, conditioned)
+            pair = _Pair(step, change, conditioned, step / curvature, scale)
+            self.pairs = [*self.pairs, pair][-_HISTORY:]
 
 
 def _minimize(
@@ -254,7 +252,7 @@ def _minimize(
         if float(point.gradient.abs().max()) <= tolerance:
             return point, iteration, True
         found = _search(problem, point, memory.direction(point.gradient, conditioned), penalty)
-        if found is None and memory.steps:  # perhaps what is remembered misleads
+        if found is None and memory.pairs:  # perhaps what is remembered misleads
             memory = _Memory(memory.inverse)
             continue
         if found is None:  # nothing is lower, to rounding
@@ -274,7 +272,8 @@ def _minimize(
 def _search(problem: _Problem, point: _Point, direction: Tensor, penalty: float) -> _Point | None:
     """A lower point along the direction, or None: Newton's method in one dimension, in bounds."""
     n = len(problem.inputs)
-    moved = direction @ problem.inputs.T
+    # The way of layouts that is faster for few classes, and as fast for many.
+    moved = (problem.inputs @ direction.T.contiguous()).T.contiguous()
     shrinking = penalty * (point.weights[:, :-1] * direction[:, :-1]).sum()
     along = float(shrinking - moved.gather(0, problem.labels).mean())
     curve = float(penalty * direction[:, :-1].square().sum())
