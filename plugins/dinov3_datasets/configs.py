@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from dinov3_framework import DatasetConfig, InvalidOption, config, option, positive
+from dinov3_framework import DatasetConfig, InvalidOption, config, not_negative, option, positive
 
 _EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".webp", ".avif", ".bmp", ".gif", ".tga",
@@ -33,6 +33,10 @@ def _bits(value: int) -> str | None:
     return None if 1 <= value <= 32 else f"must be 1 to 32, not {value}"
 
 
+def _inner_fraction(value: float) -> str | None:
+    return None if 0 < value < 1 else f"must lie between 0 and 1, is {value:g}"
+
+
 def _color(value: tuple[int, int, int]) -> str | None:
     return None if all(0 <= part <= 255 for part in value) else "takes three numbers of 0 to 255"
 
@@ -57,6 +61,23 @@ class ImageFolderConfig(DatasetConfig):
         default=None,
         check=_classes,
     )
+    sort: Literal["name", "number"] = option(
+        "order of files and class folders: by name (10 before 2), or with digits in a row as one "
+        "number (2 before 10), as class folders 0, 1, ..., 999 need it",
+        default="name",
+    )
+    split: Literal["all", "train", "val"] = option(
+        "all images, or those for training or validation: of the subfolders train and val (or "
+        "valid, validation, test) of root, with the classes of train; where there are none, a "
+        "seeded share of each class",
+        default="all",
+    )
+    val_fraction: float = option(
+        "the share of each class that is for validation, where split has no subfolders",
+        default=0.2,
+        check=_inner_fraction,
+    )
+    split_seed: int = option("seed of that choice", default=0, check=not_negative)
     extensions: tuple[str, ...] = option(
         "endings of image files, upper case included", default=_EXTENSIONS, check=_extensions
     )
