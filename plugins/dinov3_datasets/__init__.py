@@ -1,9 +1,17 @@
-"""Datasets: folders of images, satellite scenes, a small Fashion-MNIST; parts and mixtures."""
+"""Datasets: folders of images, satellite scenes, ImageNet, a small Fashion-MNIST; parts, mixtures.
+
+And the task ``index``, which writes what some of them need beside their data.
+"""
 
 from __future__ import annotations
 
 from dinov3_datasets.composed_configs import MixtureConfig, SubsetConfig
-from dinov3_datasets.configs import FashionMnistConfig, ImageFolderConfig
+from dinov3_datasets.configs import FashionMnistConfig, ImageFolderConfig, IndexConfig
+from dinov3_datasets.imagenet_configs import (
+    Imagenet1kConfig,
+    Imagenet22kConfig,
+    ImagenetV2Config,
+)
 from dinov3_framework import Component, hookimpl
 
 
@@ -11,7 +19,15 @@ from dinov3_framework import Component, hookimpl
 def dinov3_datasets() -> list[Component]:
     return [
         Component("image_folder", ImageFolderConfig, "dinov3_datasets.image_folder:ImageFolder"),
+        Component("imagenet_1k", Imagenet1kConfig, "dinov3_datasets.imagenet_1k:Imagenet1k"),
+        Component("imagenet_v2", ImagenetV2Config, "dinov3_datasets.imagenet_v2:ImagenetV2"),
+        Component("imagenet_22k", Imagenet22kConfig, "dinov3_datasets.imagenet_22k:Imagenet22k"),
         Component("fashion_mnist", FashionMnistConfig, "dinov3_datasets.fashion:FashionMnist"),
         Component("subset", SubsetConfig, "dinov3_datasets.subset:Subset", composes=True),
         Component("mixture", MixtureConfig, "dinov3_datasets.mixture:build_mixture", composes=True),
     ]
+
+
+@hookimpl
+def dinov3_tasks() -> list[Component]:
+    return [Component("index", IndexConfig, "dinov3_datasets.index_task:IndexTask")]

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import ClassVar, Literal
 
-from dinov3_framework import DatasetConfig, InvalidOption, config, not_negative, option, positive
+from dinov3_framework import (
+    DatasetConfig,
+    InvalidOption,
+    TaskConfig,
+    config,
+    not_negative,
+    option,
+    positive,
+)
 
 _EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".webp", ".avif", ".bmp", ".gif", ".tga",
@@ -129,3 +138,21 @@ class FashionMnistConfig(DatasetConfig):
     split: Literal["train", "test"] = option(
         "train (5,000 images) or test (1,000 images)", default="train"
     )
+
+
+@config
+class IndexConfig(TaskConfig):
+    """Writes the index files that a dataset needs beside its data, once for all runs.
+
+    For datasets of a kind that has them, such as imagenet_1k. The run's folder holds its log
+    alone; the index goes where the dataset looks for it.
+    """
+
+    dataset: DatasetConfig = option("the dataset that gets an index")
+    replace: bool = option("write index files anew that are there already", default=False)
+    overwritten: ClassVar = ()
+
+    def run_name(self, recipe: str) -> str:
+        """The recipe's name with the dataset's folder and split, as far as it has them."""
+        naming = (getattr(self.dataset, name, None) for name in ("root", "split"))
+        return "-".join([recipe, *(Path(value).name for value in naming if value)])

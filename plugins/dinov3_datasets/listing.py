@@ -15,8 +15,6 @@ import numpy as np
 
 from dinov3_framework import DataError
 
-_BATCH = 4096  # files whose sizes and times are hashed at once
-
 
 class FileList:
     """Paths relative to a root, in one buffer: a few bytes a file more than the names.
@@ -45,30 +43,12 @@ class FileList:
         """The beginning of a SHA-256 of all names in their order."""
         return hashlib.sha256(self._buffer + self._offsets.tobytes()).hexdigest()[:16]
 
-    def stamp(self, root: Path) -> str:
-        """The beginning of a SHA-256 of the sizes and modification times of all files."""
-        hashed = hashlib.sha256()
-        folder = os.fspath(root)
-        for first in range(0, len(self), _BATCH):
-            rows = range(first, min(first + _BATCH, len(self)))
-            stamps = [_size_and_time(os.path.join(folder, self[row])) for row in rows]
-            hashed.update(np.array(stamps, dtype=np.int64).tobytes())
-        return hashed.hexdigest()[:16]
-
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> str:
         start, stop = self._offsets[index], self._offsets[index + 1]
         return os.fsdecode(self._buffer[start:stop])
-
-
-def _size_and_time(path: str) -> tuple[int, int]:
-    try:
-        status = os.stat(path)
-    except OSError:  # a link to nothing: found out when it is read
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
 
 
 def by_number(name: str) -> tuple[Any, ...]:
