@@ -12,6 +12,7 @@ from dinov3_datasets.imagenet_configs import (
     Imagenet22kConfig,
     ImagenetV2Config,
 )
+from dinov3_datasets.scene_configs import GeotiffScenesConfig
 from dinov3_framework import Component, hookimpl
 
 
@@ -23,6 +24,9 @@ def dinov3_datasets() -> list[Component]:
         Component("imagenet_v2", ImagenetV2Config, "dinov3_datasets.imagenet_v2:ImagenetV2"),
         Component("imagenet_22k", Imagenet22kConfig, "dinov3_datasets.imagenet_22k:Imagenet22k"),
         Component("fashion_mnist", FashionMnistConfig, "dinov3_datasets.fashion:FashionMnist"),
+        Component(
+            "geotiff_scenes", GeotiffScenesConfig, "dinov3_datasets.geotiff_scenes:GeotiffScenes"
+        ),
         Component("subset", SubsetConfig, "dinov3_datasets.subset:Subset", composes=True),
         Component("mixture", MixtureConfig, "dinov3_datasets.mixture:build_mixture", composes=True),
     ]
