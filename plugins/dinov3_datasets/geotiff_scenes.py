@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from dinov3_datasets.file_stamps import files_stamp
-from dinov3_datasets.listing import FileList, image_files
+from dinov3_datasets.listing import FileList
 from dinov3_datasets.scene_configs import GeotiffScenesConfig
 from dinov3_datasets.scene_files import (
     OpenScenes,
@@ -22,7 +21,8 @@ from dinov3_datasets.scene_files import (
     read_pixels,
     reading,
 )
-from dinov3_datasets.scene_levels import Levels
+from dinov3_datasets.scene_levels import Levels, beyond_range
+from dinov3_datasets.scene_listing import list_scenes
 from dinov3_datasets.scene_statistics import (
     BandStatistics,
     gather,
@@ -34,7 +34,6 @@ from dinov3_datasets.scene_windows import Grid, Windows, windows_with_data
 from dinov3_framework import DataError, Dataset, Sample
 from dinov3_framework.errors import CorruptSampleError, first_few, printable
 
-_ENDINGS = (".tif", ".tiff")
 _LOOKED_AT = 8  # windows, by a check
 
 
@@ -48,7 +47,7 @@ class GeotiffScenes(Dataset):
     def __init__(self, config: GeotiffScenesConfig, *, channels: int) -> None:
         need_rasterio()
         self.config = config
-        self.root, names = self._listed()
+        self.root, names = list_scenes(config)
         self.unreadable: dict[str, str] = {}  # reasons by name
         found = dict(self._headers(names))
         if not found:
@@ -146,7 +145,18 @@ class GeotiffScenes(Dataset):
                 f"{self._scaled:,} scenes have a scale and offset, which are not applied: low and "
                 "high are of stored values (apply_scale = true)"
             )
-        return [printable(line, kept="") for line in [*found, *self._beyond()]]
+        return [
+            printable(line, kept="")
+            for line in [*found, *beyond_range(self._some(), self.bands, self.levels)]
+        ]
+
+    def _some(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What a few windows hold, those of them that can be decoded."""
+        parts = []
+        for index in sampled(len(self), _LOOKED_AT, 0):
+            with suppress(CorruptSampleError):  # counted when it is wanted
+                parts.append(self.read(index))
+        return parts
 
     # ------------------------------------------------------------------ statistics
     def statistics(self) -> list[dict[str, float]]:
@@ -193,34 +203,6 @@ class GeotiffScenes(Dataset):
     @property
     def _stride(self) -> int:
         return self.config.stride or self.config.tile
-
-    def _listed(self) -> tuple[Path, list[str]]:
-        """The folder, and the scenes below it."""
-        config = self.config
-        root = Path(config.root).expanduser()
-        if root.is_file():
-            return root.parent, [root.name]
-        if not root.is_dir():
-            raise DataError(
-                f"geotiff_scenes: root = {config.root!r} does not exist\n"
-                "    root is the folder of your scenes, or one of them"
-            )
-        if config.scenes is not None:
-            names = list(config.scenes)
-            if absent := [name for name in names if not (root / name).is_file()]:
-                raise DataError(
-                    f"geotiff_scenes: no scene {first_few(map(repr, absent))} in {root}"
-                )
-        else:
-            names = list(image_files(root, _ENDINGS))
-            if config.pattern is not None:
-                names = [name for name in names if fnmatchcase(name, config.pattern)]
-        if not names:
-            what = "that end in .tif or .tiff"
-            if config.pattern is not None:
-                what += f" and fit pattern = {config.pattern!r}"
-            raise DataError(f"geotiff_scenes: no files {what} in {root} or below")
-        return root, names
 
     def _headers(self, names: list[str]) -> Iterator[tuple[str, Scene]]:
         for name in names:
@@ -313,27 +295,3 @@ class GeotiffScenes(Dataset):
                 raise DataError('geotiff_scenes: fill = "mean" of several types needs low and high')
             levels = levels.with_means(found.mean, next(iter(self._dtypes)))
         return levels
-
-    def _beyond(self) -> list[str]:
-        """What of the values of some windows is black or white, or little of the range."""
-        low, high = self.levels.low, self.levels.high
-        lines: list[str] = []
-        parts = []
-        for index in sampled(len(self), _LOOKED_AT, 0):
-            with suppress(CorruptSampleError):  # counted when it is wanted
-                parts.append(self.read(index))
-        for number, band in enumerate(self.bands if parts else ()):
-            values = np.concatenate([each[number][valid[number]] for each, valid in parts])
-            if not values.size:
-                continue
-            limit = float(np.iinfo(values.dtype).max) if not low else high[number]
-            least, most = float(values.min()), float(values.max())
-            first = low[number] if low else 0.0
-            if most - least < (limit - first) / 4 and values.dtype != np.uint8:
-                lines.append(
-                    f"band {band} holds {least:g} to {most:g} in {len(parts)} windows, a fraction "
-                    f"of {first:g} to {limit:g}"
-                )
-            elif low and (share := float(((values < first) | (values > limit)).mean())) > 0.1:
-                lines.append(f"{share:.0%} of band {band} lie outside {first:g} to {limit:g}")
-        return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -74,3 +75,30 @@ def _to_8_bits(name: str, values: np.ndarray, given: Range) -> np.ndarray:
 def _table(given: Range, dtype: str) -> np.ndarray:
     """What every value of 16 bits becomes, by the bits that it is stored with."""
     return to_8_bits("a table", np.arange(2**16, dtype=np.uint16).view(dtype), given)
+
+
+def beyond_range(
+    parts: Sequence[tuple[np.ndarray, np.ndarray]], bands: Sequence[int], levels: Levels
+) -> list[str]:
+    """Bands whose values use little of their range, or lie outside it; in words.
+
+    ``parts`` are the values and validity of some windows, both [C, h, w].
+    """
+    lines: list[str] = []
+    for number, band in enumerate(bands if parts else ()):
+        values = np.concatenate([each[number][valid[number]] for each, valid in parts])
+        if not values.size:
+            continue
+        if levels.low:
+            low, high = levels.low[number], levels.high[number]
+        else:
+            low, high = 0.0, float(np.iinfo(values.dtype).max)
+        least, most = float(values.min()), float(values.max())
+        if most - least < (high - low) / 4 and values.dtype != np.uint8:
+            lines.append(
+                f"band {band} holds {least:g} to {most:g} in {len(parts)} windows, a fraction of "
+                f"{low:g} to {high:g}"
+            )
+        elif (share := float(((values < low) | (values > high)).mean())) > 0.1:
+            lines.append(f"{share:.0%} of band {band} lie outside {low:g} to {high:g}")
+    return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,14 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         scenes(tmp_path, bands=(1, 2))
     with pytest.raises(DataError, match=r"a.tif has 4 bands, bands names 5"):
         scenes(tmp_path, bands=(1, 2, 5))
+
+
+def test_a_missing_library_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rasterio", None)
+    with pytest.raises(DataError, match=r"pip install 'dinov3-framework\[geo\]'"):
+        scenes(tmp_path)
 
 
 def test_more_scenes_than_are_held_open(tmp_path: Path) -> None:
