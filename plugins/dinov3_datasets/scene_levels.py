@@ -10,6 +10,8 @@ from attrs import frozen
 
 from dinov3_framework.data.rasters import Range, to_8_bits
 
+_SHOWN = 4  # bands, by a check
+
 
 @frozen
 class Levels:
@@ -97,8 +99,9 @@ def beyond_range(
         if most - least < (high - low) / 4 and values.dtype != np.uint8:
             lines.append(
                 f"band {band} holds {least:g} to {most:g} in {len(parts)} windows, a fraction of "
-                f"{low:g} to {high:g}"
+                f'{low:g} to {high:g}; state it (bits, low and high), or range = "percentile"'
             )
         elif (share := float(((values < low) | (values > high)).mean())) > 0.1:
             lines.append(f"{share:.0%} of band {band} lie outside {low:g} to {high:g}")
-    return lines
+    more = [f"so for {len(lines) - _SHOWN:,} more bands"] if len(lines) > _SHOWN else []
+    return [*lines[:_SHOWN], *more]
