@@ -21,7 +21,7 @@ class SubsetConfig(DatasetConfig):
 
     ``classes`` and ``indices_file`` select first; of what is left, ``first``, ``per_class`` or
     ``percent`` take a part. No image is read for it. A larger part of the same seed holds every
-    smaller one.
+    smaller one. Where classes decide, samples without a label are left out.
     """
 
     of: DatasetConfig = option("the dataset")

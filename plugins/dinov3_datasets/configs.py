@@ -51,7 +51,45 @@ def _color(value: tuple[int, int, int]) -> str | None:
 
 
 @config
-class ImageFolderConfig(DatasetConfig):
+class PicturesConfig(DatasetConfig):
+    """Base of datasets that decode image files: how their values become 8 bits."""
+
+    max_pixels: int = option(
+        "pixels above which an image counts as corrupt, told from its header before decoding; the "
+        "default is where Pillow refuses, about 0.5 GB once decoded",
+        default=178_956_970,
+        check=positive,
+    )
+    bits: int | None = option(
+        "bits that the values of wider files really have, such as 10 or 12; left out, 16 of 16",
+        default=None,
+        check=_bits,
+    )
+    low: float | None = option("in place of bits, the value that becomes black", default=None)
+    high: float | None = option("and the value that becomes white", default=None)
+    background: tuple[int, int, int] = option(
+        "what shows through where images are transparent, RGB",
+        default=(255, 255, 255),
+        check=_color,
+    )
+
+    @property
+    def values(self) -> tuple[float, float] | None:
+        """The values that become 0 and 255, if they are stated."""
+        if self.bits is not None:
+            return 0.0, 2.0**self.bits - 1
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+    def __attrs_post_init__(self) -> None:
+        ends = (self.low is None) + (self.high is None)
+        if ends == 1 or (ends == 0 and self.bits is not None):
+            raise InvalidOption("low", "low and high go together, in place of bits")
+        if self.low is not None and self.high is not None and not self.low < self.high:
+            raise InvalidOption("low", f"is {self.low:g}, not below high = {self.high:g}")
+
+
+@config
+class ImageFolderConfig(PicturesConfig):
     """All images below a folder, at any depth; with labels where class folders give them.
 
     Files and folders whose names start with a dot are ignored, links are followed. The order is
@@ -90,39 +128,9 @@ class ImageFolderConfig(DatasetConfig):
     extensions: tuple[str, ...] = option(
         "endings of image files, upper case included", default=_EXTENSIONS, check=_extensions
     )
-    max_pixels: int = option(
-        "pixels above which a file counts as corrupt, told from its header before decoding; the "
-        "default is where Pillow refuses, about 0.5 GB once decoded",
-        default=178_956_970,
-        check=positive,
-    )
-
-    bits: int | None = option(
-        "bits that the values of wider files really have, such as 10 or 12; left out, 16 of 16",
-        default=None,
-        check=_bits,
-    )
-    low: float | None = option("in place of bits, the value that becomes black", default=None)
-    high: float | None = option("and the value that becomes white", default=None)
-    background: tuple[int, int, int] = option(
-        "what shows through where images are transparent, RGB",
-        default=(255, 255, 255),
-        check=_color,
-    )
-
-    @property
-    def values(self) -> tuple[float, float] | None:
-        """The values that become 0 and 255, if they are stated."""
-        if self.bits is not None:
-            return 0.0, 2.0**self.bits - 1
-        return None if self.low is None or self.high is None else (self.low, self.high)
 
     def __attrs_post_init__(self) -> None:
-        ends = (self.low is None) + (self.high is None)
-        if ends == 1 or (ends == 0 and self.bits is not None):
-            raise InvalidOption("low", "low and high go together, in place of bits")
-        if self.low is not None and self.high is not None and not self.low < self.high:
-            raise InvalidOption("low", f"is {self.low:g}, not below high = {self.high:g}")
+        super().__attrs_post_init__()
         if self.classes is not None and self.labels == "none":
             raise InvalidOption("classes", 'needs labels = "folders" or "auto", is with "none"')
 

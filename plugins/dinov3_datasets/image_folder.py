@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dinov3_datasets.configs import ImageFolderConfig
+from dinov3_datasets.decoding import pixel_options
 from dinov3_datasets.file_stamps import files_stamp
 from dinov3_datasets.listing import FileList, by_number, image_files
 from dinov3_datasets.splits import choose_val, split_folders
@@ -90,11 +91,10 @@ class ImageFolder(Dataset):
 
     def version(self) -> str:
         """The digest, sizes and times of the files, the classes, and how values become 0..255."""
-        config = self.config
         classes = None if self.classes is None else list(self.classes)
         stamp = files_stamp(self.root, iter(self.files))
-        seen = f"{config.values} {config.background} {config.max_pixels}"
-        return f"{self.digest()}, files {stamp}, {seen}, classes {classes}"
+        options = pixel_options(self.config, self.channels)
+        return f"{self.digest()}, files {stamp}, {options}, classes {classes}"
 
     def notes(self) -> list[str]:
         """What is no image or has none, and values and bands of the first images that are lost."""

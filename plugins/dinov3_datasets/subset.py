@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dinov3_datasets.composed_configs import SubsetConfig
+from dinov3_datasets.labels import NONE
 from dinov3_framework import DataError, Dataset, Sample
 from dinov3_framework.contracts.data import StreamDataset
 from dinov3_framework.errors import CorruptSampleError, first_few, printable, suggest
@@ -88,6 +89,7 @@ class Subset(Dataset):
         if config.indices_file is not None:
             kept = read_indices(config.indices_file, self.whole)
         labels = self._labels(kept)
+        kept, labels = kept[labels != NONE], labels[labels != NONE]
         if config.classes is not None:
             present = np.isin(labels, self._ids(config.classes))
             kept, labels = kept[present], labels[present]
@@ -104,7 +106,7 @@ class Subset(Dataset):
         return kept
 
     def _labels(self, indices: np.ndarray) -> np.ndarray:
-        """Labels of samples, int64 [n]; zeros where they do not matter."""
+        """Labels of samples, int64 [n], ``NONE`` for none; zeros where they do not matter."""
         config = self.config
         by_class = {
             "classes": config.classes is not None,
@@ -114,16 +116,15 @@ class Subset(Dataset):
         key = next((name for name, is_given in by_class.items() if is_given), None)
         if key is None:
             return np.zeros(len(indices), dtype=np.int64)
+        if "label" not in self.targets:
+            raise DataError(f"subset: {key} needs labels; {self.whole.describe()} has none")
         labels = []
         for index in map(int, indices):
             try:
                 label = self.whole.label(index)
             except CorruptSampleError as error:
                 raise DataError(f"subset: the label of a sample cannot be read: {error}") from error
-            if label is None:
-                name = printable(self.whole.name(index), kept="")
-                raise DataError(f"subset: {key} needs labels, {name} of the dataset has none")
-            labels.append(label)
+            labels.append(NONE if label is None else label)
         return np.array(labels, dtype=np.int64)
 
     def _ids(self, names: Sequence[str]) -> list[int]:

@@ -71,6 +71,14 @@ def test_classes_select_and_labels_stay() -> None:
     assert Counter(index % 4 for index in taken(subset(classes=["d"], per_class=3))) == {3: 3}
 
 
+def test_samples_without_a_label_are_of_no_class() -> None:
+    of = grays(count=20, label_count=4, unlabeled=6)
+    assert 6 not in taken(subset(of, percent=100.0))
+    assert 6 in taken(subset(of, first=7))
+    with pytest.raises(DataError, match=r"fewer images: c \(4\)"):
+        subset(of, per_class=5)
+
+
 def test_a_file_lists_names_short_names_and_numbers(tmp_path: Path) -> None:
     listing = tmp_path / "some.txt"
     listing.write_text("folder0/image4\r\n\nimage3\n 17 \nimage3\n")
@@ -119,7 +127,11 @@ def test_subsets_of_subsets() -> None:
     [
         (grays(count=7, label_count=4), {"per_class": 2}, r"1 classes have fewer images: d \(1\)"),
         (grays(label_count=4, named=False), {"per_class": 4}, r"4 classes .*: 0 \(3\), 1 \(3\)"),
-        (grays(label_count=0), {"per_class": 2}, "per_class needs labels, folder0/image0"),
+        (
+            grays(label_count=0),
+            {"per_class": 2},
+            "per_class needs labels; Grays, 10 images has none",
+        ),
         (grays(), {"classes": ["b", "aa"]}, "no class is named 'aa'; did you mean 'a'"),
         (grays(named=False), {"classes": ["a"]}, "needs names of classes, the dataset has none"),
         (grays(), {"first": 11}, "first = 11, there are 10 images"),

@@ -30,6 +30,7 @@ class GraysConfig(DatasetConfig):
     label_count: int = option("classes; 0 for no labels", default=2)
     named: bool = option("whether classes have names", default=True)
     corrupt: int = option("index of an image that is corrupt", default=-1)
+    unlabeled: int = option("index of an image without a label", default=-1)
     shade: int = option("gray of the first image", default=0)
 
 
@@ -58,7 +59,8 @@ class Grays(Dataset):
         return Sample(image, {} if label is None else {"label": label})
 
     def label(self, index: int) -> int | None:
-        return index % self.config.label_count if self.config.label_count else None
+        count = self.config.label_count
+        return None if not count or index == self.config.unlabeled else index % count
 
     def name(self, index: int) -> str:
         return f"folder{index % 2}/image{index}"
