@@ -62,6 +62,8 @@ class GeotiffScenes(Dataset):
         self._dtypes = {scene.dtype for scene in scenes}
         self._scaled = sum(scene.is_scaled for scene in scenes)
         self._small = sum(min(each.height, each.width) < config.tile for each in scenes)
+        # Of which a window decodes several times what it shows.
+        self._striped = sum(each.block[1] >= 4 * config.tile for each in scenes)
         self._check_range(scenes)
         self.open_scenes = OpenScenes(config.max_open)
         self.windows = self._find_windows(found)
@@ -145,10 +147,13 @@ class GeotiffScenes(Dataset):
                 f"{self._scaled:,} scenes have a scale and offset, which are not applied: low and "
                 "high are of stored values (apply_scale = true)"
             )
-        return [
-            printable(line, kept="")
-            for line in [*found, *beyond_range(self._some(), self.bands, self.levels)]
-        ]
+        if self._striped:
+            found.append(
+                f"{self._striped:,} scenes are stored in whole rows, which take long to read "
+                "windows of: gdal_translate -of COG stores them in tiles"
+            )
+        found += beyond_range(self._some(), self.bands, self.levels)
+        return [printable(line, kept="") for line in found]
 
     def _some(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """What a few windows hold, those of them that can be decoded."""

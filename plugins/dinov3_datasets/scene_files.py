@@ -37,6 +37,7 @@ class Scene:
     scales: tuple[float, ...]  # of all bands
     offsets: tuple[float, ...]
     overviews: tuple[int, ...]  # their factors
+    block: tuple[int, int]  # height and width of what is decoded at once
 
     @property
     def is_scaled(self) -> bool:
@@ -109,6 +110,7 @@ def read_header(path: str) -> Scene:
             scales=tuple(source.scales),
             offsets=tuple(source.offsets),
             overviews=tuple(source.overviews(1)),
+            block=tuple(source.block_shapes[0]),
         )
 
 

@@ -250,6 +250,16 @@ def test_scenes_that_cannot_be_opened_are_left_out_aloud(tmp_path: Path) -> None
         scenes(tmp_path)
 
 
+def test_a_check_says_what_takes_long(tmp_path: Path) -> None:
+    values = noise(3, 32, 80, high=255).astype(np.uint8)
+    write_scene(tmp_path / "a.tif", values, tiled=False, blockxsize=80, blockysize=1)
+    (note,) = scenes(tmp_path).notes()
+    assert note.startswith("1 scenes are stored in whole rows")
+    assert scenes(tmp_path, tile=32).notes() == []
+    write_scene(tmp_path / "a.tif", values)
+    assert scenes(tmp_path).notes() == []
+
+
 def test_a_name_that_is_no_utf8_is_left_out(tmp_path: Path) -> None:
     write_scene(tmp_path / "good.tif", noise(3, 16, 16))
     try:
