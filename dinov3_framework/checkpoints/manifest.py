@@ -129,6 +129,17 @@ class Manifest:
         return None
 
 
+def parse_state(data: bytes) -> dict[str, Any]:
+    """The JSON object that a ``state.json`` holds; raises ``Damage`` where it holds none."""
+    try:
+        state = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise Damage(STATE, f"is malformed ({type(error).__name__}: {error})") from error
+    if not isinstance(state, dict):
+        raise Damage(STATE, f"is malformed (a {type(state).__name__} where a table should be)")
+    return state
+
+
 def is_plain_name(name: object) -> bool:
     """Whether ``name`` is the name of a file and cannot lead out of its folder."""
     if not isinstance(name, str):
