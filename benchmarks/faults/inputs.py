@@ -128,10 +128,10 @@ def thin_images(place: Place) -> Iterator[Outcome]:
         Image.new("L", size).save(place.work / "images" / name)
     words = (f"weights={finished(place)}", f"dataset.root={place.work / 'images'}", "workers=1")
     output = place.work / "out"
-    yield ended(run(output, *words, recipe=Path("features"), plain=True), 0)
-    rows, skipped = ((output / name).read_text() for name in ("index.csv", "skipped.csv"))
-    yield judge(rows.count("\n") == 31, None, "images beside them were lost")
-    yield judge("a.png" in skipped and "b.png" in skipped, None, "they are not in skipped.csv")
+    within = ("prlimit", "--data=1500000000", "env")  # resized whole, they would take gigabytes
+    yield ended(run(output, *words, recipe=Path("features"), plain=True, within=within), 0)
+    rows = (output / "index.csv").read_text().splitlines()[1:]
+    yield judge(len(rows) == 32, None, f"{len(rows)} of 32 images were read")
 
 
 def odd_names(place: Place) -> Iterator[Outcome]:
