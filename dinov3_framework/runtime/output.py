@@ -26,6 +26,7 @@ from dinov3_framework.registry import Registry
 from dinov3_framework.runtime.durable import (
     clear_aside,
     irregular,
+    parse_json,
     read_file,
     unwritable,
     written_aside,
@@ -168,7 +169,7 @@ def overwrite(config: TaskConfig, registry: Registry, output_dir: Path) -> None:
 def _named_files(output_dir: Path) -> list[str]:
     """The files in the folder that its results.json names, as patterns."""
     try:
-        names = json.loads(read_file(output_dir / RESULTS)).get("files", [])
+        names = parse_json(read_file(output_dir / RESULTS)).get("files", [])
         inside = [each for each in names if not os.path.isabs(each) and ".." not in each]
         return [glob.escape(each) for each in inside]
     except (OSError, ValueError, TypeError, AttributeError):
@@ -186,10 +187,10 @@ def elsewhere(config: TaskConfig, output_dir: Path) -> str:
 def is_complete(output_dir: Path) -> bool:
     """Whether a run has left its results, whole, beside its recipe."""
     try:
-        json.loads(read_file(output_dir / RESULTS))
+        results = parse_json(read_file(output_dir / RESULTS))
     except (OSError, ValueError):
         return False
-    return (output_dir / RECIPE).exists()
+    return isinstance(results, dict) and (output_dir / RECIPE).exists()
 
 
 def _set_aside_unusable(output_dir: Path) -> None:
@@ -198,7 +199,7 @@ def _set_aside_unusable(output_dir: Path) -> None:
     if path.is_file() and not is_complete(output_dir):
         why = "there is no recipe beside it"
         if (output_dir / RECIPE).exists():
-            why = "it is empty or no JSON"
+            why = "it is empty or no JSON object"
         aside = path.with_name(f"{RESULTS}.unusable")
         try:
             path.replace(aside)

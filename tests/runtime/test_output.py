@@ -135,7 +135,7 @@ def test_a_complete_run_is_said_to_be_complete(tmp_path: Path) -> None:
         prepare(tmp_path, "seed=3")
 
 
-@pytest.mark.parametrize("content", ["", "not json", None])
+@pytest.mark.parametrize("content", ["", "not json", "[1]", "[" * 100_000, None])
 def test_results_that_complete_nothing(
     tmp_path: Path, content: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
