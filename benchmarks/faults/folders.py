@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from harness import (
     checkpoints,
     ended,
     finished,
+    halted,
     interrupted,
     judge,
     refused,
@@ -62,19 +64,36 @@ def disk_full(place: Place) -> Iterator[Outcome]:
             yield again(place, output)
 
 
-def metrics_full(place: Place) -> Iterator[Outcome]:
-    """The disk fills between two checkpoints, so that lines of metrics find no room."""
+def disk_full_at_the_end(place: Place) -> Iterator[Outcome]:
+    """All is trained and saved; the export finds no room."""
     with _disk(place.work / "disk", "8m") as mounted:
         if mounted:
             output, filler = place.work / "disk" / "run", place.work / "disk" / "filler"
-            begun = start(output, PAUSE, "checkpoint.every=4")
+            begun = start(output)
+            if not halted(begun, output, "exports/.*"):
+                return  # it was quicker
+            fill(filler)
+            begun.process.send_signal(signal.SIGCONT)
+            yield ended(begun.finish(), 2, "cannot be written: disk full")
+            yield judge(not (output / "results.json").exists(), None, "it counts as complete")
+            filler.unlink()
+            yield again(place, output)
+
+
+def metrics_full(place: Place) -> Iterator[Outcome]:
+    """The disk fills between two checkpoints, and lines of metrics and of the log find no room."""
+    with _disk(place.work / "disk", "8m") as mounted:
+        if mounted:
+            output, filler = place.work / "disk" / "run", place.work / "disk" / "filler"
+            words = ("checkpoint.every=4", "dataset.use=flaky", "dataset.corrupt_every=2")
+            begun = start(output, PAUSE, *words)
             wait_for(output, 2, begun)
             fill(filler)
             yield ended(begun.finish(), 2, "metrics.jsonl cannot be written: disk full")
             saved = [path.name for path in checkpoints(output)]
             yield judge(saved == ["step_00000004"], None, f"checkpoints: {saved}")
             filler.unlink()
-            yield again(place, output, "checkpoint.every=4")
+            yield again(place, output, *words)
 
 
 # --------------------------------------------------------------------------- checkpoints
@@ -266,7 +285,8 @@ _STATES = [_state(content) for content in (b"{", b"[1]", b"\xff", b"[" * 100_000
 
 FAULTS = [
     Fault("disk full", "a tmpfs of 1 MB", disk_full),
-    Fault("metrics find no room", "a tmpfs filled between two saves", metrics_full),
+    Fault("disk full at the end", "a tmpfs filled during the export", disk_full_at_the_end),
+    Fault("metrics and log find no room", "a tmpfs filled between two saves", metrics_full),
     Fault("shard truncated", "`os.truncate` of the newest", damaged(truncate)),
     Fault("byte altered", "one bit of the newest", damaged(flip)),
     Fault("index missing", "`unlink` in the newest", damaged(lambda c: (c / ".metadata").unlink())),

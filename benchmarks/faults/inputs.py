@@ -67,9 +67,10 @@ def _read(place: Place, others: Mapping[str, bytes], **options: object) -> Itera
 
 
 def data_changed(place: Place) -> Iterator[Outcome]:
-    """One image fewer; a FIFO is passed over, or reading would wait for ever."""
+    """One image fewer; a FIFO and a device are passed over: reading them would never end."""
     words = ("dataset.use=image_folder", _folder(place.work / "images", {}))
     os.mkfifo(place.work / "images" / "pipe.png")
+    (place.work / "images" / "zeros.png").symlink_to("/dev/zero")
     output = interrupted(place, *words)
     (place.work / "images" / "3.png").unlink()
     yield refused(output, "is not the data", *words)
@@ -228,7 +229,7 @@ _NESTED = "a = " + "[" * 100_000 + "]" * 100_000
 _HUGE = f'extends = "{TINY}"\nseed = {"9" * 10_000}\n'
 
 FAULTS = [
-    Fault("data changed", "an image removed, a FIFO among them", data_changed),
+    Fault("data changed", "an image removed; a FIFO, a device", data_changed),
     Fault("image that starts a program", "EPS named .jpg, `gs` marks it", other_program),
     Fault("images of extreme sides", "four PNGs, 400 MP to 10,000 MP", extreme_images),
     Fault("images that are thin", "1 x 1,000,000, resized for features", thin_images),

@@ -40,7 +40,7 @@ def kills(count: int) -> Cause:
         chance = random.Random(0)
         for number in range(count):
             output = place.work / f"kill{number}"
-            begun = start(output, "observers.pause.seconds=0.05", fresh=True)
+            begun = start(output, "observers.pause.seconds=0.2", fresh=True)
             time.sleep(chance.uniform(1.0, 7.0))
             begun.process.kill()
             begun.finish()
@@ -135,13 +135,13 @@ def asked_at_the_start(place: Place) -> Iterator[Outcome]:
 
 def asked_at_the_end(place: Place) -> Iterator[Outcome]:
     """In the last evaluation, which observers make when all steps are done."""
-    for name in _ASKED:
-        output = place.work / name
-        observer = ("use=signal_at", "iteration=0", f"signal={name}")
-        done = run(output, *(f"observers.s.{word}" for word in observer))
+    for name, words in ((name, words) for name in _ASKED for words in ((), TWO)):
+        output = place.work / f"{name}{len(words)}"
+        observer = ("use=signal_at", "iteration=0", f"signal={name}", f"rank={int(bool(words))}")
+        done = run(output, *words, *(f"observers.s.{word}" for word in observer))
         yield ended(done, 75)
         yield judge(not (output / "results.json").exists(), None, "it counts as complete")
-        yield again(place, output)
+        yield again(place, output, *words)
 
 
 def launcher_killed(place: Place) -> Iterator[Outcome]:
@@ -189,7 +189,9 @@ def faults(count: int) -> list[Fault]:
         Fault("asked at the start", "both, at three moments", asked_at_the_start),
         Fault("asked in a save", "both, halted within it", asked_within(_SAVE)),
         Fault("asked in an export", "both, halted within it", asked_within(_EXPORT)),
-        Fault("asked in the last evaluation", "both, from an observer", asked_at_the_end),
+        Fault(
+            "asked in the last evaluation", "both, by one or one of two processes", asked_at_the_end
+        ),
         Fault("asked while a reader hangs", "SIGTERM, no workers", reader_hangs),
         Fault("launcher killed", "SIGKILL of the parent of two ranks", launcher_killed),
     ]
