@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from harness import (
@@ -80,6 +81,24 @@ def killed_within(pattern: str) -> Cause:
     return cause
 
 
+def rank_killed_within_a_save(place: Place) -> Iterator[Outcome]:
+    """SIGKILL of one of two that write a checkpoint together; the other is not to complete it."""
+    for number in range(_TRIES):
+        output = place.work / f"rank{number}"
+        begun = start(output, PAUSE, *TWO, fresh=True)
+        wait_for(output, 1, begun)
+        ranks = [pid for pid in processes_with(str(output)) if pid != begun.process.pid]
+        while begun.process.poll() is None and not any(output.glob(_SAVE)):
+            time.sleep(0.0005)
+        with suppress(ProcessLookupError):
+            os.kill(max(ranks), signal.SIGKILL)
+        done = begun.finish()
+        if any(output.glob(_SAVE)):  # or else the save was quicker
+            yield ended(done, 1, "was killed by SIGKILL")
+            yield again(place, output, *TWO)
+            return
+
+
 def asked_within(pattern: str) -> Cause:
     """A request to stop while there are files that are not whole."""
 
@@ -149,6 +168,8 @@ def launcher_killed(place: Place) -> Iterator[Outcome]:
     output = place.work / "launcher"
     begun = start(output, PAUSE, *TWO, fresh=True)
     wait_for(output, 1, begun)
+    ranks = len(processes_with(str(output))) - 1
+    yield judge(ranks >= 2, None, f"{ranks} ranks were there: not caused")
     begun.process.kill()
     begun.finish()
     began = time.monotonic()
@@ -183,6 +204,7 @@ def faults(count: int) -> list[Fault]:
         Fault("killed", "SIGKILL at random moments", kills(count)),
         Fault("killed in a save", "SIGKILL with half a checkpoint there", killed_within(_SAVE)),
         Fault("killed in an export", "SIGKILL with half an export there", killed_within(_EXPORT)),
+        Fault("a rank killed in a save", "SIGKILL of one of two", rank_killed_within_a_save),
         Fault("asked to stop", "SIGTERM", asked("SIGTERM", 75)),
         Fault("asked to stop", "SIGUSR2", asked("SIGUSR2", 75)),
         Fault("terminal closed", "SIGHUP", asked("SIGHUP", 75)),
