@@ -21,7 +21,7 @@ import folders
 import inputs
 import ranks
 import stops
-from harness import Place
+from harness import Outcome, Place
 
 
 def main() -> int:
@@ -38,7 +38,11 @@ def main() -> int:
             if options.only not in fault.name:
                 continue
             place = Place(Path(scratch, f"fault{number}"), Path(scratch, "shared"))
-            outcomes = list(fault.cause(place))
+            outcomes = []
+            try:
+                outcomes.extend(fault.cause(place))
+            except Exception as error:  # the others are to be caused all the same
+                outcomes.append(Outcome(False, f"{type(error).__name__}: {error}"[:100]))
             good = sum(outcome.survived for outcome in outcomes)
             failed += len(outcomes) - good
             shown = [o.lost for o in outcomes if not o.survived] or [
