@@ -29,6 +29,8 @@ from run_support import (  # noqa: E402
     started,
 )
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, runs would ignore it, as they should
+
 Done = subprocess.CompletedProcess[str]
 
 _RUN = ("iterations=12", "checkpoint.every=2", "observers.pause.use=pause")
