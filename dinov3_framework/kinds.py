@@ -34,14 +34,16 @@ class Component:
     """A name, a config class, and what builds an object from such a config.
 
     ``factory`` is called as ``factory(config, **runtime)``; given as ``"module:attribute"`` it is
-    imported at the first build, so that a plugin's ``__init__`` stays light. ``formerly`` are names
-    of its kind that went: whoever still writes one is told this component's.
+    imported at the first build, so that a plugin's ``__init__`` stays light. One that ``composes``
+    is also given ``build``, ``Registry.build``, for the components that its config holds.
+    ``formerly`` are names of its kind that went: whoever still writes one is told this component's.
     """
 
     name: str
     config: type
     factory: Callable[..., Any] | str
     formerly: Sequence[str] = ()
+    composes: bool = False
 
     def resolve(self) -> Callable[..., Any]:
         """The factory itself, imported if need be."""

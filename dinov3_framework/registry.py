@@ -81,7 +81,9 @@ class Registry:
             raise PluginError(
                 f"{new.origin}: {component.config.__name__} lacks the @config decorator"
             )
-        reserved = {"task", "extends", "drop"} if kind == "task" else {KINDS[kind].selector}
+        reserved = (
+            {"task", "extends", "drop", "shorthand"} if kind == "task" else {KINDS[kind].selector}
+        )
         for name in sorted(reserved & attrs.fields_dict(component.config).keys()):
             raise PluginError(
                 f"{new.origin}: {component.config.__name__} has a field {name!r}, a word that "
@@ -176,7 +178,10 @@ class Registry:
         if name is None:
             if isinstance(kind_or_config, str):
                 raise TypeError("build(kind, name, **values) or build(config, **arguments)")
-            return self.of_config(kind_or_config).component.resolve()(kind_or_config, **values)
+            component = self.of_config(kind_or_config).component
+            if component.composes:
+                values["build"] = self.build
+            return component.resolve()(kind_or_config, **values)
         found = self.get(kind_or_config, name)
         fields, arguments = attrs.fields_dict(found.component.config), KINDS[found.kind].names
         given = {key: values.pop(key) for key in arguments if key in values.keys() - fields}

@@ -146,6 +146,14 @@ class Dataset(_Described, abc.ABC):
         """
         return f"{len(self):,} samples"
 
+    def version(self) -> str:
+        """What tells these samples from those of any other dataset: by it, features are kept.
+
+        Beyond ``digest`` also the options that decide on pixels and labels, and sizes and times of
+        files, so that a changed one is noticed. By default ``digest`` alone.
+        """
+        return self.digest()
+
     def notes(self) -> Sequence[str]:
         """What a check should say of the data besides, a line each: what is left out or odd."""
         return ()

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor
 
 from dinov3_framework.configs import ImagesConfig
+from dinov3_framework.contracts.data import Dataset
 from dinov3_framework.contracts.networks import Backbone, Head
 from dinov3_framework.errors import Problem
 
@@ -121,6 +123,23 @@ class Task(abc.ABC):
 
 
 # --------------------------------------------------------------------------- evaluations
+class FeatureStore(Protocol):
+    """Keeps features that several evaluations want: ``dinov3_framework.data.feature_cache``."""
+
+    def features(
+        self,
+        backbone: Backbone,
+        dataset: Dataset,
+        seen: Mapping[str, Any],
+        extract: Callable[[], Any],
+    ) -> Any:
+        """What ``extract`` gives, if it is not kept from before; ``seen`` is how images are seen.
+
+        To be called by every process.
+        """
+        ...
+
+
 @attrs.frozen
 class Model:
     """A backbone that is evaluated, alone or with a head on it, in eval mode."""
@@ -130,6 +149,19 @@ class Model:
     head: Head | None = None
     size: int | None = None  # pixels of its training, where that is known
     name: str = "backbone"
+    cache: FeatureStore | None = None  # to be handed to extract_features
+
+
+@attrs.frozen
+class Details:
+    """What an evaluation found besides its metrics."""
+
+    # 95 % confidence intervals, by metric.
+    intervals: Mapping[str, tuple[float, float]] = attrs.field(factory=dict)
+    # Flat rows, each a file <evaluation>_<table>.csv.
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] = attrs.field(factory=dict)
+    # Each a file <evaluation>_<array>.npy; "confusion" is [classes, classes], rows the truth.
+    arrays: Mapping[str, np.ndarray[Any, Any]] = attrs.field(factory=dict)
 
 
 class Evaluation(abc.ABC):
@@ -152,6 +184,10 @@ class Evaluation(abc.ABC):
     @abc.abstractmethod
     def run(self, model: Model) -> Mapping[str, float]:
         """Metrics by name. No sample counts twice, however many processes there are."""
+
+    def details(self) -> Details:
+        """What the last ``run`` found besides; on the process that writes, at least."""
+        return Details()
 
     def protocol(self, model: Model) -> Mapping[str, Any]:
         """Every switch that changes what the metrics mean, for the record of results."""

@@ -1,24 +1,25 @@
-"""Features of a whole dataset, gathered to every process.
+"""Features of a whole dataset, each process its share of them or gathered to every process.
 
-The dataset is walked in global batches: process r takes the r-th slice of each, so that gathered
-slices stand in the dataset's order and every process calls the backbone equally often, which a
-sharded backbone needs. Whatever one process alone finds out (a corrupt sample, an image of the
-wrong shape) is agreed on at the end; nobody leaves early and lets the others wait.
+The dataset is walked in global batches: process r takes the r-th slice of each, so that every
+process calls the backbone equally often, which a sharded backbone needs. Whatever one process alone
+finds out (a corrupt sample, an image of the wrong shape) is agreed on at the end; nobody leaves
+early and lets the others wait.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
-from attrs import frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
 from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts.data import Dataset
 from dinov3_framework.contracts.networks import Backbone
+from dinov3_framework.contracts.running import FeatureStore
 from dinov3_framework.data.images import ImageFit, normalize
 from dinov3_framework.data.inference import (
     FitSamples,
@@ -28,6 +29,7 @@ from dinov3_framework.data.inference import (
     evaluating,
     rank_batches,
 )
+from dinov3_framework.data.tokens import TokenReader
 from dinov3_framework.errors import CorruptSampleError, DataError
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.processes import pick_device
@@ -35,22 +37,40 @@ from dinov3_framework.runtime.processes import pick_device
 log = logging.getLogger(__name__)
 
 _SHOWN = 5  # corrupt samples that the warning names
+_VECTORS = ("class", "mean_patch")  # outputs that have one shape whatever the image's
+_GATHERED = 4096  # rows that each process sends at once
 
-# In place of a label: of a sample that has none, and of a place whose sample was not read.
+# In place of a label: of a sample that has none.
 _UNLABELED = torch.iinfo(torch.int64).min
-_UNREAD = _UNLABELED + 1
 
 
-@frozen
+@frozen(eq=False)
 class Features:
-    """Class tokens of a dataset's readable samples, in the dataset's order, on the CPU."""
+    """Vectors of a dataset's readable samples, in the dataset's order, on the CPU."""
 
-    cls: Tensor  # [N, D] float32
-    labels: Tensor | None  # [N] int64
-    skipped: int  # samples that could not be decoded
+    tokens: Mapping[str, Tensor]  # [n, D] float32 by output, such as "class", "layer3.mean_patch"
+    # int64 [n] of the target "label"; or bool [n, classes] of the target "labels", where each
+    # sample has any number of them. None where there are none.
+    labels: Tensor | None
+    skipped: int = 0  # samples of the whole dataset that could not be decoded
+    indices: Tensor = field()  # int64 [n]: which samples these are, increasing
+    total: int = field()  # readable samples of the whole dataset, of which these may be a share
+
+    @indices.default
+    def _all(self) -> Tensor:
+        return torch.arange(len(self))
+
+    @total.default
+    def _whole(self) -> int:
+        return len(self)
+
+    @property
+    def cls(self) -> Tensor:
+        """Class tokens [n, D]."""
+        return self.tokens["class"]
 
     def __len__(self) -> int:
-        return len(self.cls)
+        return len(next(iter(self.tokens.values())))
 
 
 def extract_features(
@@ -59,21 +79,33 @@ def extract_features(
     *,
     images: ImagesConfig,
     size: int | None,
+    resize: int | None = None,
     batch_size: int = 256,
     workers: int = 0,
     device: torch.device | str | None = None,
+    outputs: Sequence[str] = ("class",),
+    layers: Sequence[int] = (-1,),
+    norm: bool = True,
+    gather: bool = True,
+    cache: FeatureStore | None = None,
 ) -> Features:
-    """Class tokens of every image, without gradient and in eval mode (restored afterwards).
+    """Vectors of every image, without gradient and in eval mode (restored afterwards).
 
-    Call it on every process; all get everything. ``size`` is the side of the evaluation image in
-    pixels; None takes images as they are, which must then share one shape. ``batch_size`` images
-    go through the backbone at a time in each process, read by ``workers`` loader processes of its
-    own. ``device`` is the backbone's own if left out; given ("auto": this process's accelerator
-    if there is one), the backbone is moved there.
+    Call it on every process; all get everything, or with ``gather`` off each a share of its own.
+    ``size`` is the side of the evaluation image in pixels, cut out of the middle once the shorter
+    side is ``resize`` pixels (None: ``round(size * 256 / 224)``); None takes images as they are,
+    which must then share one shape. ``batch_size`` images go through the backbone at a time in each
+    process, read by ``workers`` loader processes of its own. ``device`` is the backbone's own if
+    left out; given ("auto": this process's accelerator if there is one), the backbone is moved
+    there. ``outputs``, ``layers`` and ``norm`` are as ``TokenReader`` takes them, of ``class`` and
+    ``mean_patch``. What ``cache`` has is not extracted again.
 
     Raises ``DataError`` on every process if the dataset is empty, no sample can be decoded, shapes
     differ, or only some samples have a label.
     """
+    if odd := sorted(set(outputs) - set(_VECTORS)):
+        raise DataError(f"features are of {' and '.join(_VECTORS)}, not of {', '.join(odd)}")
+    reader = TokenReader(backbone, outputs, layers, norm)
     parameter = next(backbone.parameters(), None)
     if device is not None:
         device = pick_device(device) if isinstance(device, str) else device
@@ -82,13 +114,29 @@ def extract_features(
         device = parameter.device
     dtype = parameter.dtype if parameter is not None else torch.float32
 
-    def embed(batch: Tensor) -> Tensor:
+    def embed(batch: Tensor) -> Mapping[str, Tensor]:
         pixels = normalize(batch.to(device, non_blocking=True), images)
-        return cast(Tensor, backbone(pixels.to(dtype)))
+        return cast("dict[str, Tensor]", reader(pixels.to(dtype)))
 
-    # Not inference_mode: what a backbone or its sharding caches in it could not be trained with.
-    with evaluating(backbone), torch.no_grad():
-        return _extract(embed, dataset, images, size, batch_size, workers)
+    def extract() -> Features:
+        # Not inference_mode: what a backbone or its sharding caches could not be trained with.
+        with evaluating(backbone), torch.no_grad():
+            return _extract(embed, dataset, images, size, resize, batch_size, workers)
+
+    if cache is None:
+        share = extract()
+    else:
+        seen = {
+            "images": images,
+            "size": size,
+            "resize": resize,
+            "outputs": tuple(outputs),
+            "layers": reader.layers,
+            "norm": norm,
+            "dtype": dtype,
+        }
+        share = cache.features(backbone, dataset, seen, extract)
+    return _gathered(share, device) if gather else share
 
 
 def raw_pixels(
@@ -96,58 +144,106 @@ def raw_pixels(
     images: ImagesConfig,
     size: int | None,
     *,
+    resize: int | None = None,
     batch_size: int = 256,
     workers: int = 0,
+    gather: bool = True,
 ) -> Features:
-    """The normalized pixels themselves as features, [N, C * H * W]: what any network must beat.
+    """The normalized pixels themselves as ``class``, [n, C * H * W]: what any network must beat.
 
     Arguments and errors as in :func:`extract_features`.
     """
 
-    def embed(batch: Tensor) -> Tensor:
-        return normalize(batch, images).flatten(1)
+    def embed(batch: Tensor) -> Mapping[str, Tensor]:
+        return {"class": normalize(batch, images).flatten(1)}
 
-    return _extract(embed, dataset, images, size, batch_size, workers)
+    share = _extract(embed, dataset, images, size, resize, batch_size, workers)
+    return _gathered(share, None) if gather else share
 
 
 def _extract(
-    embed: Callable[[Tensor], Tensor],
+    embed: Callable[[Tensor], Mapping[str, Tensor]],
     dataset: Dataset,
     images: ImagesConfig,
     size: int | None,
+    resize: int | None,
     batch_size: int,
     workers: int,
 ) -> Features:
+    """This process's share."""
     total = len(dataset)
     shape = _shape(dataset, images, size)
+    batches = rank_batches(total, batch_size)
     loader = InferenceLoader(
         dataset,
-        FitSamples(ImageFit(images, 1, "native" if size is None else "crop", size)),
-        rank_batches(total, batch_size),
+        FitSamples(ImageFit(images, 1, "native" if size is None else "crop", size, resize)),
+        batches,
         collate=FittedImages.collate,
         workers=workers,
     )
-    cls = torch.empty(0)
-    labels = torch.empty(total, dtype=torch.int64)
+    places = sum(map(len, batches))
+    tokens: dict[str, Tensor] = {}
+    indices: list[int] = []
+    targets: list[Mapping[str, object]] = []
     corrupt: list[str] = []
     misfits: list[str] = []
-    start = 0
     for batch in loader:
         misfits += [f"sample {index}: {error}" for index, error in batch.refused.items()]
         corrupt += [str(error) for error in batch.corrupt.values()]
-        pixels = _pixels(batch, shape, misfits)
-        embedded = collectives.all_gather(embed(pixels).float()).cpu()
-        if start == 0:
-            cls = torch.empty(total, embedded.shape[1])  # once: it may be most of the memory
-        stop = min(start + len(embedded), total)
-        cls[start:stop] = embedded[: stop - start]
-        labels[start:stop] = collectives.all_gather(_batch_labels(batch))[: stop - start]
-        start = stop
-    agree_on_skipped(corrupt, misfits, total)
-    read = labels != _UNREAD
-    if not read.all():
-        cls, labels = cls[read], labels[read]
-    return Features(cls, _known(labels), total - len(cls))
+        embedded = embed(_pixels(batch, shape, misfits))
+        if not tokens:  # once: they may be most of the memory
+            tokens = {name: torch.empty(places, each.shape[1]) for name, each in embedded.items()}
+        if batch.data is None:
+            continue
+        start, stop = len(indices), len(indices) + len(batch.places)
+        for name, each in embedded.items():
+            tokens[name][start:stop] = each[list(batch.places)].float()
+        indices += [batch.indices[place] for place in batch.places]
+        targets += batch.data.targets
+    skipped = agree_on_skipped(corrupt, misfits, total)
+    found = len(indices)
+    return Features(
+        {name: each if found == places else each[:found].clone() for name, each in tokens.items()},
+        _labels(targets, dataset),
+        skipped,
+        torch.tensor(indices, dtype=torch.int64),
+        total - skipped,
+    )
+
+
+def _gathered(share: Features, device: torch.device | None) -> Features:
+    """All that the processes have, on each of them, in the dataset's order."""
+    if not collectives.is_distributed():
+        return share
+    counts = cast("list[int]", collectives.all_gather_object(len(share)))
+    parts = {**{f"tokens.{name}": each for name, each in share.tokens.items()}}
+    parts["indices"] = share.indices
+    if share.labels is not None:
+        parts["labels"] = share.labels
+    whole = {
+        name: torch.empty(share.total, *part.shape[1:], dtype=part.dtype)
+        for name, part in parts.items()
+    }
+    done = 0
+    for start in range(0, max(counts), _GATHERED):
+        sizes = [min(max(count - start, 0), _GATHERED) for count in counts]
+        rows = sum(sizes)
+        for name, part in parts.items():
+            own = part[start : start + _GATHERED]
+            padded = own.new_zeros(max(sizes), *part.shape[1:])
+            padded[: len(own)] = own
+            sent = padded.to(device) if device is not None else padded
+            chunks = collectives.all_gather(sent).cpu().split(max(sizes))
+            received = [chunk[:size] for chunk, size in zip(chunks, sizes, strict=True)]
+            whole[name][done : done + rows] = torch.cat(received)
+        done += rows
+    order = whole["indices"].argsort()
+    return evolve(
+        share,
+        tokens={name: whole[f"tokens.{name}"][order] for name in share.tokens},
+        labels=whole["labels"][order] if share.labels is not None else None,
+        indices=whole["indices"][order],
+    )
 
 
 def _shape(dataset: Dataset, images: ImagesConfig, size: int | None) -> tuple[int, int, int]:
@@ -184,18 +280,11 @@ def _pixels(
     return padded
 
 
-def _batch_labels(batch: InferenceBatch[FittedImages]) -> Tensor:
-    """int64 [places of the batch]."""
-    labels = torch.full((len(batch.indices),), _UNREAD, dtype=torch.int64)
-    if batch.data is not None:
-        known = [targets.get("label") for targets in batch.data.targets]
-        found = [_UNLABELED if label is None else int(label) for label in known]
-        labels[list(batch.places)] = torch.tensor(found)
-    return labels
+def agree_on_skipped(corrupt: list[str], misfits: list[str], total: int) -> int:
+    """Tell every process what each found: how many samples could not be decoded.
 
-
-def agree_on_skipped(corrupt: list[str], misfits: list[str], total: int) -> None:
-    """Tell every process what each found; raise on all of them or on none."""
+    Raises ``DataError`` on all of them or on none.
+    """
     mine = (corrupt[:_SHOWN], len(corrupt), misfits[:1])
     found = cast("list[tuple[list[str], int, list[str]]]", collectives.all_gather_object(mine))
     names = [name for names, _, _ in found for name in names]
@@ -208,12 +297,25 @@ def agree_on_skipped(corrupt: list[str], misfits: list[str], total: int) -> None
     if skipped and collectives.is_main():
         shown = "; ".join(names[:_SHOWN])
         log.warning("%d of %d samples left out, undecodable: %s", skipped, total, shown)
+    return skipped
 
 
-def _known(labels: Tensor) -> Tensor | None:
-    missing = int((labels == _UNLABELED).sum())
-    if missing == len(labels):
+def _labels(targets: Sequence[Mapping[str, object]], dataset: Dataset) -> Tensor | None:
+    """The labels of a share; ``DataError`` on every process where only some samples have one."""
+    several = dataset.targets.get("labels")
+    if several is not None and several.kind == "class" and several.per_object:
+        hot = torch.zeros(len(targets), several.count or 0, dtype=torch.bool)
+        for row, each in zip(hot, targets, strict=True):
+            row[cast(Tensor, each["labels"])] = True
+        return hot
+    known = [each.get("label") for each in targets]
+    labels = [_UNLABELED if label is None else int(cast(int, label)) for label in known]
+    counts = collectives.all_gather_object((known.count(None), len(known)))
+    missing, total = (
+        sum(each) for each in zip(*cast("list[tuple[int, int]]", counts), strict=True)
+    )
+    if missing == total:
         return None
     if missing:
-        raise DataError(f"{missing:,} of {len(labels):,} samples have no label, the others do")
-    return labels
+        raise DataError(f"{missing:,} of {total:,} samples have no label, the others do")
+    return torch.tensor(labels, dtype=torch.int64)

@@ -58,19 +58,19 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
     return resized[0]
 
 
-def evaluation_image(image: Tensor, size: int) -> Tensor:
+def evaluation_image(image: Tensor, size: int, shorter: int | None = None) -> Tensor:
     """The square that evaluations look at: uint8 [C, H, W] to uint8 [C, size, size].
 
-    The shorter side is resized to ``round(size * 256 / 224)`` (bicubic with antialias), then the
-    center is cropped. An image that is ``size`` x ``size`` already is left alone: in datasets of
-    tiny images the subject fills the frame, and enlarging 28 pixels to 32 only to cut the rim off
-    again would blur it and lose its edges.
+    The shorter side is resized to ``shorter`` pixels, by default ``round(size * 256 / 224)``
+    (bicubic with antialias), then the center is cropped. An image that is ``size`` x ``size``
+    already is left alone: in datasets of tiny images the subject fills the frame, and enlarging 28
+    pixels to 32 only to cut the rim off again would blur it and lose its edges.
     """
     _require_image(image)
     height, width = image.shape[-2:]
     if (height, width) == (size, size):
         return image
-    shorter = round(size * _RESIZE_RATIO)
+    shorter = round(size * _RESIZE_RATIO) if shorter is None else shorter
     if max(height, width) * shorter / min(height, width) > _LONGEST:
         image = _middle(image, size, shorter)
         height, width = image.shape[-2:]
@@ -99,7 +99,8 @@ def _middle(image: Tensor, size: int, shorter: int) -> Tensor:
 class ImageFit:
     """A rule from uint8 images [C, H, W] to uint8 images whose sides are whole patches.
 
-    - ``crop``: the evaluation image, resized and cropped to ``size`` x ``size``.
+    - ``crop``: the evaluation image, its shorter side resized to ``shorter`` and the middle cropped
+      to ``size`` x ``size``.
     - ``squash``: all of the image, resized to ``size`` x ``size`` whatever its shape.
     - ``pad``: the longer side is resized to ``size`` (None: nothing is resized); then the mean
       color, rounded to 8 bits, is added at the right and at the bottom up to whole patches.
@@ -110,6 +111,7 @@ class ImageFit:
     patch_size: int
     fit: str = "crop"
     size: int | None = None
+    shorter: int | None = None  # left out, in proportion to size
 
     def complaint(self) -> tuple[str, str, str] | None:
         """(option, what is wrong with it, what to do), if there is something wrong."""
@@ -151,7 +153,7 @@ class ImageFit:
         if self.size is None:
             raise DataError(f"fit = {self.fit!r} needs a size")
         if self.fit == "crop":
-            return evaluation_image(image, self.size)
+            return evaluation_image(image, self.size, self.shorter)
         return resize(image, self.size, self.size)
 
     def _unchanged(self, image: Tensor) -> Tensor:

@@ -7,12 +7,14 @@ what is transparent shows a background; masks are to be read with the same rules
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from io import BytesIO
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -69,46 +71,86 @@ def read_image(
     decoded.
     """
     path = fspath(path)
-    try:
+    with _blaming(path):
         found = read_raster(path, channels, max_pixels)
-        if isinstance(found, Raster):
-            return _from_raster(found, channels, path, values, background)
-        return _from_pil(found, channels, path, values, background)
+        return _converted(found, channels, path, values, background)
+
+
+def decode_image(
+    data: bytes,
+    name: str,
+    channels: int,
+    max_pixels: int = MAX_PIXELS,
+    *,
+    values: Range | None = None,
+    background: tuple[int, int, int] = WHITE,
+) -> Tensor:
+    """The image in the bytes of a file called ``name``; all else as :func:`read_image` does it."""
+    with _blaming(name):
+        found = read_raster(name, channels, max_pixels, data)
+        return _converted(found, channels, name, values, background)
+
+
+def _converted(
+    found: Image | Raster,
+    channels: int,
+    name: str,
+    values: Range | None,
+    background: tuple[int, int, int],
+) -> Tensor:
+    if isinstance(found, Raster):
+        return _from_raster(found, channels, name, values, background)
+    return _from_pil(found, channels, name, values, background)
+
+
+@contextmanager
+def _blaming(name: str) -> Iterator[None]:
+    """Turn whatever comes up while a file is read into its ``CorruptSampleError``."""
+    try:
+        yield
     except CorruptSampleError:
         raise
     except MemoryError as error:
-        raise CorruptSampleError(path, "takes more memory to decode than there is") from error
+        raise CorruptSampleError(name, "takes more memory to decode than there is") from error
     except Exception as error:  # decoders fed with garbage raise nearly anything
         message = str(error) or type(error).__name__
-        raise CorruptSampleError(path, message) from error
+        raise CorruptSampleError(name, message) from error
 
 
-def read_raster(path: str, channels: int, max_pixels: int) -> Image | Raster:
-    """What a file holds, decoded and upright: Pillow's image, or bands that it would cut."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
+def read_raster(
+    path: str, channels: int, max_pixels: int, data: bytes | None = None
+) -> Image | Raster:
+    """What a file holds, decoded and upright: Pillow's image, or bands that it would cut.
+
+    ``data`` are its bytes if they are in memory; nothing is looked for at ``path`` then.
+    """
+    if data is None and not stat.S_ISREG(os.stat(path).st_mode):
         raise CorruptSampleError(path, "is no regular file")
     if path.lower().endswith(".npy"):
-        return Raster(_read_array(path, channels, max_pixels))
+        return Raster(_read_array(path, channels, max_pixels, data))
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with _pixel_limit(max_pixels), Image.open(path, formats=_formats()) as image:
+        source = path if data is None else BytesIO(data)
+        with _pixel_limit(max_pixels), Image.open(source, formats=_formats()) as image:
             check_size(path, image.width, image.height, max_pixels)
             if not is_cut(image, channels):
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
                 return image
             turned, is_png = image.getexif().get(0x0112, 1), image.format == "PNG"
-    except UnidentifiedImageError:
-        if not _is_tiff(path):
-            raise
-        return read_tiff(path, channels, max_pixels)
+    except UnidentifiedImageError as error:
+        if not _is_tiff(path, data):
+            raise CorruptSampleError(path, "cannot identify image file") from error
+        return read_tiff(path, channels, max_pixels, data)
     if not is_png:
-        return read_tiff(path, channels, max_pixels)
-    return read_png(path, turned)
+        return read_tiff(path, channels, max_pixels, data)
+    return read_png(path, turned, data)
 
 
-def _is_tiff(path: str) -> bool:
+def _is_tiff(path: str, data: bytes | None) -> bool:
+    if data is not None:
+        return data[:4] in _TIFF
     with open(path, "rb") as file:
         return file.read(4) in _TIFF
 
@@ -121,10 +163,10 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _read_array(path: str, channels: int, max_pixels: int) -> np.ndarray:
+def _read_array(path: str, channels: int, max_pixels: int, data: bytes | None = None) -> np.ndarray:
     """From a NumPy file, [H, W, C]."""
     # Mapped, only the header is read before the shape is known to be sound.
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    array = _mapped(data) if data is not None else np.load(path, mmap_mode="r", allow_pickle=False)
     if array.dtype.kind not in "uif":
         raise CorruptSampleError(path, f"holds {array.dtype}, numbers are read")
     if array.ndim == 2 and channels == 1:
@@ -137,6 +179,20 @@ def _read_array(path: str, channels: int, max_pixels: int) -> np.ndarray:
         )
     check_size(path, array.shape[1], array.shape[0], max_pixels)
     return np.array(array, order="C")
+
+
+def _mapped(data: bytes) -> np.ndarray:
+    """The array of a NumPy file in memory, which it stays a view of."""
+    stream = BytesIO(data)
+    major, _ = np.lib.format.read_magic(stream)
+    read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+    if major not in read:
+        raise ValueError(f"NumPy files of version {major} are not read")
+    shape, is_fortran, dtype = read[major](stream)
+    if dtype.hasobject:
+        raise ValueError("holds Python objects")
+    flat = np.frombuffer(data, dtype, math.prod(shape), stream.tell())
+    return flat.reshape(shape, order="F" if is_fortran else "C")
 
 
 @contextmanager

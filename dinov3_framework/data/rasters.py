@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from io import BytesIO
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -85,18 +86,20 @@ def _png_bits(image: Image) -> int:
     return found[0] if found else 0
 
 
-def read_png(path: str, orientation: int) -> Raster:
+def read_png(path: str, orientation: int, data: bytes | None = None) -> Raster:
     """A PNG of 16 bits, all of them."""
+    import torch
     from torchvision.io import ImageReadMode, decode_image
 
     with warnings.catch_warnings():
         # torchvision 0.29 announces that decoding will move to torchcodec.
         warnings.simplefilter("ignore", DeprecationWarning)
-        values = decode_image(path, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+        stored = path if data is None else torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        values = decode_image(stored, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
     return Raster(upright(values, orientation), has_alpha=values.shape[2] in (2, 4))
 
 
-def read_tiff(path: str, channels: int, max_pixels: int) -> Raster:
+def read_tiff(path: str, channels: int, max_pixels: int, data: bytes | None = None) -> Raster:
     """A TIFF of any bands: those of a page, or its pages where each has one band."""
     try:
         import tifffile
@@ -106,7 +109,7 @@ def read_tiff(path: str, channels: int, max_pixels: int) -> Raster:
             "a TIFF of more bands or bits than Pillow reads; to read it: "
             "pip install 'dinov3-framework[tiff]'",
         ) from error
-    with tifffile.TiffFile(path) as file:
+    with tifffile.TiffFile(path if data is None else BytesIO(data)) as file:
         series, page = file.series[0], file.pages[0]
         shape, axes = tuple(series.shape), series.axes
         bands = _band_axis(path, shape, axes, channels)

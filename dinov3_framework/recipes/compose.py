@@ -15,6 +15,8 @@ from attrs import define, field, frozen
 
 from dinov3_framework.errors import Problem, RecipeError, suggest
 from dinov3_framework.recipes.files import Mistake, Source, find_base, find_recipe
+from dinov3_framework.recipes.shorthand import KEY as SHORTHAND
+from dinov3_framework.recipes.shorthand import Shorthand, read_shorthand
 from dinov3_framework.recipes.toml_text import KeyPath, dotted, inline, parse_toml, split_key
 
 COMMAND_LINE = Source(Path("command line"), "command line")
@@ -78,6 +80,7 @@ class _Table:
     items: dict[str, _Table | _Value] = field(factory=dict)
     bases: list[_Table] = field(factory=list)
     drop: list[str] = field(factory=list)
+    shorthand: dict[str, Shorthand] = field(factory=dict)
 
     @property
     def use(self) -> Any:
@@ -132,6 +135,7 @@ def compose(recipes: str | Path | Sequence[str | Path], overrides: Sequence[str]
         has_task.append("task" in whole.items)
     if not has_task[0] and (has_task[-1] or problems):
         problems = [Problem("task", NO_TASK, "", files[0].origin)]
+    _expand(whole, last, problems)
     _put(whole, last, (), problems)
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
@@ -182,6 +186,10 @@ def _table(
             else:
                 table.bases.append(_read(base, chain, problems))
         table.drop = entries("drop")
+        try:
+            table.shorthand = read_shorthand(data.pop(SHORTHAND, {}), source.label)
+        except Mistake as error:
+            problems.append(error.problem(source.label, dotted((*path, SHORTHAND))))
     for key, value in data.items():
         if isinstance(value, Mapping):
             table.items[key] = _table(value, (*path, key), source, chain, problems)
@@ -195,6 +203,7 @@ def _put(below: _Table, above: _Table, path: KeyPath, problems: list[Problem]) -
     """Put a table over another, in place: what it extends, then its drops, then its own keys."""
     for base in above.bases:
         _put(below, base, path, problems)
+    below.shorthand |= above.shorthand
     for text in above.drop:
         _drop(below, text, above.origin, path, problems)
     for key, item in above.items.items():
@@ -209,6 +218,17 @@ def _put(below: _Table, above: _Table, path: KeyPath, problems: list[Problem]) -
         if not isinstance(old, _Table) or (None not in (item.use, old.use) and item.use != old.use):
             old = below.items[key] = _Table(item.origin)
         _put(old, item, here, problems)
+
+
+def _expand(whole: _Table, last: _Table, problems: list[Problem]) -> None:
+    """Put what short keys stand for, which recipes or the command line gave, over the recipes."""
+    for name, short in whole.shorthand.items():
+        here, above = whole.items.pop(name, None), last.items.pop(name, None)
+        given = here if above is None else above
+        if given is None:
+            continue
+        source = Source(Path(given.origin), given.origin)
+        _put(whole, _table(short.expanded(given.plain()), (), source, (), problems), (), problems)
 
 
 def _no_keys(path: KeyPath, known: KeyPath, value: Any, origin: str) -> Mistake:

@@ -43,6 +43,12 @@ def _commit() -> str:
         return ""
 
 
+def made_with(registry: Registry) -> dict[str, str]:
+    """What an export records of the software that made it, the same on every machine."""
+    plugins = sorted({_version(each) for each in registry.distributions.values()})
+    return {"software": software(), "plugins": ", ".join(plugins)}
+
+
 def note_start(output_dir: Path, registry: Registry) -> None:
     """Add a start to those that ``environment.json`` lists."""
     start = {
@@ -55,6 +61,17 @@ def note_start(output_dir: Path, registry: Registry) -> None:
     }
     starts = [*starts_of(output_dir), start]
     write_aside(output_dir / ENVIRONMENT, json.dumps({"starts": starts}, indent=1) + "\n")
+
+
+def keep_with_export(output_dir: Path, export: Path) -> None:
+    """Put the start that made an export beside it: host, command line and the rest.
+
+    Not into it: the same weights are the same bytes wherever they were made, and a file that is
+    given away says nothing of the machine.
+    """
+    if starts := starts_of(output_dir)[-1:]:
+        text = json.dumps({"starts": starts}, indent=1) + "\n"
+        write_aside(export.parent / ENVIRONMENT, text)
 
 
 def starts_of(output_dir: Path) -> list[dict[str, Any]]:

@@ -33,11 +33,14 @@ class Record:
     data: str
     weights: str  # the weights' hash
     seed: int
+    interval: tuple[float, float] | None = None  # 95 % confidence
 
     def row(self) -> dict[str, Any]:
         """The record as one flat row; ``protocol``'s keys become columns ``protocol.<key>``."""
         fields = attrs.asdict(self)
-        switches = fields.pop("protocol")
+        switches, interval = fields.pop("protocol"), fields.pop("interval")
+        if interval is not None:
+            fields |= {"low": interval[0], "high": interval[1]}
         return fields | {f"protocol.{key}": value for key, value in switches.items()}
 
 

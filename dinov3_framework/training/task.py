@@ -39,6 +39,7 @@ from dinov3_framework.recipes.toml_text import to_toml
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.agreement import OwnErrors, run_on_all_ranks
+from dinov3_framework.runtime.environment import keep_with_export
 from dinov3_framework.runtime.output import RECIPE, identity
 from dinov3_framework.runtime.processes import pick_device
 from dinov3_framework.runtime.results import print_summary, write_results
@@ -402,6 +403,8 @@ class TrainingTask(Task):
         """Export, let the observers conclude, and complete the run."""
         run, config = trainer.run, self.config
         export = self.method.export(trainer, prepared)
+        if export is not None and run.is_main:
+            keep_with_export(run.output_dir, export)
         results: dict[str, Any] = {
             "task": self.method.name,
             "iterations": config.iterations,

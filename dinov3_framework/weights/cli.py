@@ -130,13 +130,12 @@ def _run_rows(source: Path) -> Iterator[tuple[str, str]]:
     """Where and how the run was started whose folder or export this is.
 
     Not in the export itself: that may be given away, and is the same bytes wherever it was made.
+    A copy of its own lies beside it.
     """
     from dinov3_framework.runtime.environment import starts_of
 
-    starts = starts_of(source) or starts_of(source.absolute().parent.parent)
+    starts = starts_of(source) or starts_of(source.absolute().parent)
     for start in starts[-1:]:
-        plugins = sorted({str(each) for each in dict(start.get("plugins", {})).values()})
-        yield "plugins", ", ".join(plugins)
         yield "host", str(start.get("host"))
         yield "command", shlex.join(map(str, start.get("command", ())))
 

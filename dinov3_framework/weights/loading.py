@@ -24,6 +24,8 @@ from dinov3_framework.weights.source import WeightSource
 if TYPE_CHECKING:
     from dinov3_framework.parallel.sharder import Sharder
 
+_SIZE = 224  # pixels of images, of a backbone that is named and has no weights
+
 
 def load_backbone(
     source: str | Path,
@@ -164,6 +166,7 @@ def describe_recipe_backbone(
     For a ``simulated`` run nothing is downloaded. Raises ``RecipeError`` for a contradiction and
     ``CheckpointError`` for wrong weights.
     """
+    config, size = _preset(config, registry)
     _refuse_contradictions(config, registry)
     if config.weights is not None:
         return describe_backbone(
@@ -176,7 +179,7 @@ def describe_recipe_backbone(
         return LoadedBackbone(
             backbone=registry.build(backbone),
             images=images,
-            size=None,
+            size=size,
             provenance={"backbone": component, "weights": f"random, seed {config.seed}"},
             component=component,
             config=backbone,
@@ -198,8 +201,9 @@ def load_recipe_backbone(
     processes by ``sharder``, as one that ``trains``. Errors as of
     :func:`describe_recipe_backbone`.
     """
-    _refuse_contradictions(config, registry)
-    weights, unused = config.weights, config.unused or ()
+    chosen, _ = _preset(config, registry)
+    _refuse_contradictions(chosen, registry)
+    weights, unused = chosen.weights, config.unused or ()
     if weights is not None and sharder is not None:
         return load_sharded(
             weights, sharder=sharder, trains=trains, unused=unused, registry=registry
@@ -216,6 +220,29 @@ def load_recipe_backbone(
         backbone = sharder.place(copy.deepcopy(blueprint), trains=trains)
         initialize(backbone, blueprint, seed)
     return attrs.evolve(described, backbone=backbone.eval())
+
+
+@attrs.frozen
+class _Choice:
+    weights: str | None
+    unused: tuple[str, ...] | None
+    backbone: BackboneConfig | None
+    images: ImagesConfig | None
+    seed: int
+
+
+def _preset(config: BackboneChoice, registry: Registry) -> tuple[BackboneChoice, int | None]:
+    """The same choice, where ``weights`` names a backbone as a ``backbone`` to initialize.
+
+    With it the pixels of images that such a backbone is shown.
+    """
+    name = config.weights
+    if name is None or config.backbone is not None or exists(name, registry):
+        return config, None
+    if name not in registry.names("backbone"):
+        return config, None
+    backbone = registry.config_of("backbone", name, {})
+    return _Choice(None, config.unused, backbone, config.images, config.seed), _SIZE
 
 
 def _refuse_contradictions(config: BackboneChoice, registry: Registry) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import ExitStack
 from pathlib import Path
 
+from dinov3_framework.checkpoints.folder import CheckpointFolder, name_of
 from dinov3_framework.contracts.layouts import Published, PublishedFile
 from dinov3_framework.errors import CheckpointError
 from dinov3_framework.weights import sharded
@@ -25,7 +27,9 @@ _FILES = (".pth", ".pt", ".bin", ".safetensors", ".ckpt", ".tar", ".onnx")
 def exists(source: str | Path, catalog: Catalog) -> bool:
     """Whether ``source`` is at least a path that is there, a URL, or a published name."""
     text = str(source)
-    return Path(text).exists() or is_url(text) or text.partition("@")[0] in catalog.published
+    if Path(text).expanduser().exists() or is_url(text) or _downloaded(text) is not None:
+        return True
+    return text.partition("@")[0] in catalog.published or _run_and_step(text) is not None
 
 
 def missing_hint(source: str | Path, catalog: Catalog, kind: str = "backbone") -> str:
@@ -45,6 +49,43 @@ def _hub_hint(text: str) -> str:
     return ""
 
 
+def _run_and_step(text: str) -> tuple[Path, int] | None:
+    """A run's folder, or that of its checkpoints, and the step in ``runs/x@12000``."""
+    folder, _, step = text.rpartition("@")
+    path = Path(folder).expanduser()
+    return (path, int(step)) if folder and step.isdecimal() and path.is_dir() else None
+
+
+def _step_of_run(text: str) -> Path | None:
+    """The checkpoint of one step; ``CheckpointError`` where a run has others."""
+    found = _run_and_step(text)
+    if found is None:
+        return None
+    path, step = found
+    folder = sharded.checkpoint_in(path)
+    steps = [] if folder is None else sorted(CheckpointFolder(folder).newest_first())
+    for each in steps:
+        if each.name == name_of(step):
+            return each
+    known = ", ".join(str(int(each.name.rpartition("_")[2])) for each in steps) or "none"
+    raise CheckpointError(f"{path} has no checkpoint of step {step}; it has {known}")
+
+
+def _downloaded(text: str) -> Path | None:
+    """Where ``hf download`` keeps a model of the Hugging Face hub, if it is on this machine."""
+    model = _HUB_MODEL.fullmatch(text)
+    if model is None:
+        return None
+    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
+    folder = cache / f"models--{model[2].replace('/', '--')}"
+    try:
+        snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text("utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    return snapshot if snapshot.is_dir() else None
+
+
 def find_path(source: str | Path, catalog: Catalog, kind: str = "backbone") -> Path:
     """The file or folder that is meant, downloaded if need be.
 
@@ -57,6 +98,10 @@ def find_path(source: str | Path, catalog: Catalog, kind: str = "backbone") -> P
         return path
     if is_url(text):
         return fetch_weights(text)
+    if (step := _step_of_run(text)) is not None:
+        return step
+    if (snapshot := _downloaded(text)) is not None:
+        return snapshot
     name, _, training_set = text.partition("@")
     if name not in catalog.published:
         raise CheckpointError(

@@ -67,6 +67,11 @@ class EvaluateConfig(BackboneTaskConfig):
         "a head that was trained on the backbone: its file, or the folder of the run", default=None
     )
     evaluations: dict[str, EvaluationConfig] = option("what is measured, by names of your choice")
+    feature_cache: str | None = option(
+        "folder where features are kept for other runs with these weights and data; left out, "
+        "the evaluations of this run alone share them",
+        default=None,
+    )
     overwritten: ClassVar = ()
 
     def run_name(self, recipe: str) -> str:

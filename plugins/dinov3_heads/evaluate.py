@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from attrs import evolve
+
 from dinov3_framework import (
     DataError,
     LoadedBackbone,
@@ -16,11 +18,13 @@ from dinov3_framework import (
     describe_recipe_backbone,
     load_recipe_backbone,
 )
+from dinov3_framework.data.feature_cache import FeatureCache
 from dinov3_framework.parallel.state_dicts import fingerprint, is_same
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.results import Record, print_results, write_results
 from dinov3_framework.weights.heads import LoadedHead, describe_head, load_head
 from dinov3_heads import FINGERPRINT, EvaluateConfig
+from dinov3_heads.details import write_details
 from dinov3_heads.evaluations import Evaluations, label_of
 
 # Below the framework's logger, whose handlers write run.log.
@@ -68,17 +72,22 @@ class Evaluate(Task):
             if missing := evaluations.prepare(loaded.images):
                 raise DataError("\n".join(missing))
             evaluations.check(model)
+        folder = config.feature_cache
+        model = evolve(model, cache=FeatureCache(None if folder is None else Path(folder)))
         measured = evaluations.baselines(model) | {model.name: evaluations.run(model)}
         records: list[Record] = []
         for name, metrics in measured.items():
-            records += evaluations.records(model, name, metrics, config.seed)
+            found = evaluations.details if name == model.name else None
+            records += evaluations.records(model, name, metrics, config.seed, found)
         if not collectives.is_main():
             return
         tables = evaluations.rows(measured, label_of(model))
         results: dict[str, Any] = {"task": "evaluate", "backbone": dict(loaded.origin)}
         if head is not None:
             results["head"] = dict(_rows(head))
-        write_results(output_dir, results | {"evaluations": tables, "records": records})
+        results |= {"evaluations": tables, "records": records}
+        files = write_details(output_dir, evaluations.details)
+        write_results(output_dir, results | {"files": files})
         for name, rows in tables.items():
             print_results(name, rows)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from attrs import define, field
+from attrs import define, evolve, field
 
 from dinov3_framework import (
     DataError,
@@ -17,6 +17,8 @@ from dinov3_framework import (
     RecipeError,
     UserError,
 )
+from dinov3_framework.contracts.running import Details
+from dinov3_framework.data.feature_cache import FeatureCache
 from dinov3_framework.errors import problems_at
 from dinov3_framework.parallel.state_dicts import weights_hash
 from dinov3_framework.runtime.results import Record
@@ -31,6 +33,7 @@ class Evaluations:
     configs: Mapping[str, EvaluationConfig]
     build: Callable[..., Any]  # Registry.build
     prepared: dict[str, Evaluation] = field(factory=dict, init=False)
+    details: dict[str, Details] = field(factory=dict, init=False)  # of the last run
 
     def prepare(self, images: ImagesConfig) -> list[str]:
         """Build the data; what this machine lacks of them. Raises ``RecipeError``."""
@@ -78,7 +81,14 @@ class Evaluations:
         return found
 
     def run(self, model: Model) -> Metrics:
-        return {name: dict(each.run(model)) for name, each in self.prepared.items()}
+        """Metrics of all; what one of them extracted is not extracted again for another."""
+        if model.cache is None:
+            model = evolve(model, cache=FeatureCache())
+        metrics = {}
+        for name, evaluation in self.prepared.items():
+            metrics[name] = dict(evaluation.run(model))
+            self.details[name] = evaluation.details()
+        return metrics
 
     def baselines(self, model: Model) -> dict[str, Metrics]:
         """Metrics of what any model has to beat, by its name."""
@@ -105,10 +115,17 @@ class Evaluations:
             for name in self.prepared
         }
 
-    def records(self, model: Model, name: str, metrics: Metrics, seed: int) -> list[Record]:
+    def records(
+        self,
+        model: Model,
+        name: str,
+        metrics: Metrics,
+        seed: int,
+        details: Mapping[str, Details] | None = None,
+    ) -> list[Record]:
         """What was measured of a model, or of a baseline beside it, which has no weights.
 
-        To be called by every process.
+        ``details`` are those of this very measurement. To be called by every process.
         """
         modules = [model.backbone] if model.head is None else [model.backbone, model.head]
         weights = weights_hash(*modules) if name == model.name else ""
@@ -122,6 +139,7 @@ class Evaluations:
                 data=self.prepared[evaluation].data(),
                 weights=weights,
                 seed=seed,
+                interval=details[evaluation].intervals.get(metric) if details else None,
             )
             for evaluation, values in metrics.items()
             for metric, value in values.items()

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dinov3_framework import DataError, ImagesConfig, Model, Observer, Run, StepRecord
-from dinov3_framework.contracts.running import Rows
+from dinov3_framework.contracts.running import Details, Rows
 from dinov3_heads import EvaluateWhileTrainingConfig
+from dinov3_heads.details import write_details
 from dinov3_heads.evaluations import Evaluations, Metrics, label_of
 
 # Below the framework's logger, whose handlers write run.log.
@@ -21,7 +22,7 @@ class EvaluateWhileTraining(Observer):
     def __init__(self, config: EvaluateWhileTrainingConfig) -> None:
         self.config = config
         self._evaluations: Evaluations | None = None
-        self._latest: tuple[int, Metrics] | None = None
+        self._latest: tuple[int, Metrics, Mapping[str, Details]] | None = None
 
     def check(self, build: Callable[..., Any], images: ImagesConfig) -> None:
         self._prepare(build, images)
@@ -47,17 +48,19 @@ class EvaluateWhileTraining(Observer):
         evaluations = self._prepare(run.build, run.images)
         log.info("Evaluating at the end: %s", ", ".join(self.config.evaluations))
         trained = self._evaluate(run, run.total_iterations)
+        details = {} if self._latest is None else self._latest[2]
         model, initial, seed = run.model(), run.initial_model(), run.config.seed
         measured = dict(evaluations.baselines(model))
         measured[initial.name] = evaluations.run(initial)
         measured[model.name] = trained
-        records = [
-            record
-            for name, metrics in measured.items()
-            for record in evaluations.records(
-                initial if name == initial.name else model, name, metrics, seed
-            )
-        ]
+        records = []
+        for name, metrics in measured.items():
+            of, found = initial if name == initial.name else model, None
+            if name == model.name:
+                found = details
+            records += evaluations.records(of, name, metrics, seed, found)
+        if run.is_main:
+            write_details(run.output_dir, details)
         tables = evaluations.rows(measured, label_of(model))
         return {
             **tables,
@@ -76,5 +79,7 @@ class EvaluateWhileTraining(Observer):
     def _evaluate(self, run: Run, iteration: int) -> Metrics:
         """The model after ``iteration`` steps; not twice if nothing happened in between."""
         if self._latest is None or self._latest[0] != iteration:
-            self._latest = (iteration, self._prepare(run.build, run.images).run(run.model()))
+            evaluations = self._prepare(run.build, run.images)
+            metrics = evaluations.run(run.model())
+            self._latest = (iteration, metrics, dict(evaluations.details))
         return self._latest[1]

@@ -35,7 +35,7 @@ from dinov3_framework.data.tokens import head_features, layers_complaint
 from dinov3_framework.errors import problems_at
 from dinov3_framework.parallel.sharder import Sharder, initialize
 from dinov3_framework.parallel.state_dicts import fingerprint
-from dinov3_framework.runtime.environment import software
+from dinov3_framework.runtime.environment import made_with
 from dinov3_framework.training.check import optimizer_rows
 from dinov3_framework.training.simulation import SimulatedBatch, made_up_sample
 from dinov3_framework.training.task import InitialState, TrainingMethod
@@ -247,7 +247,7 @@ class TrainHead(TrainingMethod):
     def export(self, trainer: Trainer, prepared: HeadParts) -> Path:
         config, folder, unit = self.config, trainer.run.output_dir, trainer.unit
         made = {
-            "software": software(),
+            **made_with(self.registry),
             "iterations": str(config.iterations),
             "images_seen": str(config.iterations * config.batch_size),
         }

@@ -19,7 +19,7 @@ from dinov3_framework.data.loader import Layout
 from dinov3_framework.errors import Problem, RecipeError
 from dinov3_framework.parallel.sharder import Sharder
 from dinov3_framework.runtime.agreement import OwnErrors, run_on_all_ranks
-from dinov3_framework.runtime.environment import software
+from dinov3_framework.runtime.environment import made_with
 from dinov3_framework.training.simulation import SimulatedBatch
 from dinov3_framework.training.task import (
     CHECKPOINTS,
@@ -289,7 +289,7 @@ class StudentMethod(TrainingMethod):
         config, path = self.config, trainer.run.output_dir / EXPORT
         provenance = {
             "network": "teacher",
-            "software": software(),
+            **made_with(self.registry),
             "iterations": str(config.iterations),
             "images_seen": str(config.iterations * config.batch_size),
             **trainer.origin,

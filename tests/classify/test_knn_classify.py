@@ -16,7 +16,7 @@ from dinov3_framework.errors import DataError
 
 def features(cls: Any, labels: Any) -> Features:
     given = None if labels is None else torch.as_tensor(labels)
-    return Features(torch.as_tensor(cls, dtype=torch.float32), given, skipped=0)
+    return Features({"class": torch.as_tensor(cls, dtype=torch.float32)}, given)
 
 
 def clouds(count: int, seed: int, classes: int = 5, dim: int = 8) -> Features:
@@ -67,7 +67,7 @@ def test_features_that_nearly_coincide_are_told_apart() -> None:
     rng = np.random.default_rng(8)
     common = torch.from_numpy(rng.normal(0, 1, 32)).float()
     train, test = (
-        Features(common + 1e-5 * part.cls, part.labels, 0)
+        Features({"class": common + 1e-5 * part.cls}, part.labels)
         for part in (clouds(150, 1, dim=32), clouds(90, 2, dim=32))
     )
     found = knn_classify(train, test, k=(5,), n_classes=5)
@@ -94,7 +94,7 @@ def test_by_hand_one_near_neighbor_against_two_far_ones() -> None:
 def test_lengths_do_not_matter() -> None:
     train, test = clouds(60, 3), clouds(30, 4)
     scales = torch.linspace(0.01, 100, 60)[:, None]
-    scaled = Features(train.cls * scales, train.labels, 0)
+    scaled = Features({"class": train.cls * scales}, train.labels)
     known = knn_classify(train, test, k=(5,), n_classes=5)
     assert knn_classify(scaled, test, k=(5,), n_classes=5) == known
     assert 0.2 < known[5] < 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -13,6 +14,7 @@ from toy_configs import HeadOptions, OtherConfig, PullConfig, TinyConfig
 from dinov3_framework import (
     BackboneConfig,
     Component,
+    DatasetConfig,
     LossConfig,
     PluginError,
     Registry,
@@ -221,3 +223,23 @@ def test_all_installed_components_are_documented_and_spellable() -> None:
                 assert field.doc, f"{kind} {name}: {field.name} has no doc"
                 seen += 1
     assert seen > 20
+
+
+@config
+class PairConfig(DatasetConfig):
+    """Two datasets one after the other."""
+
+    first: DatasetConfig = option("the first")
+    second: DatasetConfig = option("the second")
+
+
+def test_a_component_that_composes_others_is_given_build(tmp_path: Path) -> None:
+    def pair(config: PairConfig, *, channels: int, build: Any) -> tuple[Any, Any]:
+        return build(config.first, channels=channels), build(config.second, channels=channels)
+
+    registry = Registry.load()
+    registry.add("dataset", Component("pair", PairConfig, pair, composes=True), "mine", "mine")
+    clothes = {"use": "fashion_mnist"}
+    values = {"first": clothes, "second": {**clothes, "split": "test"}}
+    first, second = registry.build("dataset", "pair", **values, channels=1)
+    assert (len(first), len(second)) == (5000, 1000)

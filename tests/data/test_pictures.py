@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 import sys
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +17,25 @@ import tifffile
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from dinov3_framework.data.pictures import as_tensor, lost, read_image
+from dinov3_framework.data import pictures
+from dinov3_framework.data.pictures import as_tensor, decode_image, lost
 from dinov3_framework.errors import CorruptSampleError, DataError
 
 LIMIT = 1_000_000
+
+
+def read_image(path: str | Path, *args: Any, **options: Any) -> torch.Tensor:
+    """From the file, and from its bytes in memory, which must give the same or fail alike."""
+    try:
+        found = pictures.read_image(path, *args, **options)
+    except CorruptSampleError:
+        if os.path.isfile(path):
+            with pytest.raises(CorruptSampleError, match=re.escape(str(path))):
+                decode_image(Path(path).read_bytes(), str(path), *args, **options)
+        raise
+    again = decode_image(Path(path).read_bytes(), str(path), *args, **options)
+    assert torch.equal(again, found)
+    return found
 
 
 def colors(height: int = 5, width: int = 7) -> np.ndarray:

@@ -609,3 +609,63 @@ def test_what_is_too_much_to_be_read_is_a_mistake(write: Write, content: str) ->
     write("small.toml", "y = 1")
     with pytest.raises(RecipeError, match="is not a TOML value"):
         compose("small.toml", [f"x={{ {content} }}"])
+
+
+# --------------------------------------------------------------------------- short keys
+SHORT = """
+    task = "evaluate"
+    weights = "some"
+
+    [shorthand.data]
+    doc = "a folder"
+    sets.near.train = { use = "folder", root = "{data}", names = ["{data}", "x-{data}"] }
+    sets.near.test = { use = "folder", root = "{data}/val" }
+
+    [near]
+    k = 3
+    train = { use = "clothes", split = "train" }
+    test = { use = "folder", classes = "all" }
+"""
+
+
+def test_a_short_key_goes_to_all_the_places_that_the_recipe_says(write: Write) -> None:
+    write("a.toml", SHORT)
+    assert "shorthand" not in compose("a.toml").data
+    assert compose("a.toml").data["near"]["train"] == {"use": "clothes", "split": "train"}
+    composed = compose("a.toml", ["data=my/pictures", "near.test.root=other"])
+    assert "data" not in composed.data
+    assert composed.data["near"] == {
+        "k": 3,
+        "train": {
+            "use": "folder",
+            "root": "my/pictures",
+            "names": ["my/pictures", "x-my/pictures"],
+        },
+        "test": {"use": "folder", "classes": "all", "root": "other"},
+    }
+    assert composed.origins["near", "train", "root"] == "command line"
+
+
+def test_a_recipe_over_it_may_use_a_short_key_or_change_it(write: Write) -> None:
+    write("a.toml", SHORT)
+    write("b.toml", 'extends = "a.toml"\ndata = "mine"')
+    composed = compose("b.toml")
+    assert composed.data["near"]["test"]["root"] == "mine/val"
+    assert composed.origins["near", "test", "root"] == "b.toml"
+    assert compose("b.toml", ["data=other"]).data["near"]["test"]["root"] == "other/val"
+    write("c.toml", 'extends = "a.toml"\n[shorthand.data]\nsets.weights = "{data}"')
+    assert compose("c.toml", ["data=other"]).data["weights"] == "other"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("shorthand = 1", "shorthand: expected a table, found 1"),
+        ("[shorthand]\ndata = 1", "shorthand.data: expected a table with a table sets"),
+        ("[shorthand.data]\ndoc = 'x'", "shorthand.data: expected a table with a table sets"),
+        ("[shorthand.data]\nsets = {}\ndocs = 'x'", "knows sets and doc, not docs"),
+    ],
+)
+def test_short_keys_that_are_no_such_thing(write: Write, text: str, message: str) -> None:
+    write("a.toml", f'task = "x"\n{text}')
+    assert message in mistakes("a.toml")

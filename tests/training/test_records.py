@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 from rich.text import Text
-from run_support import export_bytes, run_here
+from run_support import export_bytes, is_timing, metrics, run_here
 from trainer_support import trainer
 
 from dinov3_framework import ExitCode, load_backbone
@@ -46,6 +46,9 @@ def test_the_folder_says_with_what_each_start_computed(
     assert log.count("crops per image") == 2, "what a start found is in the log"
     export = run / "exports" / "teacher_backbone.safetensors"
     assert "torch" in load_backbone(export).provenance["software"]
+    assert "dinov3-framework" in load_backbone(export).provenance["plugins"]
+    beside = json.loads((export.parent / "environment.json").read_text())["starts"]
+    assert beside == starts[-1:], "host and command line go with the export's folder"
     for source in (run, export):
         assert show_weights(["show", str(source)]) == 0
         shown = capsys.readouterr().out
@@ -123,3 +126,15 @@ def test_watching_for_collapse_changes_nothing(tmp_path: Path) -> None:
     rank = ("observers.rank.use=rankme", "observers.rank.every=2", "observers.rank.images=20")
     assert run_here(watched, *rank).returncode == 0
     assert export_bytes(watched) == export_bytes(plain)
+
+
+def test_evaluations_on_the_way_change_no_bit_of_a_training(tmp_path: Path) -> None:
+    """Not the stream, not the noise of dropout and masks, not the weights."""
+    assert run_here(tmp_path / "alone").returncode == 0
+    assert run_here(tmp_path / "watched", *KNN).returncode == 0
+    watched = {row["iteration"]: row for row in metrics(tmp_path / "watched")}
+    assert "knn@10" in watched[6]
+    for row in metrics(tmp_path / "alone"):
+        for name in row.keys() - {name for name in row if is_timing(name)}:
+            assert watched[row["iteration"]][name] == row[name]
+    assert export_bytes(tmp_path / "alone") == export_bytes(tmp_path / "watched")

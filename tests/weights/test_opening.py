@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shlex
 import shutil
@@ -410,3 +411,54 @@ def test_recipes_take_published_names(
     assert "21,601,152" in capsys.readouterr().out
     assert main(["knn", "weights=dinov3_vits61", "--check"]) == 2
     assert "published names: dinov3_convnext_base" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ one way to name a model
+def test_a_step_of_a_run(run: Path, registry: Registry, tmp_path: Path) -> None:
+    named = load_backbone(f"{run}@1", registry=registry)
+    assert same(named, load_backbone(run / "checkpoints" / "step_00000001", registry=registry))
+    assert not same(named, load_backbone(run, registry=registry))
+    with pytest.raises(CheckpointError, match=r"has no checkpoint of step 7; it has 1, 2"):
+        load_backbone(f"{run}@7", registry=registry)
+
+
+def test_a_model_of_the_hub_that_was_downloaded(
+    run: Path, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``hf download`` leaves it: a snapshot of links to blobs, shards among them."""
+    source = load_backbone(run, registry=registry)
+    state, images = source.backbone.state_dict(), source.images
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    model = tmp_path / "models--some--dinov3"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("abc123")
+    snapshot = model / "snapshots" / "abc123"
+    (model / "blobs").mkdir()
+    snapshot.mkdir(parents=True)
+    whole = tmp_path / "whole"
+    convert_backbone(run, whole, "huggingface", registry=registry)
+    tensors = load_file(whole / "model.safetensors")
+    names = sorted(tensors)
+    halves = {"model-1.safetensors": names[:9], "model-2.safetensors": names[9:]}
+    index = {"weight_map": {n: file for file, part in halves.items() for n in part}}
+    for file, part in halves.items():
+        save_file({name: tensors[name] for name in part}, model / "blobs" / f"of-{file}")
+    (model / "blobs" / "index").write_text(json.dumps(index))
+    shutil.copy(whole / "config.json", model / "blobs" / "config")
+    files = {file: f"of-{file}" for file in halves}
+    files |= {"model.safetensors.index.json": "index", "config.json": "config"}
+    for name, blob in files.items():
+        (snapshot / name).symlink_to(Path("../../blobs") / blob)
+    found = load_backbone("some/dinov3", images=images, registry=registry)
+    assert torch.equal(found.backbone.state_dict()["cls_token"], state["cls_token"])
+    (snapshot / "model-1.safetensors").unlink()
+    (snapshot / "model-1.safetensors").symlink_to(whole / "model.safetensors")
+    with pytest.raises(CheckpointError, match="leads out of its folder"):
+        load_backbone("some/dinov3", images=images, registry=registry)
+
+
+def test_a_backbone_without_weights_by_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["knn", "weights=vit_small", "--check", "--output-dir", str(tmp_path)]) == 0
+    assert "random, seed 0" in capsys.readouterr().out

@@ -1,0 +1,188 @@
+"""Features that were extracted before: in memory, and in a folder that runs share.
+
+In the folder each set of features has a folder of its own, named by a hash of all that decides on
+it: the weights, the data with the state of their files, how images are seen, and the dtype that was
+computed in. A process writes its share of them; any number of processes reads them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+
+from dinov3_framework.contracts.data import Dataset
+from dinov3_framework.contracts.networks import Backbone
+from dinov3_framework.errors import UserError
+from dinov3_framework.parallel.state_dicts import weights_hash
+from dinov3_framework.runtime import collectives
+from dinov3_framework.runtime.agreement import RankFailure, broadcast_from_rank0, run_on_all_ranks
+from dinov3_framework.runtime.durable import read_file, sync, write_and_sync
+
+if TYPE_CHECKING:
+    from dinov3_framework.data.features import Features
+
+log = logging.getLogger(__name__)
+
+_CONTENT = "features.json"  # written last
+_TOKENS = "tokens."  # what names of tokens begin with in files
+
+
+class FeatureCache:
+    """Keeps features for as long as it lives; with a ``folder`` for later runs, too.
+
+    Its weights must not change while it lives.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self._known: dict[str, Features] = {}
+        self._hashes: dict[int, str] = {}
+
+    def features(
+        self,
+        backbone: Backbone,
+        dataset: Dataset,
+        seen: Mapping[str, Any],
+        extract: Callable[[], Features],
+    ) -> Features:
+        """This process's share; ``seen`` is how images are seen, by name. Call on every process."""
+        content = broadcast_from_rank0(_content, dataset, seen)
+        key = f"{id(backbone)} {_digest(content)}"
+        if key not in self._known:
+            self._known[key] = self._kept(backbone, content, extract)
+        return self._known[key]
+
+    def _kept(
+        self, backbone: Backbone, content: Mapping[str, Any], extract: Callable[[], Features]
+    ) -> Features:
+        """Read from the folder, or extracted and written there."""
+        if self.folder is None:
+            return extract()
+        if id(backbone) not in self._hashes:
+            self._hashes[id(backbone)] = weights_hash(backbone)
+        content = {"weights": self._hashes[id(backbone)], **content}
+        place = self.folder.expanduser() / _digest(content)
+        found: Features | None = _on_all_ranks(_read, place, what="cannot read")
+        if found is not None:
+            if collectives.is_main():
+                log.info("Features of %s: from %s", content["data"], place)
+            return found
+        if collectives.is_main():
+            shutil.rmtree(place, ignore_errors=True)  # what cannot be read
+        share = extract()
+        _on_all_ranks(_write, place, share, content, _mark(), what="cannot keep")
+        return share
+
+
+def _content(dataset: Dataset, seen: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides on features besides the weights, as JSON holds it."""
+    return {
+        "dataset": type(dataset).__name__,
+        "data": dataset.version(),
+        "targets": {name: str(attrs.asdict(each)) for name, each in dataset.targets.items()},
+        "seen": {name: str(value) for name, value in seen.items()},
+    }
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _mark() -> str:
+    """A random name, the same on all processes."""
+    return str(collectives.all_gather_object(secrets.token_hex(4))[0])
+
+
+def _on_all_ranks(action: Callable[..., Any], *args: Any, what: str) -> Any:
+    """The result of ``action``; None, with a warning, if it fails on any process."""
+    try:
+        return run_on_all_ranks(action, *args)
+    except RankFailure as failure:
+        if failure.own is not None and not isinstance(
+            failure.own, OSError | ValueError | UserError
+        ):
+            raise failure.own from failure
+        if collectives.is_main():
+            log.warning("%s features at %s: %s", what, args[0], failure)
+        return None
+
+
+# --------------------------------------------------------------------------- files
+def _write(place: Path, share: Features, content: Mapping[str, Any], mark: str) -> None:
+    from safetensors.torch import save_file
+
+    if place.exists():  # another run was faster
+        return
+    aside = place.with_name(f".{place.name}.{mark}")
+    aside.mkdir(parents=True, exist_ok=True)
+    try:
+        part = aside / f"{collectives.rank():05}.safetensors"
+        tensors = {_TOKENS + name: each.contiguous() for name, each in share.tokens.items()}
+        tensors["indices"] = share.indices
+        if share.labels is not None:
+            tensors["labels"] = share.labels
+        save_file(tensors, part)
+        sync(part)
+    finally:
+        sizes = collectives.all_gather_object(part.stat().st_size if part.exists() else 0)
+        if collectives.is_main():
+            _conclude(place, aside, content, share, sizes)
+
+
+def _conclude(
+    place: Path, aside: Path, content: Mapping[str, Any], share: Features, sizes: list[Any]
+) -> None:
+    try:
+        if all(sizes):
+            found = {**content, "total": share.total, "skipped": share.skipped, "sizes": sizes}
+            write_and_sync(aside / _CONTENT, json.dumps(found, indent=1).encode())
+            os.rename(aside, place)
+            sync(place.parent)
+    finally:
+        if aside.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _read(place: Path) -> Features | None:
+    """This process's share of what a folder holds; None where there is nothing."""
+    from safetensors import SafetensorError, safe_open
+
+    from dinov3_framework.data.features import Features
+
+    if not place.exists():
+        return None
+    try:
+        content = json.loads(read_file(place / _CONTENT))
+        total, skipped, sizes = content["total"], content["skipped"], content["sizes"]
+        files = [place / f"{number:05}.safetensors" for number in range(len(sizes))]
+        for file, size in zip(files, sizes, strict=True):
+            if file.stat().st_size != size:
+                raise ValueError(f"{file} has another size than it was written with")
+        parts: list[Any] = [safe_open(file, "pt") for file in files]
+        indices = torch.cat([part.get_tensor("indices") for part in parts])
+        order = indices.argsort()
+        world, rank = collectives.world_size(), collectives.rank()
+        own = order[rank * total // world : (rank + 1) * total // world]
+        tensors = {}
+        for name in list(parts[0].keys()):
+            rows = [part.get_tensor(name) for part in parts]
+            tensors[name] = torch.cat(rows)[own] if len(parts) > 1 or world > 1 else rows[0]
+        return Features(
+            {n.removeprefix(_TOKENS): t for n, t in tensors.items() if n.startswith(_TOKENS)},
+            tensors.get("labels"),
+            skipped,
+            tensors["indices"],
+            total,
+        )
+    except (KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
