@@ -26,7 +26,7 @@ from dinov3_framework.errors import UserError
 from dinov3_framework.parallel.state_dicts import weights_hash
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.agreement import RankFailure, broadcast_from_rank0, run_on_all_ranks
-from dinov3_framework.runtime.durable import read_file, sync, write_and_sync
+from dinov3_framework.runtime.durable import parse_json, read_file, sync, write_and_sync
 
 if TYPE_CHECKING:
     from dinov3_framework.data.features import Features
@@ -162,7 +162,7 @@ def _read(place: Path) -> Features | None:
     if not place.exists():
         return None
     try:
-        content = json.loads(read_file(place / _CONTENT))
+        content = parse_json(read_file(place / _CONTENT))
         total, skipped, sizes = content["total"], content["skipped"], content["sizes"]
         files = [place / f"{number:05}.safetensors" for number in range(len(sizes))]
         for file, size in zip(files, sizes, strict=True):

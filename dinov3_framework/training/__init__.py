@@ -24,6 +24,8 @@ from dinov3_framework.parallel import ParallelConfig
 CHECKPOINTS = "checkpoints"  # below a run's folder
 RECIPE_IDENTITY = "recipe"  # in a checkpoint: what decides on what its run learns
 DATA = "data"  # in a checkpoint: the digest of the run's data
+ORIGIN = "init_from"  # in a checkpoint: where the first values came from
+STREAMS = "streams"  # in a checkpoint: where streams go on
 
 
 @config

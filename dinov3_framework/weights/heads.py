@@ -16,6 +16,7 @@ from dinov3_framework.contracts.data import Target
 from dinov3_framework.contracts.networks import Backbone, Head
 from dinov3_framework.errors import CheckpointError
 from dinov3_framework.registry import Registry
+from dinov3_framework.runtime.durable import parse_json
 from dinov3_framework.weights.info import ComponentInfo
 from dinov3_framework.weights.source import WeightSource
 
@@ -69,7 +70,7 @@ def _opened(
     with WeightSource.open(source, registry, kind="head") as weights:
         provenance = dict(weights.provenance)
         try:
-            found = json.loads(provenance.pop("targets"))
+            found = parse_json(provenance.pop("targets"))
             targets = {name: _target(values) for name, values in found.items()}
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{source} does not say what its head predicts") from error

@@ -49,6 +49,7 @@ def test_data_that_changed_are_refused(tmp_path: Path, images: Path) -> None:
         assert code == ExitCode.WRONG_INPUT
         assert "dataset: is not the data that this run began with: 20 images" in complaint
         assert "9 images" in complaint
+        assert f"or choose another --output-dir; there, continue_from.run={output}" in complaint
     for index in range(11):  # as many, under other names
         Image.new("L", (30, 30)).save(images / f"other{index:02}.png")
     code, complaint = train(output, images)
