@@ -63,7 +63,9 @@ def test_an_exported_backbone(
     assert found["protocol.temperature"] == "0.07"
     assert len(found["weights"]) == 16
     assert of["raw pixels", "knn@5"]["weights"] == ""
-    assert sorted(path.name for path in output.iterdir()) == ["results.csv", "results.json"]
+    details = ["knn_classes.csv", "knn_confusion.npy"]
+    written = sorted(path.name for path in output.iterdir())
+    assert written == [*details, "results.csv", "results.json"]
     printed = capsys.readouterr().out
     assert "knn@1" in printed
     assert str(teacher["knn@1"]) in printed

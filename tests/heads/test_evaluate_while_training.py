@@ -107,7 +107,10 @@ def test_several_evaluations_have_their_names_before_their_metrics(run: FakeRun)
     ("options", "message"),
     [
         ({"k": (1, 41)}, r"evaluations.knn.k: 41 neighbors are asked for, the training set has 40"),
-        ({"train": ClustersConfig(labeled=False)}, "knn.train: k-NN needs labels; clusters"),
+        (
+            {"train": ClustersConfig(labeled=False)},
+            "knn.train: needs labels, one of each image; clusters",
+        ),
         ({"test": ClustersConfig(names=("a", "b", "c", "e"))}, "d, e in one of them only"),
     ],
 )

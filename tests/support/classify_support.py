@@ -9,8 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from dinov3_classify import KnnConfig
-from dinov3_classify.evaluation import KnnEvaluation
+from attrs import frozen
+from dinov3_classify import KnnConfig, LogisticRegressionConfig
+from dinov3_classify.knn_evaluation import KnnEvaluation
+from dinov3_classify.logistic_evaluation import LogisticRegressionEvaluation
+from dinov3_datasets.configs import FashionMnistConfig
+from dinov3_datasets.fashion import FashionMnist
 from torch import Tensor, nn
 
 from dinov3_framework.configs import ImagesConfig, config, option
@@ -97,7 +101,9 @@ class ClustersConfig(DatasetConfig):
 
     count: int = option("images", default=40)
     seed: int = option("seed of the noise", default=0)
+    noise: float = option("deviation of the noise", default=40.0)
     labeled: bool = option("whether there are labels", default=True)
+    several: bool = option("whether each image is of the next class, too", default=False)
     there: bool = option("whether this machine has it", default=True)
     names: tuple[str, ...] = option("names of the classes", default=("a", "b", "c", "d"))
 
@@ -111,18 +117,23 @@ class Clusters(Dataset):
         patterns = np.random.default_rng(123).integers(0, 256, (4, channels, 4, 4))
         rng = np.random.default_rng(config.seed)
         self.labels = [index % 4 for index in range(config.count)]
-        noise = rng.normal(0, 40, (config.count, channels, 4, 4))
+        noise = rng.normal(0, config.noise, (config.count, channels, 4, 4))
         pixels = (patterns[self.labels] + noise).clip(0, 255).astype(np.uint8)
         self.images = torch.from_numpy(pixels)
         self.labeled = config.labeled
+        self.several = config.several
         if config.labeled:
-            self.targets = {"label": Target("class", classes=config.names)}
+            target = Target("class", classes=config.names, per_object=config.several)
+            self.targets = {"labels" if config.several else "label": target}
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:
-        return Sample(self.images[index], {"label": self.labels[index]} if self.labeled else {})
+        label = self.labels[index]
+        if self.several:
+            return Sample(self.images[index], {"labels": torch.tensor([label, (label + 1) % 4])})
+        return Sample(self.images[index], {"label": label} if self.labeled else {})
 
     def describe(self) -> str:
         return f"clusters, {len(self)} images"
@@ -132,7 +143,11 @@ def registry() -> Registry:
     made = Registry()
     made.add("backbone", Component("tiny", TinyConfig, Tiny), "tests", "tests")
     made.add("dataset", Component("clusters", ClustersConfig, Clusters), "tests", "tests")
-    made.add("evaluation", Component("knn", KnnConfig, KnnEvaluation), "tests", "tests")
+    for name, evaluation, factory in (
+        ("knn", KnnConfig, KnnEvaluation),
+        ("logistic_regression", LogisticRegressionConfig, LogisticRegressionEvaluation),
+    ):
+        made.add("evaluation", Component(name, evaluation, factory), "tests", "tests")
     return made
 
 
@@ -140,6 +155,40 @@ def knn(**options: Any) -> KnnConfig:
     """k-NN on 40 and 20 clusters."""
     given = {"train": ClustersConfig(count=40), "test": ClustersConfig(count=20, seed=1)}
     return KnnConfig(**{**given, "k": (1, 5), **options})
+
+
+def regression(**options: Any) -> LogisticRegressionConfig:
+    """Logistic regression on 40 and 20 clusters, which it takes as they are."""
+    given = {"train": ClustersConfig(count=40), "test": ClustersConfig(count=20, seed=1)}
+    return LogisticRegressionConfig(**{**given, "size": 0, "c": (1e-3, 1.0), **options})
+
+
+@frozen
+class Labels:
+    """Features [n, D] and labels, int64 [n] or bool [n, classes]."""
+
+    features: Tensor
+    labels: Tensor
+
+
+def labeled(features: Any, labels: Any) -> Labels:
+    return Labels(torch.as_tensor(features, dtype=torch.float32), torch.as_tensor(labels))
+
+
+def clouds(count: int, seed: int, classes: int = 5, dim: int = 8) -> Labels:
+    """Overlapping clouds, so that votes are contested."""
+    centers = np.random.default_rng(0).normal(0, 1, (classes, dim))
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, count)
+    return labeled(centers[labels] + rng.normal(0, 1.2, (count, dim)), labels)
+
+
+def clothes(split: str, count: int) -> Labels:
+    """Raw pixels of the first images of Fashion-MNIST, in 0..1."""
+    data = FashionMnist(FashionMnistConfig(split=split), channels=1)
+    samples = [data[index] for index in range(count)]
+    pixels = torch.stack([sample.image.flatten() for sample in samples]).float() / 255
+    return Labels(pixels, torch.tensor([sample.label for sample in samples]))
 
 
 class FakeRun:
