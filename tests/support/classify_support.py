@@ -9,8 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from dinov3_classify import KnnConfig
-from dinov3_classify.evaluation import KnnEvaluation
+from attrs import frozen
+from dinov3_classify import KnnConfig, LogisticRegressionConfig
+from dinov3_classify.knn_evaluation import KnnEvaluation
+from dinov3_classify.logistic_evaluation import LogisticRegressionEvaluation
+from dinov3_datasets.configs import FashionMnistConfig
+from dinov3_datasets.fashion import FashionMnist
 from torch import Tensor, nn
 
 from dinov3_framework.configs import ImagesConfig, config, option
@@ -132,7 +136,11 @@ def registry() -> Registry:
     made = Registry()
     made.add("backbone", Component("tiny", TinyConfig, Tiny), "tests", "tests")
     made.add("dataset", Component("clusters", ClustersConfig, Clusters), "tests", "tests")
-    made.add("evaluation", Component("knn", KnnConfig, KnnEvaluation), "tests", "tests")
+    for name, config, factory in (
+        ("knn", KnnConfig, KnnEvaluation),
+        ("logistic_regression", LogisticRegressionConfig, LogisticRegressionEvaluation),
+    ):
+        made.add("evaluation", Component(name, config, factory), "tests", "tests")
     return made
 
 
@@ -140,6 +148,40 @@ def knn(**options: Any) -> KnnConfig:
     """k-NN on 40 and 20 clusters."""
     given = {"train": ClustersConfig(count=40), "test": ClustersConfig(count=20, seed=1)}
     return KnnConfig(**{**given, "k": (1, 5), **options})
+
+
+def regression(**options: Any) -> LogisticRegressionConfig:
+    """Logistic regression on 40 and 20 clusters, which it takes as they are."""
+    given = {"train": ClustersConfig(count=40), "test": ClustersConfig(count=20, seed=1)}
+    return LogisticRegressionConfig(**{**given, "size": 0, "c": (1e-3, 1.0), **options})
+
+
+@frozen
+class Labels:
+    """Features [n, D] and labels, int64 [n] or bool [n, classes]."""
+
+    features: Tensor
+    labels: Tensor
+
+
+def labeled(features: Any, labels: Any) -> Labels:
+    return Labels(torch.as_tensor(features, dtype=torch.float32), torch.as_tensor(labels))
+
+
+def clouds(count: int, seed: int, classes: int = 5, dim: int = 8) -> Labels:
+    """Overlapping clouds, so that votes are contested."""
+    centers = np.random.default_rng(0).normal(0, 1, (classes, dim))
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, count)
+    return labeled(centers[labels] + rng.normal(0, 1.2, (count, dim)), labels)
+
+
+def clothes(split: str, count: int) -> Labels:
+    """Raw pixels of the first images of Fashion-MNIST, in 0..1."""
+    data = FashionMnist(FashionMnistConfig(split=split), channels=1)
+    samples = [data[index] for index in range(count)]
+    pixels = torch.stack([sample.image.flatten() for sample in samples]).float() / 255
+    return Labels(pixels, torch.tensor([sample.label for sample in samples]))
 
 
 class FakeRun:
