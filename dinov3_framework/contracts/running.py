@@ -153,6 +153,15 @@ class Model:
 
 
 @attrs.frozen
+class ChosenHead:
+    """A head that an evaluation found among those that it measured, with all its values."""
+
+    component: str
+    config: Mapping[str, Any]  # plain values, as in a recipe
+    head: Head
+
+
+@attrs.frozen
 class Details:
     """What an evaluation found besides its metrics."""
 
@@ -162,6 +171,7 @@ class Details:
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = attrs.field(factory=dict)
     # Each a file <evaluation>_<array>.npy; "confusion" is [classes, classes], rows the truth.
     arrays: Mapping[str, np.ndarray[Any, Any]] = attrs.field(factory=dict)
+    head: ChosenHead | None = None  # a file <evaluation>_head.safetensors
 
 
 class Evaluation(abc.ABC):

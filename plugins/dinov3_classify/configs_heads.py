@@ -130,14 +130,14 @@ class ClassifiedSetsConfig(EvaluationConfig):
 
 @config
 class ClassificationConfig(ClassifiedSetsConfig):
-    """Accuracy of a head that predicts classes, in percent, as ``NAME/top1`` and ``NAME/top5``."""
+    """Accuracy of a head that predicts classes, in percent, as ``NAME/accuracy``."""
 
     target: str = option("which of the head's targets is looked at", default="label")
 
 
 @config
 class ProbesEvaluationConfig(ClassifiedSetsConfig):
-    """Accuracy of the best of ``linear_probes``, in percent, as ``NAME/top1`` and ``NAME/top5``.
+    """Accuracy of the best of ``linear_probes``, in percent, as ``NAME/accuracy``.
 
     The best is that of most images of ``val`` rightly classified, and is kept as a classifier of
     its own, ``<evaluation>_head.safetensors``. Accuracies on ``val`` are the chosen one's, and so

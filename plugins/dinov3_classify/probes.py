@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from dinov3_classify.configs_heads import LinearClassifierConfig, LinearProbesCo
 from dinov3_classify.heads import ClassHead, LinearClassifier, linear_input, width
 from dinov3_framework.contracts.data import Target
 from dinov3_framework.contracts.networks import FeatureInfo, HeadFeatures, LossResult
+from dinov3_framework.contracts.running import ChosenHead
 
 
 @frozen
@@ -84,32 +85,36 @@ class LinearProbes(ClassHead):
     def loss(self, outputs: Sequence[Tensor], targets: Mapping[str, Any]) -> LossResult:
         wanted = targets[self.config.target]
         losses = torch.stack([self.cross_entropy(each, wanted) for each in outputs])
+        lowest = losses.detach().min()
         right = torch.stack([(each.argmax(1) == wanted).float().mean() for each in outputs])
-        return LossResult(losses.sum(), {"lowest_loss": losses.min(), "accuracy": right.max()})
+        return LossResult(losses.sum(), {"lowest_loss": lowest, "accuracy": right.max()})
 
     def predict(self, outputs: Sequence[Tensor], size: tuple[int, int]) -> Mapping[str, Tensor]:
         """The mean of all classifiers' probabilities; which is best, ``linear_probes`` finds."""
         return {self.config.target: torch.stack([o.float().softmax(1) for o in outputs]).mean(0)}
 
-    def scores(self, tokens: Mapping[tuple[int, bool], Tensor]) -> Iterator[tuple[Probe, Tensor]]:
-        """Logits of each classifier for inputs [n, D * (blocks + 1)] by (blocks, mean_patch)."""
-        for probe, classifier in zip(self.probes, self.classifiers, strict=True):
-            given = tokens[probe.blocks, probe.mean_patch]
-            yield probe, classifier(given.to(classifier.weight))
+    @torch.no_grad()
+    def layer(self, probe: Probe) -> tuple[Tensor, Tensor]:
+        """Weight [C, D * (blocks + 1)] and bias [C] of one of them, whole and in float32.
 
-    def classifier(self, probe: Probe) -> tuple[LinearClassifierConfig, LinearClassifier]:
+        To be called on every process.
+        """
+        layer = self.classifiers[probe.index]
+        return _whole(layer.weight), _whole(layer.bias)
+
+    def classifier(self, probe: Probe) -> ChosenHead:
         """One of them as a head of its own, on the CPU; to be called on every process."""
-        config = LinearClassifierConfig(
-            target=self.config.target,
-            label_smoothing=self.config.label_smoothing,
-            blocks=probe.blocks,
-            mean_patch=probe.mean_patch,
-        )
+        weight, bias = self.layer(probe)
+        values = {
+            "target": self.config.target,
+            "label_smoothing": self.config.label_smoothing,
+            "blocks": probe.blocks,
+            "mean_patch": probe.mean_patch,
+        }
+        config = LinearClassifierConfig(**values)  # type: ignore[arg-type]
         alone = LinearClassifier(config, features=self._features, targets=self._schema)
-        source: Any = self.classifiers[probe.index]
-        state = {name: _whole(value).cpu() for name, value in source.state_dict().items()}
-        alone.load_state_dict(state)
-        return config, alone.eval()
+        alone.load_state_dict({"weight": weight.cpu(), "bias": bias.cpu()})
+        return ChosenHead("linear_classifier", values, alone.eval())
 
 
 def _whole(value: Tensor) -> Tensor:

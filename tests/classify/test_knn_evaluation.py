@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from classify_support import GRAY, ClustersConfig, knn, registry, tiny
-from dinov3_classify import KnnConfig
+from dinov3_classify.configs import KnnConfig
 from dinov3_classify.evaluation import KnnEvaluation
 
 from dinov3_framework import Model

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from attrs import frozen
-from dinov3_classify import KnnConfig, LogisticRegressionConfig
+from dinov3_classify.configs import KnnConfig, LogisticRegressionConfig
 from dinov3_classify.knn_evaluation import KnnEvaluation
 from dinov3_classify.logistic_evaluation import LogisticRegressionEvaluation
 from dinov3_datasets.configs import FashionMnistConfig
@@ -136,11 +136,11 @@ def registry() -> Registry:
     made = Registry()
     made.add("backbone", Component("tiny", TinyConfig, Tiny), "tests", "tests")
     made.add("dataset", Component("clusters", ClustersConfig, Clusters), "tests", "tests")
-    for name, config, factory in (
+    for name, options, factory in (
         ("knn", KnnConfig, KnnEvaluation),
         ("logistic_regression", LogisticRegressionConfig, LogisticRegressionEvaluation),
     ):
-        made.add("evaluation", Component(name, config, factory), "tests", "tests")
+        made.add("evaluation", Component(name, options, factory), "tests", "tests")
     return made
 
 
