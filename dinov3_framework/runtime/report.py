@@ -89,13 +89,17 @@ def write_report(
         script=Markup(script),
         kind=_kind,
         tabulated=tabulated,
-        format_value=format_value,
+        format_value=_cell,
     )
     write_aside(path, page)
 
 
 def _printable(value: Any) -> Any:
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _cell(value: Any) -> str:
+    return value if isinstance(value, Markup) else format_value(value)
 
 
 def _kind(block: Block) -> str:

@@ -1,4 +1,4 @@
-"""Datasets: folders of images, ImageNet as it is published, a small Fashion-MNIST of its own.
+"""Datasets: folders, lists, archives and tables of images, ImageNet, a small Fashion-MNIST.
 
 And the task ``index``, which writes what some of them need beside their data.
 """
@@ -6,11 +6,14 @@ And the task ``index``, which writes what some of them need beside their data.
 from __future__ import annotations
 
 from dinov3_datasets.configs import FashionMnistConfig, ImageFolderConfig, IndexConfig
+from dinov3_datasets.hf_config import HfDatasetConfig
 from dinov3_datasets.imagenet_configs import (
     Imagenet1kConfig,
     Imagenet22kConfig,
     ImagenetV2Config,
 )
+from dinov3_datasets.list_config import ImageListConfig
+from dinov3_datasets.webdataset_config import WebDatasetConfig
 from dinov3_framework import Component, hookimpl
 
 
@@ -18,6 +21,9 @@ from dinov3_framework import Component, hookimpl
 def dinov3_datasets() -> list[Component]:
     return [
         Component("image_folder", ImageFolderConfig, "dinov3_datasets.image_folder:ImageFolder"),
+        Component("image_list", ImageListConfig, "dinov3_datasets.image_list:ImageList"),
+        Component("webdataset", WebDatasetConfig, "dinov3_datasets.webdataset:open_webdataset"),
+        Component("hf_dataset", HfDatasetConfig, "dinov3_datasets.hf_dataset:HfDataset"),
         Component("imagenet_1k", Imagenet1kConfig, "dinov3_datasets.imagenet_1k:Imagenet1k"),
         Component("imagenet_v2", ImagenetV2Config, "dinov3_datasets.imagenet_v2:ImagenetV2"),
         Component("imagenet_22k", Imagenet22kConfig, "dinov3_datasets.imagenet_22k:Imagenet22k"),

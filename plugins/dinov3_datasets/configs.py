@@ -46,35 +46,15 @@ def _color(value: tuple[int, int, int]) -> str | None:
 
 
 @config
-class ImageFolderConfig(DatasetConfig):
-    """All images below a folder, at any depth; with labels where class folders give them.
+class PicturesConfig(DatasetConfig):
+    """Base of datasets that decode image files: how their values become 8 bits."""
 
-    Files and folders whose names start with a dot are ignored, links are followed. The order is
-    that of the names, so every machine sees the same dataset.
-    """
-
-    root: str = option("the folder", is_place=True)
-    labels: Literal["auto", "folders", "none"] = option(
-        "where labels come from: the name of the folder right below root (folders), nowhere "
-        "(none), or folders if every image lies in one (auto)",
-        default="auto",
-    )
-    classes: tuple[str, ...] | None = option(
-        "class folders in the order of their labels, to the exclusion of all else; left out, "
-        "every folder, sorted by name",
-        default=None,
-        check=_classes,
-    )
-    extensions: tuple[str, ...] = option(
-        "endings of image files, upper case included", default=_EXTENSIONS, check=_extensions
-    )
     max_pixels: int = option(
-        "pixels above which a file counts as corrupt, told from its header before decoding; the "
+        "pixels above which an image counts as corrupt, told from its header before decoding; the "
         "default is where Pillow refuses, about 0.5 GB once decoded",
         default=178_956_970,
         check=positive,
     )
-
     bits: int | None = option(
         "bits that the values of wider files really have, such as 10 or 12; left out, 16 of 16",
         default=None,
@@ -101,6 +81,34 @@ class ImageFolderConfig(DatasetConfig):
             raise InvalidOption("low", "low and high go together, in place of bits")
         if self.low is not None and self.high is not None and not self.low < self.high:
             raise InvalidOption("low", f"is {self.low:g}, not below high = {self.high:g}")
+
+
+@config
+class ImageFolderConfig(PicturesConfig):
+    """All images below a folder, at any depth; with labels where class folders give them.
+
+    Files and folders whose names start with a dot are ignored, links are followed. The order is
+    that of the names, so every machine sees the same dataset.
+    """
+
+    root: str = option("the folder", is_place=True)
+    labels: Literal["auto", "folders", "none"] = option(
+        "where labels come from: the name of the folder right below root (folders), nowhere "
+        "(none), or folders if every image lies in one (auto)",
+        default="auto",
+    )
+    classes: tuple[str, ...] | None = option(
+        "class folders in the order of their labels, to the exclusion of all else; left out, "
+        "every folder, sorted by name",
+        default=None,
+        check=_classes,
+    )
+    extensions: tuple[str, ...] = option(
+        "endings of image files, upper case included", default=_EXTENSIONS, check=_extensions
+    )
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
         if self.classes is not None and self.labels == "none":
             raise InvalidOption("classes", 'needs labels = "folders" or "auto", is with "none"')
 

@@ -156,7 +156,12 @@ class _Check:
             if not excused:
                 problems.append(Problem("", str(error)))
         else:
-            self.missing += [f"stages.{name}: {self._shown(line)}" for line in plan.missing]
+            later = [str(self._place(inherited[path])) for path in open_keys]
+            self.missing += [
+                f"stages.{name}: {self._shown(line)}"
+                for line in plan.missing
+                if not any(place in line for place in later)
+            ]
             for title, rows in plan.sections.items():
                 shown = [(label, self._shown(value)) for label, value in rows]
                 self.sections[f"{name}: {title}"] = shown
