@@ -126,16 +126,22 @@ class Task(abc.ABC):
 class FeatureStore(Protocol):
     """Keeps features that several evaluations want: ``dinov3_framework.data.feature_cache``."""
 
+    @property
+    def also(self) -> Sequence[str]:
+        """Outputs to extract besides those wanted, as others may want them later."""
+        ...
+
     def features(
         self,
         backbone: Backbone,
         dataset: Dataset,
         seen: Mapping[str, Any],
+        wanted: Sequence[str],
         extract: Callable[[], Any],
     ) -> Any:
-        """What ``extract`` gives, if it is not kept from before; ``seen`` is how images are seen.
+        """Features with at least the tokens ``wanted``, kept from before or extracted.
 
-        To be called by every process.
+        ``seen`` is how images are seen. To be called by every process.
         """
         ...
 
