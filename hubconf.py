@@ -1,4 +1,4 @@
-"""Entry points of torch.hub: the published backbones by name.
+"""Entry points of torch.hub: the published backbones by name, and what stands on them.
 
     torch.hub.load(REPO_DIR, "dinov3_vits16", source="local", weights=PATH_OR_URL)
 
@@ -24,7 +24,7 @@ from dinov3_framework.weights.hub import load_published as _load_published
 
 dependencies = ["torch", "numpy", "attrs"]
 
-_CATALOG = _PlainCatalog.of("dinov3_vit", "dinov3_convnext")
+_CATALOG = _PlainCatalog.of("dinov3_vit", "dinov3_convnext", "dinov3_classify")
 
 
 def _entry_point(name: str) -> _Callable[..., _Any]:
@@ -58,3 +58,32 @@ def _entry_point(name: str) -> _Callable[..., _Any]:
 globals().update(
     {n: _entry_point(n) for n, each in _CATALOG.published.items() if each.kind == "backbone"}
 )
+
+
+def dinov3_vit7b16_lc(
+    *,
+    pretrained: bool = True,
+    weights: str | _Path | None = None,
+    backbone_weights: str | _Path | None = None,
+    check_hash: bool = False,
+    classes: int = 1000,
+    **fields: _Any,
+) -> _Any:
+    """The published classifier on ViT-7B/16: normalized images [B, 3, H, W] to logits [B, 1000].
+
+    ``weights`` are the classifier's (``IMAGENET1K``, a path or a URL), ``backbone_weights`` the
+    backbone's, ``fields`` change the backbone's config. A module of ``backbone`` and
+    ``linear_head``, in eval mode.
+    """
+    from dinov3_classify.classifier import Classifier
+
+    from dinov3_framework.contracts.data import Target
+
+    known = {"pretrained": pretrained, "check_hash": check_hash}
+    backbone = _load_published(
+        _CATALOG, "dinov3_vit7b16", weights=backbone_weights, **known, **fields
+    )
+    targets = {"label": Target("class", n_classes=classes)}
+    runtime = {"features": backbone.feature_info, "targets": targets}
+    head = _load_published(_CATALOG, "dinov3_vit7b16_lc", weights=weights, runtime=runtime, **known)
+    return Classifier(backbone, head).eval()

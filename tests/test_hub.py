@@ -58,7 +58,7 @@ def saved(tmp_path: Path, backbone: Any, file: str = "w.pth") -> Path:
 
 def test_every_published_backbone_has_an_entry_point(hub: ModuleType) -> None:
     entries = {name for name in vars(hub) if callable(getattr(hub, name)) and name[0] != "_"}
-    assert entries == NAMES.keys() == Registry.load().published.keys()
+    assert entries == {*NAMES, "dinov3_vit7b16_lc"} == Registry.load().published.keys()
     for name in entries:
         assert "weights" in (getattr(hub, name).__doc__ or "")
 
@@ -69,6 +69,27 @@ def test_entry_points_build_the_published_sizes(hub: ModuleType, name: str) -> N
         backbone = getattr(hub, name)(pretrained=False)
     assert sum(parameter.numel() for parameter in backbone.parameters()) == NAMES[name]
     assert not backbone.training
+
+
+def test_the_classifier_on_vit_7b(hub: ModuleType) -> None:
+    with torch.device("meta"):
+        whole = hub.dinov3_vit7b16_lc(pretrained=False)
+        logits = whole(torch.empty(2, 3, 32, 32))
+    assert logits.shape == (2, 1000)
+    assert sum(p.numel() for p in whole.parameters()) == NAMES["dinov3_vit7b16"] + 8_193_000
+    assert {name.partition(".")[0] for name in whole.state_dict()} == {"backbone", "linear_head"}
+
+
+def test_it_sees_the_class_token_and_the_mean_patch() -> None:
+    small = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    model = load("dinov3_vit7b16_lc", pretrained=False, classes=5, **small)
+    images = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        tokens = model.backbone.forward_features(images)
+        seen = [tokens["x_norm_clstoken"], tokens["x_norm_patchtokens"].mean(1)]
+        head = model.linear_head
+        expected = torch.cat(seen, 1) @ head.weight.T + head.bias
+        torch.testing.assert_close(model(images), expected)
 
 
 def test_weights_by_path_are_loaded_strictly(tmp_path: Path) -> None:

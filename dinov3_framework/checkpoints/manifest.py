@@ -16,7 +16,7 @@ from typing import Any
 from attrs import asdict, frozen
 
 from dinov3_framework.errors import CheckpointError
-from dinov3_framework.runtime.durable import open_file, read_file, sync, write_and_sync
+from dinov3_framework.runtime.durable import open_file, parse_json, read_file, sync, write_and_sync
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -86,7 +86,7 @@ class Manifest:
         if hashlib.sha256(data).hexdigest() != rest.strip():
             raise Damage(MANIFEST, f"does not have the SHA-256 in {MARKER}: altered or truncated")
         try:
-            return cls._parse(json.loads(data))
+            return cls._parse(parse_json(data))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise Damage(MANIFEST, f"is malformed ({type(error).__name__}: {error})") from error
 
@@ -127,6 +127,17 @@ class Manifest:
         except OSError as error:
             return f"{name}: cannot be read ({error.strerror})"
         return None
+
+
+def parse_state(data: bytes) -> dict[str, Any]:
+    """The JSON object that a ``state.json`` holds; raises ``Damage`` where it holds none."""
+    try:
+        state = parse_json(data)
+    except ValueError as error:
+        raise Damage(STATE, f"is malformed ({type(error).__name__}: {error})") from error
+    if not isinstance(state, dict):
+        raise Damage(STATE, f"is malformed (a {type(state).__name__} where a table should be)")
+    return state
 
 
 def is_plain_name(name: object) -> bool:

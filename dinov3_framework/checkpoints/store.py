@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dinov3_framework.checkpoints.folder import CheckpointFolder, step_of
-from dinov3_framework.checkpoints.manifest import STATE, Damage, FileRecord, Manifest
+from dinov3_framework.checkpoints.manifest import STATE, Damage, FileRecord, Manifest, parse_state
 from dinov3_framework.checkpoints.safe_reader import SafeReader, check_fit
 from dinov3_framework.checkpoints.shard_writer import INDEX
 from dinov3_framework.checkpoints.shards import load_shards, write_shards
@@ -89,10 +89,9 @@ class CheckpointStore:
         """
         for path in self._entries.newest_first():
             try:
-                state: dict[str, Any] = json.loads(read_file(path / STATE))
-            except (OSError, ValueError):
+                return parse_state(read_file(path / STATE))
+            except (OSError, Damage):
                 continue
-            return state
         return {}
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
@@ -263,6 +262,6 @@ def _open(path: Path) -> tuple[_Sound | None, list[str]]:
         damages = manifest.damages(path, [STATE])
         if damages:
             return None, damages
-        return _Sound(path, manifest, json.loads(read_file(path / STATE))), []
+        return _Sound(path, manifest, parse_state(read_file(path / STATE))), []
     except Damage as damage:
         return None, [str(damage)]

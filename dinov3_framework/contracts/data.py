@@ -131,6 +131,10 @@ class Dataset(_Described, abc.ABC):
     def __getitem__(self, index: int) -> Sample:
         """The sample at ``index``; raises ``CorruptSampleError`` where it cannot be decoded."""
 
+    def label(self, index: int) -> int | None:
+        """The target ``label`` without reading the image; by default that of the whole sample."""
+        return self[index].label if "label" in self.targets else None
+
     def name(self, index: int) -> str:
         """What the sample is called, such as its path below the dataset's folder."""
         return str(index)

@@ -23,6 +23,8 @@ from dinov3_framework.kinds import KINDS
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dinov3_framework.contracts.data import Target
+
 Shape = tuple[int, ...]
 
 _PUBLISHED_AT = "https://dl.fbaipublicfiles.com/dinov3"
@@ -208,6 +210,10 @@ class Layout(abc.ABC):
 
         Two rules may share a name in the file where the official state dict has one tensor twice.
         """
+
+    def targets(self, content: Content) -> Mapping[str, Target]:
+        """What a head in a file of this layout predicts; ``CheckpointError`` if untold."""
+        raise CheckpointError("does not say what its head predicts")
 
     def refusal(self, config: Any) -> str | None:
         """Why files of this format cannot hold such a component, if they cannot."""

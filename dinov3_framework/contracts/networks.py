@@ -50,6 +50,10 @@ class Shardable(nn.Module, abc.ABC):
         """
         return 0, 0
 
+    def lr_mult(self, name: str) -> float:
+        """A factor of the learning rate of a parameter, on top of all other; by default none."""
+        return 1.0
+
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether weight decay acts on a parameter: by default not on biases, norms and scales."""
         return parameter.ndim > 1

@@ -126,16 +126,22 @@ class Task(abc.ABC):
 class FeatureStore(Protocol):
     """Keeps features that several evaluations want: ``dinov3_framework.data.feature_cache``."""
 
+    @property
+    def also(self) -> Sequence[str]:
+        """Outputs to extract besides those wanted, as others may want them later."""
+        ...
+
     def features(
         self,
         backbone: Backbone,
         dataset: Dataset,
         seen: Mapping[str, Any],
+        wanted: Sequence[str],
         extract: Callable[[], Any],
     ) -> Any:
-        """What ``extract`` gives, if it is not kept from before; ``seen`` is how images are seen.
+        """Features with at least the tokens ``wanted``, kept from before or extracted.
 
-        To be called by every process.
+        ``seen`` is how images are seen. To be called by every process.
         """
         ...
 
@@ -153,6 +159,15 @@ class Model:
 
 
 @attrs.frozen
+class ChosenHead:
+    """A head that an evaluation found among those that it measured, with all its values."""
+
+    component: str
+    config: Mapping[str, Any]  # plain values, as in a recipe
+    head: Head
+
+
+@attrs.frozen
 class Details:
     """What an evaluation found besides its metrics."""
 
@@ -162,6 +177,7 @@ class Details:
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = attrs.field(factory=dict)
     # Each a file <evaluation>_<array>.npy; "confusion" is [classes, classes], rows the truth.
     arrays: Mapping[str, np.ndarray[Any, Any]] = attrs.field(factory=dict)
+    head: ChosenHead | None = None  # a file <evaluation>_head.safetensors
 
 
 class Evaluation(abc.ABC):

@@ -1,8 +1,9 @@
 """Features that were extracted before: in memory, and in a folder that runs share.
 
-In the folder each set of features has a folder of its own, named by a hash of all that decides on
+In the folder all that is known of the same images has a folder, named by a hash of what decides on
 it: the weights, the data with the state of their files, how images are seen, and the dtype that was
-computed in. A process writes its share of them; any number of processes reads them.
+computed in. In it each extraction has one, by what tokens it gave. A process writes its share; any
+number of processes reads them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from dinov3_framework.errors import UserError
 from dinov3_framework.parallel.state_dicts import weights_hash
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.agreement import RankFailure, broadcast_from_rank0, run_on_all_ranks
-from dinov3_framework.runtime.durable import read_file, sync, write_and_sync
+from dinov3_framework.runtime.durable import parse_json, read_file, sync, write_and_sync
 
 if TYPE_CHECKING:
     from dinov3_framework.data.features import Features
@@ -45,7 +46,9 @@ class FeatureCache:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
-        self._known: dict[str, Features] = {}
+        # What costs nothing besides memory, and spares a later run the backbone.
+        self.also: Sequence[str] = () if folder is None else ("class", "mean_patch")
+        self._known: dict[str, list[Features]] = {}
         self._hashes: dict[int, str] = {}
 
     def features(
@@ -53,17 +56,27 @@ class FeatureCache:
         backbone: Backbone,
         dataset: Dataset,
         seen: Mapping[str, Any],
+        wanted: Sequence[str],
         extract: Callable[[], Features],
     ) -> Features:
-        """This process's share; ``seen`` is how images are seen, by name. Call on every process."""
+        """This process's share, with at least the tokens ``wanted``.
+
+        ``seen`` is how images are seen. To be called by every process.
+        """
         content = broadcast_from_rank0(_content, dataset, seen)
-        key = f"{id(backbone)} {_digest(content)}"
-        if key not in self._known:
-            self._known[key] = self._kept(backbone, content, extract)
-        return self._known[key]
+        known = self._known.setdefault(f"{id(backbone)} {_digest(content)}", [])
+        found = next((each for each in known if each.tokens.keys() >= set(wanted)), None)
+        if found is None:
+            found = self._kept(backbone, content, wanted, extract)
+            known.append(found)
+        return found
 
     def _kept(
-        self, backbone: Backbone, content: Mapping[str, Any], extract: Callable[[], Features]
+        self,
+        backbone: Backbone,
+        content: Mapping[str, Any],
+        wanted: Sequence[str],
+        extract: Callable[[], Features],
     ) -> Features:
         """Read from the folder, or extracted and written there."""
         if self.folder is None:
@@ -72,15 +85,18 @@ class FeatureCache:
             self._hashes[id(backbone)] = weights_hash(backbone)
         content = {"weights": self._hashes[id(backbone)], **content}
         place = self.folder.expanduser() / _digest(content)
-        found: Features | None = _on_all_ranks(_read, place, what="cannot read")
-        if found is not None:
+        part = _on_all_ranks(broadcast_from_rank0, _find, place, wanted, what="cannot read")
+        if part is not None:
+            found: Features | None = _on_all_ranks(_read, part, what="cannot read")
+            if found is not None:
+                if collectives.is_main():
+                    log.info("Features of %s: from %s", content["data"], part)
+                return found
             if collectives.is_main():
-                log.info("Features of %s: from %s", content["data"], place)
-            return found
-        if collectives.is_main():
-            shutil.rmtree(place, ignore_errors=True)  # what cannot be read
+                shutil.rmtree(part, ignore_errors=True)
         share = extract()
-        _on_all_ranks(_write, place, share, content, _mark(), what="cannot keep")
+        part = place / _digest({"tokens": sorted(share.tokens)})
+        _on_all_ranks(_write, part, share, content, _mark(), what="cannot keep")
         return share
 
 
@@ -113,7 +129,8 @@ def _on_all_ranks(action: Callable[..., Any], *args: Any, what: str) -> Any:
         ):
             raise failure.own from failure
         if collectives.is_main():
-            log.warning("%s features at %s: %s", what, args[0], failure)
+            paths = [each for each in args if isinstance(each, Path)]
+            log.warning("%s features at %s: %s", what, paths[0], failure)
         return None
 
 
@@ -144,7 +161,8 @@ def _conclude(
 ) -> None:
     try:
         if all(sizes):
-            found = {**content, "total": share.total, "skipped": share.skipped, "sizes": sizes}
+            known = {"tokens": sorted(share.tokens), "total": share.total, "sizes": sizes}
+            found = {**content, **known, "skipped": share.skipped}
             write_and_sync(aside / _CONTENT, json.dumps(found, indent=1).encode())
             os.rename(aside, place)
             sync(place.parent)
@@ -153,16 +171,27 @@ def _conclude(
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def _read(place: Path) -> Features | None:
-    """This process's share of what a folder holds; None where there is nothing."""
+def _find(place: Path, wanted: Sequence[str]) -> Path | None:
+    """The folder of features with all the tokens that are wanted."""
+    parts = sorted(each for each in place.glob("*") if each.is_dir()) if place.is_dir() else []
+    for part in parts:
+        try:
+            if set(json.loads(read_file(part / _CONTENT))["tokens"]) >= set(wanted):
+                return part
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            log.warning("cannot read features at %s: %s", part, error)
+            shutil.rmtree(part, ignore_errors=True)
+    return None
+
+
+def _read(place: Path) -> Features:
+    """This process's share of what a folder holds."""
     from safetensors import SafetensorError, safe_open
 
     from dinov3_framework.data.features import Features
 
-    if not place.exists():
-        return None
     try:
-        content = json.loads(read_file(place / _CONTENT))
+        content = parse_json(read_file(place / _CONTENT))
         total, skipped, sizes = content["total"], content["skipped"], content["sizes"]
         files = [place / f"{number:05}.safetensors" for number in range(len(sizes))]
         for file, size in zip(files, sizes, strict=True):

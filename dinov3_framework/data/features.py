@@ -105,7 +105,7 @@ def extract_features(
     """
     if odd := sorted(set(outputs) - set(_VECTORS)):
         raise DataError(f"features are of {' and '.join(_VECTORS)}, not of {', '.join(odd)}")
-    reader = TokenReader(backbone, outputs, layers, norm)
+    layers = TokenReader(backbone, outputs, layers, norm).layers
     parameter = next(backbone.parameters(), None)
     if device is not None:
         device = pick_device(device) if isinstance(device, str) else device
@@ -114,29 +114,33 @@ def extract_features(
         device = parameter.device
     dtype = parameter.dtype if parameter is not None else torch.float32
 
+    also = [] if cache is None else [each for each in cache.also if each not in outputs]
+    reader = TokenReader(backbone, [*outputs, *also], layers, norm)
+
     def embed(batch: Tensor) -> Mapping[str, Tensor]:
         pixels = normalize(batch.to(device, non_blocking=True), images)
-        return cast("dict[str, Tensor]", reader(pixels.to(dtype)))
+        found: dict[str, Tensor] = reader(pixels.to(dtype))
+        return {_full_name(reader, name): each for name, each in found.items()}
 
     def extract() -> Features:
         # Not inference_mode: what a backbone or its sharding caches could not be trained with.
         with evaluating(backbone), torch.no_grad():
             return _extract(embed, dataset, images, size, resize, batch_size, workers)
 
+    names = {f"layer{n}.{each}": f"{reader.prefix(n)}{each}" for n in layers for each in outputs}
     if cache is None:
         share = extract()
     else:
-        seen = {
-            "images": images,
-            "size": size,
-            "resize": resize,
-            "outputs": tuple(outputs),
-            "layers": reader.layers,
-            "norm": norm,
-            "dtype": dtype,
-        }
-        share = cache.features(backbone, dataset, seen, extract)
+        seen = {"images": images, "size": size, "resize": resize, "norm": norm, "dtype": dtype}
+        share = cast(Features, cache.features(backbone, dataset, seen, list(names), extract))
+    tokens = {short: share.tokens[name] for name, short in names.items()}
+    share = evolve(share, tokens=tokens)
     return _gathered(share, device) if gather else share
+
+
+def _full_name(reader: TokenReader, name: str) -> str:
+    """``layer11.class``, where the reader of a single layer says ``class``."""
+    return name if len(reader.layers) > 1 else f"layer{reader.layers[0]}.{name}"
 
 
 def raw_pixels(

@@ -7,6 +7,7 @@ what is transparent shows a background; masks are to be read with the same rules
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import stat
@@ -160,6 +161,10 @@ def _formats() -> tuple[str, ...]:
     from PIL import Image
 
     Image.init()
+    # Of files that are read otherwise then, one line each.
+    logging.getLogger("PIL.TiffImagePlugin").addFilter(
+        lambda record: not record.msg.startswith("More samples per pixel")
+    )
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 

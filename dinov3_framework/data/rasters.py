@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 Range = tuple[float, float]  # the values that become 0 and 255
 
-_BITS, _SAMPLES, _ORIENTATION, _EXTRA = 258, 277, 274, 338  # tags of a TIFF
+# Tags of a TIFF.
+_BITS, _SAMPLES, _ORIENTATION, _PLANAR, _EXTRA = 258, 277, 274, 284, 338
 _ALPHA = (1, 2)  # kinds of extra samples in a TIFF
 
 
@@ -73,7 +74,9 @@ def is_cut(image: Image, channels: int) -> bool:
     samples, bits = int(tags.get(_SAMPLES, 1)), tags.get(_BITS, (1,))
     bands = len(image.getbands())
     pages = channels not in (1, 3, bands)  # may be what is wanted
-    return pages or samples > bands or (samples > 1 and max(bits) > 8)
+    # Pillow 13 fails on one band of 16 bits too where GDAL tagged it as a plane of its own.
+    planes = samples > 1 or tags.get(_PLANAR) == 2
+    return pages or samples > bands or (planes and max(bits) > 8)
 
 
 def _png_bits(image: Image) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import re
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 from dinov3_framework.errors import OutputError
 
@@ -38,6 +40,14 @@ def read_file(path: Path) -> bytes:
     """The bytes of a file; errors as of :func:`open_file`."""
     with open_file(path) as stream:
         return stream.read()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON holds; ``ValueError`` for what is none, or is nested too deep to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"nested too deep ({error})") from error
 
 
 def irregular(folder: Path) -> str:

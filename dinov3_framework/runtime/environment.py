@@ -15,7 +15,7 @@ from typing import Any
 
 from dinov3_framework import __version__
 from dinov3_framework.registry import Registry
-from dinov3_framework.runtime.durable import read_file
+from dinov3_framework.runtime.durable import parse_json, read_file
 from dinov3_framework.runtime.output import write_aside
 
 ENVIRONMENT = "environment.json"
@@ -77,7 +77,7 @@ def keep_with_export(output_dir: Path, export: Path) -> None:
 def starts_of(output_dir: Path) -> list[dict[str, Any]]:
     """The starts that a folder's ``environment.json`` lists, the last one last."""
     try:
-        starts = json.loads(read_file(output_dir / ENVIRONMENT))["starts"]
+        starts = parse_json(read_file(output_dir / ENVIRONMENT))["starts"]
     except (OSError, ValueError, LookupError, TypeError):
         return []
     return [start for start in starts if isinstance(start, dict)] if type(starts) is list else []

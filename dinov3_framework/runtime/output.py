@@ -26,6 +26,7 @@ from dinov3_framework.registry import Registry
 from dinov3_framework.runtime.durable import (
     clear_aside,
     irregular,
+    parse_json,
     read_file,
     unwritable,
     written_aside,
@@ -132,7 +133,7 @@ def _refuse(
     if is_complete(output_dir):
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
         raise RunComplete(
-            f"This run is complete (since {when}): {path}\n{_elsewhere(config, output_dir)}"
+            f"This run is complete (since {when}): {path}\n  {elsewhere(config, output_dir)}"
         )
 
 
@@ -168,28 +169,28 @@ def overwrite(config: TaskConfig, registry: Registry, output_dir: Path) -> None:
 def _named_files(output_dir: Path) -> list[str]:
     """The files in the folder that its results.json names, as patterns."""
     try:
-        names = json.loads(read_file(output_dir / RESULTS)).get("files", [])
+        names = parse_json(read_file(output_dir / RESULTS)).get("files", [])
         inside = [each for each in names if not os.path.isabs(each) and ".." not in each]
         return [glob.escape(each) for each in inside]
     except (OSError, ValueError, TypeError, AttributeError):
         return []
 
 
-def _elsewhere(config: TaskConfig, output_dir: Path) -> str:
+def elsewhere(config: TaskConfig, output_dir: Path) -> str:
     """What to do about a folder that another run of this recipe cannot have."""
     if config.overwritten is not None:
-        return "  choose another --output-dir, or add --overwrite"
+        return "choose another --output-dir, or add --overwrite"
     ways = config.ways_on(output_dir)
-    return "  choose another --output-dir" + (f"; there, {ways}" if ways else "")
+    return "choose another --output-dir" + (f"; there, {ways}" if ways else "")
 
 
 def is_complete(output_dir: Path) -> bool:
     """Whether a run has left its results, whole, beside its recipe."""
     try:
-        json.loads(read_file(output_dir / RESULTS))
+        results = parse_json(read_file(output_dir / RESULTS))
     except (OSError, ValueError):
         return False
-    return (output_dir / RECIPE).exists()
+    return isinstance(results, dict) and (output_dir / RECIPE).exists()
 
 
 def _set_aside_unusable(output_dir: Path) -> None:
@@ -198,7 +199,7 @@ def _set_aside_unusable(output_dir: Path) -> None:
     if path.is_file() and not is_complete(output_dir):
         why = "there is no recipe beside it"
         if (output_dir / RECIPE).exists():
-            why = "it is empty or no JSON"
+            why = "it is empty or no JSON object"
         aside = path.with_name(f"{RESULTS}.unusable")
         try:
             path.replace(aside)
@@ -242,7 +243,7 @@ def _refuse_another_recipe(
     if changed := _differences(old, new, free):
         raise OutputError(
             f"{output_dir} holds a run of another recipe:\n{changed}\n"
-            f"{_elsewhere(config, output_dir)}"
+            f"  {elsewhere(config, output_dir)}"
         )
 
 
@@ -266,12 +267,16 @@ def identity(config: TaskConfig, registry: Registry) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key not in places and not _is_free(key)}
 
 
-def identity_complaint(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
-    """How a checkpoint's run is another one than this; "" if it is not, or if nobody knows."""
+def identity_complaint(
+    before: Mapping[str, Any] | None, now: Mapping[str, Any], remedy: str
+) -> str:
+    """How a checkpoint's run is another one than this; "" if it is not, or if nobody knows.
+
+    ``remedy`` is what to do in place of removing the checkpoint, as :func:`elsewhere` says.
+    """
     changed = "" if before is None else _differences(before, now)
     return changed and (
-        f"is of another run:\n{changed}\n    remove it from the folder, or go on from its weights "
-        "in another one (init_from.weights)"
+        f"is of another run:\n{changed}\n    remove it from the folder, or {remedy}"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import cast
 
@@ -135,6 +135,25 @@ def _console() -> Iterator[None]:
             root.setLevel(level)
 
 
+class _LogFile(logging.FileHandler):
+    """A log whose disk may fill: that is said once and does not end the run, which goes on for as
+    long as nothing that it needs finds no room."""
+
+    _has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._has_failed:
+            self._has_failed = True
+            print(unwritable(error, Path(self.baseFilename)), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        with suppress(OSError):  # it tries once more to write what found no room
+            super().close()
+
+
 @contextmanager
 def log_file(output_dir: Path, report: str = "") -> Iterator[None]:
     """Everything that the main process logs goes to ``run.log``, too, after ``report``."""
@@ -142,7 +161,7 @@ def log_file(output_dir: Path, report: str = "") -> Iterator[None]:
         if report:
             with (output_dir / "run.log").open("a", encoding="utf-8", errors="replace") as log:
                 log.write(f"{report}\n\n")
-        file = logging.FileHandler(output_dir / "run.log", encoding="utf-8")
+        file = _LogFile(output_dir / "run.log", encoding="utf-8")
     except OSError as error:
         raise unwritable(error, output_dir / "run.log") from error
     file.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s"))

@@ -96,6 +96,14 @@ class DatasetSuite(_DataSuite):
         again = self.build().digest()
         assert again == digest, f"digest() gives {again!r} after {digest!r} for the same data"
 
+    def test_labels(self) -> None:
+        """The label that is told without the image is that of the sample."""
+        for index, sample in self.readable().items():
+            told = self.dataset.label(index)
+            assert told == sample.label, (
+                f"label({index}) is {told!r}, the sample has {sample.label!r}"
+            )
+
     def test_repeatable(self) -> None:
         """An index means the same sample each time, in loader workers too."""
         copied: Dataset = pickle.loads(pickle.dumps(self.dataset))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from dinov3_framework.parallel import ParallelConfig
 CHECKPOINTS = "checkpoints"  # below a run's folder
 RECIPE_IDENTITY = "recipe"  # in a checkpoint: what decides on what its run learns
 DATA = "data"  # in a checkpoint: the digest of the run's data
+ORIGIN = "init_from"  # in a checkpoint: where the first values came from
+STREAMS = "streams"  # in a checkpoint: where streams go on
 
 
 @config
@@ -80,6 +82,19 @@ class TrainingConfig(TaskConfig):
         return self.places()
 
     def places(self) -> Sequence[str]:
-        dataset: Any = type(self.dataset)
-        fields = [field for field in attrs.fields(dataset) if field.metadata.get("is_place")]
-        return [f"dataset.{field.name}" for field in fields]
+        return list(_places("dataset", self.dataset))
+
+
+def _places(key: str, dataset: DatasetConfig) -> Iterator[str]:
+    """The keys of a dataset, and of those that it is made of, that say where something lies."""
+    cls: Any = type(dataset)
+    for field in attrs.fields(cls):
+        value = getattr(dataset, field.name)
+        if field.metadata.get("is_place"):
+            yield f"{key}.{field.name}"
+        elif isinstance(value, DatasetConfig):
+            yield from _places(f"{key}.{field.name}", value)
+        elif isinstance(value, Mapping):
+            for name, part in value.items():
+                if isinstance(part, DatasetConfig):
+                    yield from _places(f"{key}.{field.name}.{name}", part)

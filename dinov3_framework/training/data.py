@@ -9,11 +9,23 @@ from typing import Any, TypeVar
 from dinov3_framework.checkpoints.store import CheckpointStore
 from dinov3_framework.configs import ImagesConfig, replace
 from dinov3_framework.contracts.data import Dataset, StreamDataset
-from dinov3_framework.errors import DataError, Problem, RecipeError
+from dinov3_framework.errors import CheckpointError, DataError, OutputError, Problem, RecipeError
 from dinov3_framework.recipes.describe import rounded
 from dinov3_framework.registry import Registry
-from dinov3_framework.runtime.output import identity, identity_complaint, is_of_recipe
-from dinov3_framework.training import CHECKPOINTS, DATA, RECIPE_IDENTITY, TrainingConfig
+from dinov3_framework.runtime.output import (
+    elsewhere,
+    identity,
+    identity_complaint,
+    is_of_recipe,
+)
+from dinov3_framework.training import (
+    CHECKPOINTS,
+    DATA,
+    ORIGIN,
+    RECIPE_IDENTITY,
+    STREAMS,
+    TrainingConfig,
+)
 
 Config = TypeVar("Config", bound=TrainingConfig)
 
@@ -57,22 +69,59 @@ def state_problems(
     """Whether a run that goes on would be another than before, or see other data."""
     folder = Path(config.output_dir or "")
     state = {} if config.output_dir is None else CheckpointStore(folder / CHECKPOINTS).peek()
+    if malformed(state):
+        return  # the run will say so, if no older checkpoint is sound
+    remedy = elsewhere(config, folder)
     if state and is_of_recipe(config, registry, folder):
         now = identity(config, registry)
-        if complaint := identity_complaint(state.get(RECIPE_IDENTITY), now):
+        if complaint := identity_complaint(state.get(RECIPE_IDENTITY), now, remedy):
             yield Problem("output_dir", f"the newest checkpoint in {folder} {complaint}")
-    if complaint := data_complaint(state, dataset):
+    if complaint := data_complaint(state, dataset, remedy):
         yield Problem("dataset", complaint)
 
 
-def data_complaint(state: Mapping[str, Any], dataset: Dataset | StreamDataset | None) -> str:
-    """How data differ from those that a checkpoint's run has seen; "" if they do not."""
+def malformed(state: Mapping[str, Any]) -> str:
+    """Which part of a checkpoint's state is no table and should be one; "" if none is."""
+    tables = (RECIPE_IDENTITY, ORIGIN, STREAMS)
+    return ", ".join(key for key in tables if not isinstance(state.get(key, {}), Mapping))
+
+
+def require_same_run(
+    state: Mapping[str, Any],
+    config: TrainingConfig,
+    folder: Path,
+    now: Mapping[str, Any] | None,
+    dataset: Dataset | StreamDataset,
+) -> None:
+    """Raise ``UserError`` unless a checkpoint's state is of this run, and of these data.
+
+    ``now`` is the recipe's identity, where it is known.
+    """
+    there, remedy = f"{folder / CHECKPOINTS}: a checkpoint there", elsewhere(config, folder)
+    if parts := malformed(state):
+        raise CheckpointError(
+            f"{there} is malformed: in its state, {parts} should be a table\n"
+            f"    remove it from the folder, or {remedy}"
+        )
+    if now and (complaint := identity_complaint(state.get(RECIPE_IDENTITY), now, remedy)):
+        raise OutputError(f"{there} {complaint}")
+    if complaint := data_complaint(state, dataset, remedy):
+        raise DataError(f"dataset: {complaint}")
+
+
+def data_complaint(
+    state: Mapping[str, Any], dataset: Dataset | StreamDataset | None, remedy: str
+) -> str:
+    """How data differ from those that a checkpoint's run has seen; "" if they do not.
+
+    ``remedy`` is what to do in place of bringing them back.
+    """
     before = state.get(DATA)
     if before is None or not isinstance(dataset, Dataset) or before == (now := dataset.digest()):
         return ""
     return (
         f"is not the data that this run began with: {before} then, {now} now\n"
-        "    bring those back, or go on from its weights (init_from.weights) in another folder"
+        f"    bring those back, or {remedy}"
     )
 
 

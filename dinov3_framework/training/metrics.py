@@ -16,7 +16,7 @@ from attrs import frozen
 from torch import Tensor
 
 from dinov3_framework.runtime import collectives
-from dinov3_framework.runtime.durable import open_file, unwritable
+from dinov3_framework.runtime.durable import open_file, parse_json, unwritable
 
 
 class MetricsFile:
@@ -63,7 +63,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _line_of(text: bytes) -> dict[str, Any] | None:
     try:
-        line = json.loads(text)
+        line = parse_json(text)
     except ValueError:
         return None
     return line if isinstance(line, dict) and isinstance(line.get("iteration"), int) else None

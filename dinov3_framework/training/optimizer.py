@@ -37,11 +37,11 @@ def parameter_settings(module: nn.Module, config: OptimizerConfig) -> dict[str, 
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        (layer, layers), role, decays = (0, 0), None, parameter.ndim > 1
+        (layer, layers), role, decays, own = (0, 0), None, parameter.ndim > 1, 1.0
         if isinstance(module, Shardable):
             (layer, layers), role = module.layer_of(name), module.role_of(name)
-            decays = module.decays(name, parameter)
-        lr_mult = config.layerwise_decay ** (layers - layer)
+            decays, own = module.decays(name, parameter), module.lr_mult(name)
+        lr_mult = config.layerwise_decay ** (layers - layer) * own
         if role == "patch_embed":
             lr_mult *= config.patch_embed_lr_mult
         settings[name] = ParameterSetting(

@@ -22,9 +22,7 @@ from dinov3_framework.contracts.training import Batch, Step, TrainUnit
 from dinov3_framework.data.loader import BatchMaker, TrainingLoader
 from dinov3_framework.data.workers import WorkerError
 from dinov3_framework.errors import (
-    DataError,
     DivergenceError,
-    OutputError,
     PeerError,
     UserError,
     first_few,
@@ -33,14 +31,13 @@ from dinov3_framework.randomness import keyed_seed
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.console import TrainingProgress
 from dinov3_framework.runtime.lock import verify_held
-from dinov3_framework.runtime.output import identity_complaint
 from dinov3_framework.runtime.processes import note_place
 from dinov3_framework.runtime.stopping import StopFlag
 from dinov3_framework.schedules import Span, iterations_of
-from dinov3_framework.training import DATA, RECIPE_IDENTITY, TrainingConfig
+from dinov3_framework.training import DATA, ORIGIN, RECIPE_IDENTITY, STREAMS, TrainingConfig
 from dinov3_framework.training.clock import StepClock
 from dinov3_framework.training.coordination import NullCoordinator
-from dinov3_framework.training.data import data_complaint
+from dinov3_framework.training.data import require_same_run
 from dinov3_framework.training.metrics import (
     FiniteCheck,
     MetricsFile,
@@ -108,19 +105,15 @@ class Trainer:
         return True
 
     def _accept(self, state: Mapping[str, Any]) -> None:
-        if self.identity and (
-            complaint := identity_complaint(state.get(RECIPE_IDENTITY), self.identity)
-        ):
-            raise OutputError(f"{self.store.folder}: a checkpoint there {complaint}")
-        if complaint := data_complaint(state, self.maker.dataset):
-            raise DataError(f"dataset: {complaint}")
+        folder = self.run.output_dir
+        require_same_run(state, self.config, folder, self.identity, self.maker.dataset)
         self.unit.accept(state)
 
     def restored(self, restored: Restored) -> None:
         """Take over from a checkpoint what is no tensor."""
         self.done = restored.step
-        self.origin = restored.state.get("init_from", {})
-        self._streams = restored.state.get("streams", {})
+        self.origin = restored.state.get(ORIGIN, {})
+        self._streams = restored.state.get(STREAMS, {})
 
     def _save(self) -> None:
         state: dict[str, Any] = {"iterations": self.config.iterations, **self.unit.notes()}
@@ -129,10 +122,10 @@ class Trainer:
         if self.identity:
             state[RECIPE_IDENTITY] = dict(self.identity)
         if self.origin:
-            state["init_from"] = dict(self.origin)
+            state[ORIGIN] = dict(self.origin)
         if self._streams:
             parts: list[Any] = collectives.all_gather_object(self._streams)
-            state["streams"] = {name: each for part in parts for name, each in part.items()}
+            state[STREAMS] = {name: each for part in parts for name, each in part.items()}
         tensors = self.tensors()
         if bad := nonfinite_tensors(tensors):
             raise DivergenceError(

@@ -16,6 +16,7 @@ from dinov3_framework.contracts.data import Target
 from dinov3_framework.contracts.networks import Backbone, Head
 from dinov3_framework.errors import CheckpointError
 from dinov3_framework.registry import Registry
+from dinov3_framework.runtime.durable import parse_json
 from dinov3_framework.weights.info import ComponentInfo
 from dinov3_framework.weights.source import WeightSource
 
@@ -68,11 +69,7 @@ def _opened(
     registry = registry if registry is not None else Registry.load()
     with WeightSource.open(source, registry, kind="head") as weights:
         provenance = dict(weights.provenance)
-        try:
-            found = json.loads(provenance.pop("targets"))
-            targets = {name: _target(values) for name, values in found.items()}
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{source} does not say what its head predicts") from error
+        targets = _targets(weights, provenance, source)
         try:
             head = weights.build(features=backbone.feature_info, targets=targets)
         except IndexError as error:
@@ -95,6 +92,19 @@ def head_info(
     schema = json.dumps({name: attrs.asdict(target) for name, target in targets.items()})
     known = {**provenance, "targets": schema}
     return ComponentInfo(component, config, images, size or 0, known, kind="head")
+
+
+def _targets(
+    weights: WeightSource, provenance: dict[str, str], source: str | Path
+) -> Mapping[str, Target]:
+    """What the head predicts: as its file says, or of another's format its layout."""
+    try:
+        if weights.layout is not None:
+            return weights.layout.targets(weights.content)
+        found = parse_json(provenance.pop("targets"))
+        return {name: _target(values) for name, values in found.items()}
+    except (CheckpointError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{source} does not say what its head predicts") from error
 
 
 def _target(values: Mapping[str, Any]) -> Target:

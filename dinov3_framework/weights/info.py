@@ -15,6 +15,7 @@ from attrs import asdict, frozen
 
 from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.errors import CheckpointError
+from dinov3_framework.runtime.durable import parse_json
 
 FORMAT = "1"
 
@@ -58,17 +59,17 @@ class ComponentInfo:
                 f"dinov3_framework reads format {FORMAT}; use the version that wrote it"
             )
         try:
-            images = json.loads(metadata["images"])
+            images = parse_json(metadata["images"])
             return cls(
                 component=metadata["component"],
-                config=dict(json.loads(metadata["config"])),
+                config=dict(parse_json(metadata["config"])),
                 images=ImagesConfig(
                     channels=int(images["channels"]),
                     mean=tuple(images["mean"]),
                     std=tuple(images["std"]),
                 ),
                 size=int(metadata["size"]),
-                provenance=dict(json.loads(metadata["provenance"])),
+                provenance=dict(parse_json(metadata["provenance"])),
                 kind=kind,
             )
         except (KeyError, ValueError, TypeError) as error:

@@ -5,7 +5,6 @@ Tensors are read one at a time: a checkpoint may be far larger than the memory.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from functools import partial
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dinov3_framework.checkpoints.folder import CheckpointFolder
-from dinov3_framework.checkpoints.manifest import MARKER, STATE, Damage, Manifest
+from dinov3_framework.checkpoints.manifest import MARKER, STATE, Damage, Manifest, parse_state
 from dinov3_framework.checkpoints.safe_reader import SafeReader
 from dinov3_framework.checkpoints.shard_writer import INDEX
 from dinov3_framework.checkpoints.shards import read_whole
@@ -78,8 +77,13 @@ def _open_own(path: Path, kind: str, thorough: bool) -> OpenWeights:
     damages = manifest.damages(path, manifest.files if thorough else [INDEX, STATE])
     if damages:
         raise CheckpointError(f"{path} is damaged: {'; '.join(damages)}")
-    # A run's recipe says what its checkpoints hold; one that stands alone says it by itself.
-    metadata = json.loads(read_file(path / STATE)).get(kind, {})
+    try:
+        # A run's recipe says what its checkpoints hold; one that stands alone says it by itself.
+        metadata = parse_state(read_file(path / STATE)).get(kind, {})
+    except Damage as damage:
+        raise CheckpointError(f"{path} is damaged: {damage}") from damage
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{path} is damaged: {STATE}: its {kind!r} is no table")
     reader = SafeReader(path, manifest.files)
     return _opened(path, "a sharded checkpoint of dinov3_framework", reader, metadata)
 

@@ -14,7 +14,7 @@ from attrs import field, frozen
 from torch import Tensor, nn
 
 from dinov3_framework.configs import ImagesConfig
-from dinov3_framework.contracts.layouts import Layout, Renamed, Rule, Shape
+from dinov3_framework.contracts.layouts import Content, Layout, Renamed, Rule, Shape
 from dinov3_framework.contracts.networks import Backbone
 from dinov3_framework.errors import CheckpointError, UserError, first_few, summarize_names
 from dinov3_framework.parallel.state_dicts import load_tensor
@@ -173,6 +173,11 @@ class WeightSource:
     @property
     def path(self) -> Path:
         return self._opened.path
+
+    @property
+    def content(self) -> Content:
+        """What is in the file of this component."""
+        return self._content
 
     @property
     def format(self) -> str:

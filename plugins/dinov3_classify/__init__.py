@@ -1,20 +1,4 @@
-"""Evaluations of a backbone's features as classifiers."""
+"""Evaluations of features as classifiers, and classifiers as heads.
 
-from __future__ import annotations
-
-from dinov3_classify.configs import KnnConfig, LogisticRegressionConfig
-from dinov3_framework import Component, hookimpl
-
-__all__ = ["KnnConfig", "LogisticRegressionConfig"]
-
-
-@hookimpl
-def dinov3_evaluations() -> list[Component]:
-    return [
-        Component("knn", KnnConfig, "dinov3_classify.knn_evaluation:KnnEvaluation"),
-        Component(
-            "logistic_regression",
-            LogisticRegressionConfig,
-            "dinov3_classify.logistic_evaluation:LogisticRegressionEvaluation",
-        ),
-    ]
+Nothing is imported here: torch.hub reads ``components`` where there are few libraries.
+"""

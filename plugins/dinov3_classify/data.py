@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -60,20 +60,7 @@ class ClassifyData:
 
     def problems(self, model: Model) -> list[Problem]:
         """Why the model cannot be shown these images; ``DataError`` for what the machine lacks."""
-        config, seen = self.config, self.size_for(model)
-        batch = config.batch_size * model.images.channels * (seen or 0) ** 2
-        processes = environment_world_size() or 1
-        if lack := memory_complaint(batch, workers=config.workers, processes=processes):
-            raise DataError(lack)
-        if self.resize is not None and seen is not None and self.resize < seen:
-            message = f"{self.resize} px cannot hold a square of {seen} px"
-            return [Problem("resize", message, f"take at least {seen}")]
-        size, patch = self.size, model.backbone.patch_size
-        if size is None or size % patch == 0:
-            return []
-        lower = max(size // patch, 1) * patch
-        message = f"{size} px are no multiple of the backbone's patch size {patch}"
-        return [Problem("size", message, f"take {lower} or {lower + patch}")]
+        return seen_problems(self.config, model, self.size, self.resize)
 
     def size_for(self, model: Model) -> int | None:
         return self.size or model.size
@@ -108,10 +95,7 @@ class ClassifyData:
         return max(n_classes(each) or 0 for each in (self.train, *self.tests.values()))
 
     def protocol(self, model: Model) -> dict[str, Any]:
-        size = self.size_for(model)
-        shown: dict[str, Any] = {"size": "as they are" if size is None else size}
-        if size is not None:
-            shown["resize"] = round(size * 256 / 224) if self.resize is None else self.resize
+        shown = shown_pixels(self.size_for(model), self.resize)
         counts = {f"unreadable in {name}": count for name, count in self.skipped.items() if count}
         return shown | {"features": self.config.features} | counts
 
@@ -153,7 +137,7 @@ class ClassifyData:
                 yield Problem(where, f"needs labels of known classes; {dataset.describe()}")
             elif where in learned and dataset.n_classes is None:
                 yield Problem(where, f"needs labels, one of each image; {dataset.describe()}")
-            ours, theirs = self.train.classes, _class_target(dataset).classes
+            ours, theirs = self.train.classes, class_target(dataset).classes
             if ours is not None and theirs is not None and tuple(ours) != tuple(theirs):
                 odd = sorted(set(ours) ^ set(theirs))
                 what = f"{', '.join(odd[:5])} in one of them only" if odd else "in another order"
@@ -165,12 +149,51 @@ class ClassifyData:
                 )
 
 
+class _Loaded(Protocol):
+    """How images are loaded, as configs say it."""
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def workers(self) -> int: ...
+
+
+def seen_problems(
+    config: _Loaded, model: Model, size: int | None, resize: int | None
+) -> list[Problem]:
+    """Why a model cannot be shown images of ``size``; ``DataError`` for what the machine lacks.
+
+    A ``size`` of None is that of the model's training.
+    """
+    seen, patch = size or model.size, model.backbone.patch_size
+    batch = config.batch_size * model.images.channels * (seen or 0) ** 2
+    processes = environment_world_size() or 1
+    if lack := memory_complaint(batch, workers=config.workers, processes=processes):
+        raise DataError(lack)
+    if resize is not None and seen is not None and resize < seen:
+        message = f"{resize} px cannot hold a square of {seen} px"
+        return [Problem("resize", message, f"take at least {seen}")]
+    if size is None or size % patch == 0:
+        return []
+    lower = max(size // patch, 1) * patch
+    message = f"{size} px are no multiple of the backbone's patch size {patch}"
+    return [Problem("size", message, f"take {lower} or {lower + patch}")]
+
+
+def shown_pixels(size: int | None, resize: int | None) -> dict[str, Any]:
+    """What a protocol says of the sizes of images."""
+    if size is None:
+        return {"size": "as they are"}
+    return {"size": size, "resize": round(size * 256 / 224) if resize is None else resize}
+
+
 def n_classes(dataset: Dataset) -> int | None:
     """Of the target ``label``, or of ``labels`` where images have several."""
-    return _class_target(dataset).count
+    return class_target(dataset).count
 
 
-def _class_target(dataset: Dataset) -> Target:
+def class_target(dataset: Dataset) -> Target:
+    """The target ``labels`` of several classes an image, or else ``label``."""
     for name in ("labels", "label"):
         if name in dataset.targets:
             return dataset.targets[name]

@@ -1,10 +1,11 @@
-"""Datasets: folders, lists, archives and tables of images, ImageNet, a small Fashion-MNIST.
+"""Datasets: folders, lists, archives and tables of images, scenes, ImageNet; parts, mixtures.
 
 And the task ``index``, which writes what some of them need beside their data.
 """
 
 from __future__ import annotations
 
+from dinov3_datasets.composed_configs import MixtureConfig, SubsetConfig
 from dinov3_datasets.configs import FashionMnistConfig, ImageFolderConfig, IndexConfig
 from dinov3_datasets.hf_config import HfDatasetConfig
 from dinov3_datasets.imagenet_configs import (
@@ -13,6 +14,7 @@ from dinov3_datasets.imagenet_configs import (
     ImagenetV2Config,
 )
 from dinov3_datasets.list_config import ImageListConfig
+from dinov3_datasets.scene_configs import GeotiffScenesConfig
 from dinov3_datasets.webdataset_config import WebDatasetConfig
 from dinov3_framework import Component, hookimpl
 
@@ -28,6 +30,11 @@ def dinov3_datasets() -> list[Component]:
         Component("imagenet_v2", ImagenetV2Config, "dinov3_datasets.imagenet_v2:ImagenetV2"),
         Component("imagenet_22k", Imagenet22kConfig, "dinov3_datasets.imagenet_22k:Imagenet22k"),
         Component("fashion_mnist", FashionMnistConfig, "dinov3_datasets.fashion:FashionMnist"),
+        Component(
+            "geotiff_scenes", GeotiffScenesConfig, "dinov3_datasets.geotiff_scenes:GeotiffScenes"
+        ),
+        Component("subset", SubsetConfig, "dinov3_datasets.subset:Subset", composes=True),
+        Component("mixture", MixtureConfig, "dinov3_datasets.mixture:build_mixture", composes=True),
     ]
 
 

@@ -24,7 +24,7 @@ def split_folder(place: Path, split: str | None) -> Path:
         try:
             splits = json.loads((place / "dataset_dict.json").read_text("utf-8"))["splits"]
             known = [each for each in splits if isinstance(each, str)]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{place / 'dataset_dict.json'} cannot be read: {error}") from error
         if split is None and len(known) == 1:
             split = known[0]

@@ -10,6 +10,7 @@ from dinov3_framework import (
     InvalidOption,
     TaskConfig,
     config,
+    not_negative,
     option,
     positive,
 )
@@ -39,6 +40,10 @@ def _classes(value: tuple[str, ...]) -> str | None:
 
 def _bits(value: int) -> str | None:
     return None if 1 <= value <= 32 else f"must be 1 to 32, not {value}"
+
+
+def _inner_fraction(value: float) -> str | None:
+    return None if 0 < value < 1 else f"must lie between 0 and 1, is {value:g}"
 
 
 def _color(value: tuple[int, int, int]) -> str | None:
@@ -103,6 +108,23 @@ class ImageFolderConfig(PicturesConfig):
         default=None,
         check=_classes,
     )
+    sort: Literal["name", "number"] = option(
+        "order of files and class folders: by name (10 before 2), or with digits in a row as one "
+        "number (2 before 10), as class folders 0, 1, ..., 999 need it",
+        default="name",
+    )
+    split: Literal["all", "train", "val"] = option(
+        "all images, or those for training or validation: of the subfolders train and val (or "
+        "valid, validation, test) of root, with the classes of train; where there are none, a "
+        "seeded share of each class",
+        default="all",
+    )
+    val_fraction: float = option(
+        "the share of each class that is for validation, where split has no subfolders",
+        default=0.2,
+        check=_inner_fraction,
+    )
+    split_seed: int = option("seed of that choice", default=0, check=not_negative)
     extensions: tuple[str, ...] = option(
         "endings of image files, upper case included", default=_EXTENSIONS, check=_extensions
     )

@@ -47,6 +47,9 @@ class FashionMnist(Dataset):
         image = torch.from_numpy(images[index]).repeat(self.channels, 1, 1)
         return Sample(image, {"label": int(labels[index])})
 
+    def label(self, index: int) -> int:
+        return int(_arrays(self.split)[1][index])
+
     def describe(self) -> str:
         return (
             f"fashion_mnist, {self.split} split: {len(self):,} images of 28 x 28 in "

@@ -26,14 +26,16 @@ class HfDataset(Dataset):
         self.config, self.channels = config, channels
         self.table = _open_table(config)
         self.image = image_column(self.table, config.image)
-        self.label = label_column(self.table, config.label)
+        self.label_column = label_column(self.table, config.label)
         self.text = text_column(self.table, config.text)
-        self.table.check([name for name in (self.image, self.label, self.text) if name is not None])
-        stated = None if self.label is None else self.table.class_names(self.label)
-        values = [] if self.label is None else self.table.column(self.label)
-        what = f"hf_dataset {config.path}, column {self.label}"
+        self.table.check(
+            [name for name in (self.image, self.label_column, self.text) if name is not None]
+        )
+        stated = None if self.label_column is None else self.table.class_names(self.label_column)
+        values = [] if self.label_column is None else self.table.column(self.label_column)
+        what = f"hf_dataset {config.path}, column {self.label_column}"
         self.labels = number_labels(values, Classes.of(config, stated), what, self.table.name)
-        self.targets = {} if self.label is None else {"label": self.labels.target}
+        self.targets = {} if self.label_column is None else {"label": self.labels.target}
         if self.text is not None:
             self.targets["text"] = Target("text")
 
@@ -43,10 +45,10 @@ class HfDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]
         name, targets = self.name(index), dict[str, Any]()
-        if self.label is not None:
+        if self.label_column is not None:
             targets["label"] = int(self.labels.values[index])
             if targets["label"] == NONE:
-                raise CorruptSampleError(name, f"has no label in the column {self.label}")
+                raise CorruptSampleError(name, f"has no label in the column {self.label_column}")
         wanted = [self.image] if self.text is None else [self.image, self.text]
         row = self.table.row(index, wanted)
         if self.text is not None:
@@ -55,6 +57,9 @@ class HfDataset(Dataset):
             targets["text"] = row[self.text]
         data = _bytes(row[self.image], name, self.image)
         return Sample(decode(self.config, data, name, self.channels), targets)
+
+    def label(self, index: int) -> int | None:
+        return None if self.label_column is None else self.labels.label(index)
 
     def name(self, index: int) -> str:
         return self.table.name(range(len(self))[index])

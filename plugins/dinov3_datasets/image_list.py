@@ -121,6 +121,9 @@ class ImageList(Dataset):
         )
         return Sample(image, targets)
 
+    def label(self, index: int) -> int | None:
+        return None if self.labels is None else self.labels.label(index)
+
     def name(self, index: int) -> str:
         return self.names[range(len(self))[index]]
 

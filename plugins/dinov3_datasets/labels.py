@@ -25,6 +25,11 @@ class Labels:
     values: np.ndarray
     target: Target
 
+    def label(self, index: int) -> int | None:
+        """That of one sample."""
+        found = int(self.values[index])
+        return None if found == NONE else found
+
     @property
     def digest(self) -> str:
         """The beginning of a SHA-256 of all labels and of the classes' names."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +23,7 @@ class FileList:
     would copy it, page by page, just by counting references.
     """
 
-    def __init__(self, names: Iterator[str]) -> None:
+    def __init__(self, names: Iterable[str]) -> None:
         buffer, ends = bytearray(), [0]
         offsets = []
         for name in names:
@@ -49,25 +51,34 @@ class FileList:
         return os.fsdecode(self._buffer[start:stop])
 
 
+def by_number(name: str) -> tuple[Any, ...]:
+    """A key that sorts ``2`` before ``10``: digits in a row count as one number."""
+    parts: list[Any] = re.split("([0-9]+)", name)
+    parts[1::2] = map(int, parts[1::2])
+    return tuple(parts), name  # 01 before 1
+
+
 def image_files(
     root: Path,
     extensions: Collection[str],
     folders: Collection[str] | None = None,
     passed_over: Counter[str] | None = None,
+    key: Callable[[str], Any] | None = None,
 ) -> Iterator[str]:
     """Paths relative to ``root`` of all image files below it, folder by folder, sorted by name.
 
-    With ``folders`` only these, right below ``root``, are walked, in the order given. Links are
-    followed, but not one that leads back to a folder it lies in. ``passed_over`` counts other files
-    by their ending. Raises ``DataError`` for a folder that cannot be read.
+    ``key`` sorts the names within a folder instead. With ``folders`` only these, right below
+    ``root``, are walked, in the order given. Links are followed, but not one that leads back to a
+    folder it lies in. ``passed_over`` counts other files by their ending. Raises ``DataError`` for
+    a folder that cannot be read.
     """
     others: Counter[str] = Counter() if passed_over is None else passed_over
     endings = tuple(extensions)
     if folders is None:
-        yield from _walk(root, "", endings, (), others)
+        yield from _walk(root, "", endings, (), others, key)
     else:
         for folder in folders:
-            yield from _walk(root, f"{folder}/", endings, (), others)
+            yield from _walk(root, f"{folder}/", endings, (), others, key)
 
 
 def _walk(
@@ -76,6 +87,7 @@ def _walk(
     endings: tuple[str, ...],
     above: tuple[tuple[int, int], ...],
     passed_over: Counter[str],
+    order: Callable[[str], Any] | None,
 ) -> Iterator[str]:
     """``below`` is a folder relative to ``root``; ``above`` identifies those that lead to it."""
     folder = root / below
@@ -101,10 +113,10 @@ def _walk(
                 names.append(entry.name)
     except OSError as error:
         raise DataError(f"cannot read the folder {folder}: {error.strerror}") from error
-    names.sort()
+    names.sort(key=order)
     for name in names:
         if name in folders:
-            yield from _walk(root, f"{below}{name}/", endings, (*above, key), passed_over)
+            yield from _walk(root, f"{below}{name}/", endings, (*above, key), passed_over, order)
         else:
             yield below + name
 

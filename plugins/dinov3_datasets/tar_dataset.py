@@ -132,6 +132,9 @@ class TarDataset(Dataset):
         label = int(self.labels.values[index]) if self.format.label is not None else None
         return self.format.sample(raw, self.channels, label)
 
+    def label(self, index: int) -> int | None:
+        return None if self.format.label is None else self.labels.label(index)
+
     def name(self, index: int) -> str:
         index = range(len(self))[index]
         return sample_name(self.shards.paths[self._shard[index]], self.names[index])

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dinov3_framework.contracts.data import Dataset
 from dinov3_framework.errors import DataError, OutputError
-from dinov3_framework.runtime.durable import clear_aside, read_file, unwritable
+from dinov3_framework.runtime.durable import clear_aside, parse_json, read_file, unwritable
 from dinov3_framework.runtime.output import output_file, write_aside
 from dinov3_framework.runtime.results import write_csv
 from dinov3_framework.weights.tensor_file import CODES, write_array_file, write_tensor_file
@@ -100,7 +100,7 @@ class PartStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             clear_aside(self.folder.parent)
-            before = json.loads(read_file(path)) if path.exists() else None
+            before = parse_json(read_file(path)) if path.exists() else None
         except OSError as error:
             raise unwritable(error, path) from error
         except ValueError as error:
@@ -156,8 +156,8 @@ class Part:
         try:
             self.file = safe_open(path, "pt")
             metadata = self.file.metadata()
-            self.rows = [Row(*values) for values in json.loads(metadata["rows"])]
-            self.skipped = [Skipped(*values) for values in json.loads(metadata["skipped"])]
+            self.rows = [Row(*values) for values in parse_json(metadata["rows"])]
+            self.skipped = [Skipped(*values) for values in parse_json(metadata["skipped"])]
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise OutputError(
                 f"{path} is damaged ({error}); delete it and run again, it will be made anew"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -14,7 +13,7 @@ import numpy as np
 
 from dinov3_figures.sheet import FAINT, INK, MUTED
 from dinov3_framework import DataError
-from dinov3_framework.runtime.durable import read_file
+from dinov3_framework.runtime.durable import parse_json, read_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,8 +92,8 @@ def read_series(path: Path) -> dict[str, Series]:
     points: dict[str, list[tuple[int, float]]] = {}
     for text in read_file(path).decode("utf-8", "replace").splitlines() if path.exists() else ():
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
+            line = parse_json(text)
+        except ValueError:
             continue
         if isinstance(line, dict) and _is_number(iteration := line.pop("iteration", None)):
             for name, value in line.items():

@@ -8,18 +8,33 @@ from pathlib import Path
 
 import numpy as np
 
-from dinov3_framework.contracts.running import Details
+from dinov3_framework import Model, collectives
+from dinov3_framework.contracts.running import ChosenHead, Details
+from dinov3_framework.parallel.state_dicts import fingerprint
+from dinov3_framework.runtime.environment import software
 from dinov3_framework.runtime.output import output_file
 from dinov3_framework.runtime.results import tabulated, write_csv
+from dinov3_framework.weights.export import export_tensors
+from dinov3_framework.weights.heads import head_info
+from dinov3_heads import FINGERPRINT
 
 
-def write_details(output_dir: Path, details: Mapping[str, Details]) -> list[str]:
-    """Write tables as CSV and arrays as NumPy files; their names.
+def write_details(output_dir: Path, details: Mapping[str, Details], model: Model) -> list[str]:
+    """Write tables as CSV, arrays as NumPy files and heads that were chosen; their names.
 
-    Raises ``OutputError`` where the folder cannot be written.
+    To be called by every process; the main one writes. Raises ``OutputError`` where the folder
+    cannot be written.
     """
-    names = []
+    known = {"trained on": model.name, "software": software()}
+    if any(found.head is not None for found in details.values()):
+        known[FINGERPRINT] = repr(fingerprint(model.backbone))
+    names: list[str] = []
+    if not collectives.is_main():
+        return names
     for evaluation, found in details.items():
+        if found.head is not None:
+            names.append(_file_name(evaluation, "head", "safetensors"))
+            _write_head(output_dir / names[-1], found.head, model, known)
         for table, rows in found.tables.items():
             names.append(_file_name(evaluation, table, "csv"))
             flat, columns = tabulated(rows)
@@ -31,6 +46,13 @@ def write_details(output_dir: Path, details: Mapping[str, Details]) -> list[str]
             with output_file(output_dir / names[-1]) as aside, aside.open("xb") as stream:
                 np.save(stream, values, allow_pickle=False)
     return names
+
+
+def _write_head(path: Path, chosen: ChosenHead, model: Model, known: Mapping[str, str]) -> None:
+    state, targets = chosen.head.state_dict(), chosen.head.targets
+    info = head_info(chosen.component, chosen.config, model.images, model.size, targets, known)
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+    export_tensors(path, specs, state.items(), info.to_metadata())
 
 
 def _file_name(evaluation: str, part: str, suffix: str) -> str:

@@ -74,11 +74,14 @@ class Evaluate(Task):
             evaluations.check(model)
         folder = config.feature_cache
         model = evolve(model, cache=FeatureCache(None if folder is None else Path(folder)))
-        measured = evaluations.baselines(model) | {model.name: evaluations.run(model)}
+        baselines = evaluations.baselines(model)
+        found = evaluations.run(model)
         records: list[Record] = []
-        for name, metrics in measured.items():
-            found = evaluations.details if name == model.name else None
-            records += evaluations.records(model, name, metrics, config.seed, found)
+        for name, metrics in baselines.items():
+            records += evaluations.records(model, name, metrics, config.seed)
+        records += evaluations.records(model, model.name, found, config.seed)
+        measured = {**baselines, model.name: found.metrics}
+        files = write_details(output_dir, found.details, model)
         if not collectives.is_main():
             return
         tables = evaluations.rows(measured, label_of(model))
@@ -86,7 +89,6 @@ class Evaluate(Task):
         if head is not None:
             results["head"] = dict(_rows(head))
         results |= {"evaluations": tables, "records": records}
-        files = write_details(output_dir, evaluations.details)
         write_results(output_dir, results | {"files": files})
         for name, rows in tables.items():
             print_results(name, rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from attrs import define, evolve, field
+from attrs import define, evolve, field, frozen
 
 from dinov3_framework import (
     DataError,
@@ -26,6 +26,15 @@ from dinov3_framework.runtime.results import Record
 Metrics = Mapping[str, Mapping[str, float]]  # by evaluation and name
 
 
+@frozen
+class Measured:
+    """What evaluations found of a model, by their names."""
+
+    metrics: dict[str, Mapping[str, float]]
+    details: dict[str, Details]
+    protocols: dict[str, Mapping[str, Any]]
+
+
 @define
 class Evaluations:
     """The evaluations of a recipe, by their names there."""
@@ -33,7 +42,6 @@ class Evaluations:
     configs: Mapping[str, EvaluationConfig]
     build: Callable[..., Any]  # Registry.build
     prepared: dict[str, Evaluation] = field(factory=dict, init=False)
-    details: dict[str, Details] = field(factory=dict, init=False)  # of the last run
 
     def prepare(self, images: ImagesConfig) -> list[str]:
         """Build the data; what this machine lacks of them. Raises ``RecipeError``."""
@@ -80,15 +88,16 @@ class Evaluations:
             found.append(("protocol", protocol))
         return found
 
-    def run(self, model: Model) -> Metrics:
+    def run(self, model: Model) -> Measured:
         """Metrics of all; what one of them extracted is not extracted again for another."""
         if model.cache is None:
             model = evolve(model, cache=FeatureCache())
-        metrics = {}
+        found = Measured({}, {}, {})
         for name, evaluation in self.prepared.items():
-            metrics[name] = dict(evaluation.run(model))
-            self.details[name] = evaluation.details()
-        return metrics
+            found.metrics[name] = dict(evaluation.run(model))
+            found.details[name] = evaluation.details()
+            found.protocols[name] = evaluation.protocol(model)
+        return found
 
     def baselines(self, model: Model) -> dict[str, Metrics]:
         """Metrics of what any model has to beat, by its name."""
@@ -116,32 +125,31 @@ class Evaluations:
         }
 
     def records(
-        self,
-        model: Model,
-        name: str,
-        metrics: Metrics,
-        seed: int,
-        details: Mapping[str, Details] | None = None,
+        self, model: Model, name: str, measured: Metrics | Measured, seed: int
     ) -> list[Record]:
         """What was measured of a model, or of a baseline beside it, which has no weights.
 
-        ``details`` are those of this very measurement. To be called by every process.
+        To be called by every process.
         """
         modules = [model.backbone] if model.head is None else [model.backbone, model.head]
         weights = weights_hash(*modules) if name == model.name else ""
+        if not isinstance(measured, Measured):
+            protocols = {key: each.protocol(model) for key, each in self.prepared.items()}
+            measured = Measured(dict(measured), {}, protocols)
+        details = measured.details
         return [
             Record(
                 evaluation=evaluation,
                 model=name,
                 metric=metric,
                 value=value,
-                protocol=self.prepared[evaluation].protocol(model),
+                protocol=measured.protocols[evaluation],
                 data=self.prepared[evaluation].data(),
                 weights=weights,
                 seed=seed,
                 interval=details[evaluation].intervals.get(metric) if details else None,
             )
-            for evaluation, values in metrics.items()
+            for evaluation, values in measured.metrics.items()
             for metric, value in values.items()
         ]
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dinov3_framework import DataError, ImagesConfig, Model, Observer, Run, StepRecord
-from dinov3_framework.contracts.running import Details, Rows
+from dinov3_framework.contracts.running import Rows
 from dinov3_heads import EvaluateWhileTrainingConfig
 from dinov3_heads.details import write_details
-from dinov3_heads.evaluations import Evaluations, Metrics, label_of
+from dinov3_heads.evaluations import Evaluations, Measured, label_of
 
 # Below the framework's logger, whose handlers write run.log.
 log = logging.getLogger("dinov3_framework.evaluations")
@@ -22,7 +22,7 @@ class EvaluateWhileTraining(Observer):
     def __init__(self, config: EvaluateWhileTrainingConfig) -> None:
         self.config = config
         self._evaluations: Evaluations | None = None
-        self._latest: tuple[int, Metrics, Mapping[str, Details]] | None = None
+        self._latest: tuple[int, Measured] | None = None
 
     def check(self, build: Callable[..., Any], images: ImagesConfig) -> None:
         self._prepare(build, images)
@@ -38,29 +38,29 @@ class EvaluateWhileTraining(Observer):
         # The data are built whether or not they are used now: what is wrong with them should not
         # come up after the first thousand steps.
         evaluations = self._prepare(run.build, run.images)
-        return evaluations.flat(self._evaluate(run, iteration)) if iteration == 0 else None
+        return evaluations.flat(self._evaluate(run, iteration).metrics) if iteration == 0 else None
 
     def on_step(self, run: Run, step: StepRecord) -> Mapping[str, float]:
         evaluations = self._prepare(run.build, run.images)
-        return evaluations.flat(self._evaluate(run, step.iteration))
+        return evaluations.flat(self._evaluate(run, step.iteration).metrics)
 
     def on_end(self, run: Run) -> Mapping[str, Any]:
         evaluations = self._prepare(run.build, run.images)
         log.info("Evaluating at the end: %s", ", ".join(self.config.evaluations))
         trained = self._evaluate(run, run.total_iterations)
-        details = {} if self._latest is None else self._latest[2]
         model, initial, seed = run.model(), run.initial_model(), run.config.seed
-        measured = dict(evaluations.baselines(model))
-        measured[initial.name] = evaluations.run(initial)
-        measured[model.name] = trained
+        baselines, untrained = evaluations.baselines(model), evaluations.run(initial)
         records = []
-        for name, metrics in measured.items():
-            of, found = initial if name == initial.name else model, None
-            if name == model.name:
-                found = details
-            records += evaluations.records(of, name, metrics, seed, found)
-        if run.is_main:
-            write_details(run.output_dir, details)
+        for name, metrics in baselines.items():
+            records += evaluations.records(model, name, metrics, seed)
+        records += evaluations.records(initial, initial.name, untrained, seed)
+        records += evaluations.records(model, model.name, trained, seed)
+        write_details(run.output_dir, trained.details, model)
+        measured = {
+            **baselines,
+            initial.name: untrained.metrics,
+            model.name: trained.metrics,
+        }
         tables = evaluations.rows(measured, label_of(model))
         return {
             **tables,
@@ -76,10 +76,9 @@ class EvaluateWhileTraining(Observer):
             self._evaluations = evaluations
         return self._evaluations
 
-    def _evaluate(self, run: Run, iteration: int) -> Metrics:
+    def _evaluate(self, run: Run, iteration: int) -> Measured:
         """The model after ``iteration`` steps; not twice if nothing happened in between."""
         if self._latest is None or self._latest[0] != iteration:
             evaluations = self._prepare(run.build, run.images)
-            metrics = evaluations.run(run.model())
-            self._latest = (iteration, metrics, dict(evaluations.details))
+            self._latest = (iteration, evaluations.run(run.model()))
         return self._latest[1]

@@ -18,13 +18,14 @@ from torch import nn
 from dinov3_framework.contracts.data import Dataset, StreamDataset
 from dinov3_framework.contracts.running import Plan, Task
 from dinov3_framework.data.loader import Layout
-from dinov3_framework.errors import Problem, RecipeError
+from dinov3_framework.errors import OutputError, Problem, RecipeError
 from dinov3_framework.recipes.plain import unstructure
 from dinov3_framework.recipes.toml_text import to_toml
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.agreement import OwnErrors, run_on_all_ranks
-from dinov3_framework.runtime.durable import unwritable
+from dinov3_framework.runtime.durable import clear_aside, irregular
+from dinov3_framework.runtime.lock import locked
 from dinov3_framework.runtime.output import RECIPE, RESULTS, write_aside
 from dinov3_framework.runtime.processes import subgroups
 from dinov3_framework.runtime.results import write_results
@@ -273,15 +274,19 @@ def _at_student(problem: Problem, name: str, config: MultiDistillConfig) -> Prob
 # ------------------------------------------------------------------ folders
 @contextmanager
 def _own_folder(folder: Path, config: DistillConfig, registry: Registry) -> Iterator[None]:
-    """A student's folder, with its recipe and its log; by its main process."""
+    """A student's folder, held, with its recipe and its log; by its main process.
+
+    The recipe there runs alone as well, in that folder, so that whoever holds the folder of all
+    does not hold this one yet.
+    """
     with ExitStack() as held:
 
         def prepare() -> None:
             if collectives.is_main():
-                try:
-                    folder.mkdir(parents=True, exist_ok=True)
-                except OSError as error:
-                    raise unwritable(error, folder) from error
+                held.enter_context(locked(folder))
+                if complaint := irregular(folder):
+                    raise OutputError(complaint)
+                clear_aside(folder)
                 write_aside(folder / RECIPE, to_toml(unstructure(registry, config)))
                 held.enter_context(log_file(folder))
 

@@ -94,6 +94,30 @@ def test_damage_means_the_checkpoint_before(
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[1]", b"[" * 100_000])
+def test_a_state_that_is_no_table_though_its_hash_is_right(tmp_path: Path, content: bytes) -> None:
+    store = CheckpointStore(tmp_path)
+    for step in (1, 2):
+        store.save(step, {"w": torch.full((3, 4), float(step))}, {"value": step})
+
+    def rewrite(folder: Path) -> None:
+        manifest = Manifest.read(folder)
+        for name in ("state.json", "manifest.json", "COMPLETE"):
+            (folder / name).unlink()
+        (folder / "state.json").write_bytes(content)
+        record = FileRecord.of(folder / "state.json")
+        Manifest(manifest.step, {**manifest.files, "state.json": record}).write(folder)
+
+    rewrite(tmp_path / "step_00000002")
+    tensors = {"w": torch.zeros(3, 4)}
+    assert CheckpointStore(tmp_path).peek() == {"value": 1}
+    assert CheckpointStore(tmp_path).restore(tensors).step == 1  # type: ignore[union-attr]
+    assert (tensors["w"] == 1).all()
+    rewrite(tmp_path / "step_00000001")
+    with pytest.raises(CheckpointError, match=r"step_00000001 is damaged: state.json: is malf"):
+        CheckpointStore(tmp_path).restore(tensors)
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_torch_alone_would_not_notice_flipped_bytes(tmp_path: Path) -> None:
     """What the manifest is for: if this fails, torch has learnt to check."""

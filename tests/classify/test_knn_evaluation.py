@@ -9,7 +9,7 @@ import pytest
 import torch
 from classify_processes import measure_knn
 from classify_support import GRAY, ClustersConfig, knn, registry, tiny
-from dinov3_classify import KnnConfig
+from dinov3_classify.configs import KnnConfig
 from dinov3_classify.knn_evaluation import KnnEvaluation
 
 from dinov3_framework import Model

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from classify_processes import measure_regression
 from classify_support import GRAY, ClustersConfig, registry, regression, tiny
-from dinov3_classify import LogisticRegressionConfig
+from dinov3_classify.configs import LogisticRegressionConfig
 from dinov3_classify.logistic_evaluation import LogisticRegressionEvaluation
 from sklearn.linear_model import LogisticRegression
 

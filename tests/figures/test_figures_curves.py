@@ -73,6 +73,7 @@ def test_what_is_no_metric_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(
         '{"iteration": 1, "loss": 1.5, "note": "hello", "on": true}\n\n[1, 2]\n{"loss": 3}\n'
+        f'{"[" * 100_000}\n{{"iteration": 1{"0" * 5000}}}\n'
         '{"iteration": 2, "loss": 1.2'
     )
     series = read_series(path)

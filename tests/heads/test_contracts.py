@@ -26,12 +26,12 @@ def config_of(kind: str, name: str, **values: Any) -> Any:
 
 
 class TestClassifier(HeadSuite):
-    config = config_of("head", "linear_classifier", layers=[1, -1])
+    config = config_of("head", "toy_classifier", layers=[1, -1])
     registry = registry()
 
 
 class TestSegmentation(HeadSuite):
-    config = config_of("head", "linear_segmentation", layers=[0, 3])
+    config = config_of("head", "toy_segmentation", layers=[0, 3])
     registry = registry()
 
 
@@ -60,7 +60,7 @@ class TestScore(EvaluationSuite):
     def model(self) -> Model:  # type: ignore[override]
         backbone = ToyBackbone(1)
         head = self.known.build(
-            config_of("head", "linear_classifier"),
+            config_of("head", "toy_classifier"),
             features=backbone.feature_info,
             targets=self.known.build(self.config.dataset, channels=1).targets,
         )
@@ -89,7 +89,7 @@ class TestTraining(TaskSuite):
 @pytest.mark.parametrize(
     ("suite", "kind", "name", "options", "message"),
     [
-        (HeadSuite, "head", "linear_classifier", {"layers": [4]}, "test_needs|IndexError"),
+        (HeadSuite, "head", "toy_classifier", {"layers": [4]}, "test_needs|IndexError"),
         (StreamDatasetSuite, "dataset", "squares", {"stream": True, "corrupt": [0]}, None),
     ],
 )

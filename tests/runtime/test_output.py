@@ -45,6 +45,20 @@ def test_odd_names_are_escaped_in_the_log(tmp_path: Path, monkeypatch: pytest.Mo
     assert second.endswith(r"new\nline.png: is half")
 
 
+@pytest.mark.parametrize("kind", ["tmpfs", "limit"])
+def test_a_log_that_finds_no_room_ends_nothing(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.getLogger("dinov3_framework"), "propagate", False)
+    disk = tmp_path / "disk"
+    with small_disk(disk, kind), log_file(disk, "report"):
+        for _ in range(5):
+            logging.getLogger("dinov3_framework.full").warning("%s", "a" * 2**20)
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"{disk / 'run.log'} cannot be written: disk full")
+    assert shown.count("\n") == 1
+
+
 # --------------------------------------------------------------------------- the recipe in it
 def test_the_recipe_is_written_complete(tmp_path: Path) -> None:
     config = tiny_config("losses.koleo.weight=0.25", 'optimizer.clip_grad="none"')
@@ -135,7 +149,7 @@ def test_a_complete_run_is_said_to_be_complete(tmp_path: Path) -> None:
         prepare(tmp_path, "seed=3")
 
 
-@pytest.mark.parametrize("content", ["", "not json", None])
+@pytest.mark.parametrize("content", ["", "not json", "[1]", "[" * 100_000, None])
 def test_results_that_complete_nothing(
     tmp_path: Path, content: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -12,12 +15,14 @@ from dinov3_ssl.multi_distill import MultiDistill, processes_of
 from dinov3_ssl.sharing import Exchange
 from distill_support import MULTI
 from run_support import is_timing, losses, metrics, processes_with, run, run_here
+from run_support import start as begin
 from trainer_support import registry
 
 from dinov3_framework import ExitCode, RecipeError, load_backbone
 from dinov3_framework.checkpoints.store import CheckpointStore
 from dinov3_framework.recipes.compose import compose
 from dinov3_framework.recipes.structure import structure_recipe
+from dinov3_framework.runtime.lock import locked
 
 STUDENTS = ("wide", "narrow", "conv")
 CROPS = ("augmentation.global_size=64", "augmentation.local_size=32")
@@ -136,6 +141,37 @@ def test_the_same_numbers_as_alone(
     assert one.keys() == other.keys()
     for key in one:
         torch.testing.assert_close(one[key], other[key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_student_whose_folder_is_in_use_ends_all(teacher: Path, tmp_path: Path) -> None:
+    """The recipe in a student's folder runs there alone, too."""
+    output = tmp_path / "run"
+    aside = output / "wide" / "exports" / ".x.safetensors.0123abcd"  # of an interrupted export
+    aside.parent.mkdir(parents=True)
+    aside.touch()
+    two = ("students.wide.processes=1", "launcher.processes=2", 'drop=["students.conv"]')
+    start = (f"teacher.weights={teacher}", "iterations=400", *two)
+    with locked(output / "narrow"):
+        done = run(output, *start, recipe=MULTI)
+    assert done.returncode == ExitCode.WRONG_INPUT, done.stderr
+    assert f"{output / 'narrow'} is in use by process {os.getpid()} " in done.stderr
+    assert not (output / "narrow" / "recipe.toml").exists()
+    assert not processes_with(str(output))
+    started = begin(output, *start, recipe=MULTI)
+    try:
+        deadline = time.monotonic() + 60
+        while not (output / "wide" / "checkpoints").exists():
+            assert time.monotonic() < deadline
+            assert started.process.poll() is None
+            time.sleep(0.05)
+        assert not aside.exists()
+        alone = run_here(output / "wide", recipe=output / "wide" / "recipe.toml")
+        assert alone.returncode == ExitCode.WRONG_INPUT
+        assert f"{output / 'wide'} is in use by process " in alone.stderr
+    finally:
+        started.process.send_signal(signal.SIGTERM)
+        started.finish()
 
 
 @pytest.mark.slow

@@ -306,6 +306,13 @@ class HighLabel(SoundDataset):
         return Sample(super().__getitem__(index).image, {"label": 4})
 
 
+class ToldLabel(SoundDataset):
+    """Tells another label than the sample has."""
+
+    def label(self, index: int) -> int:
+        return (index + 1) % 4
+
+
 class Tuples(SoundDataset):
     def __getitem__(self, index: int) -> Sample:
         return super().__getitem__(index).image, 1  # type: ignore[return-value]
@@ -396,6 +403,7 @@ DATASETS: dict[str, tuple[Callable[..., Any], str]] = {
     "floats": (Floats, "torch.float32, neither"),
     "gray": (Gray, r"\[1, 5, 6\], not \[3, H, W\]"),
     "tensor label": (TensorLabel, "'label' of sample 0 is a Tensor"),
+    "told label": (ToldLabel, r"label\(0\) is 1, the sample has 0"),
     "high label": (HighLabel, "'label' of sample 0 is 4, no class, 4 classes"),
     "other target": (OtherTarget, "has a target 'depth'"),
     "bad mask": (BadMask, "'mask' of sample 0 is a Mask"),

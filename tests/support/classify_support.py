@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from attrs import frozen
-from dinov3_classify import KnnConfig, LogisticRegressionConfig
+from dinov3_classify.configs import KnnConfig, LogisticRegressionConfig
 from dinov3_classify.knn_evaluation import KnnEvaluation
 from dinov3_classify.logistic_evaluation import LogisticRegressionEvaluation
 from dinov3_datasets.configs import FashionMnistConfig
@@ -84,7 +84,9 @@ class Tiny(Backbone):
         self.calls.append(len(images))
         # As in a sharded network, no process gets on without the others.
         collectives.all_reduce_sum(torch.zeros(1))
-        return {"x_norm_clstoken": self.dropout(self.linear(images.flatten(1)))}
+        cls = self.dropout(self.linear(images.flatten(1)))
+        patches = (images.shape[-2] // self.patch_size) * (images.shape[-1] // self.patch_size)
+        return {"x_norm_clstoken": cls, "x_norm_patchtokens": cls[:, None].expand(-1, patches, -1)}
 
 
 def tiny(seed: int = 0, **options: Any) -> Tiny:

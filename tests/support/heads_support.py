@@ -15,7 +15,7 @@ from dinov3_framework.recipes.structure import structure_recipe
 RECIPE = HERE / "tiny_head.toml"
 
 SEGMENTATION = (
-    "head.use=linear_segmentation",
+    "head.use=toy_segmentation",
     "head.layers=[0, 1]",
     "observers.score.evaluations.val.target=mask",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from dinov3_classify import KnnConfig
+from dinov3_classify.configs import KnnConfig
 from dinov3_crops.configs import MultiCropConfig
 from dinov3_datasets.configs import FashionMnistConfig
 from dinov3_figures.configs import FiguresConfig

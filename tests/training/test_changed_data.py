@@ -25,8 +25,11 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-def train(output: Path, images: Path, *overrides: str) -> tuple[int, str]:
-    done = run_here(output, *RECIPE, f"dataset.root={images}", *overrides)
+def train(
+    output: Path, images: Path, *overrides: str, recipe: tuple[str, ...] = RECIPE
+) -> tuple[int, str]:
+    key = "dataset.root" if recipe is RECIPE else "dataset.parts.all.of.root"
+    done = run_here(output, *recipe, f"{key}={images}", *overrides)
     return done.returncode, done.stderr
 
 
@@ -46,6 +49,7 @@ def test_data_that_changed_are_refused(tmp_path: Path, images: Path) -> None:
         assert code == ExitCode.WRONG_INPUT
         assert "dataset: is not the data that this run began with: 20 images" in complaint
         assert "9 images" in complaint
+        assert f"or choose another --output-dir; there, continue_from.run={output}" in complaint
     for index in range(11):  # as many, under other names
         Image.new("L", (30, 30)).save(images / f"other{index:02}.png")
     code, complaint = train(output, images)
@@ -64,3 +68,23 @@ def test_the_same_data_may_lie_elsewhere(tmp_path: Path, images: Path) -> None:
     code, complaint = train(output, moved.rename(images))
     assert code == ExitCode.WRONG_INPUT, "a complete run is that of its own recipe"
     assert "holds a run of another recipe" in complaint
+
+
+@pytest.mark.slow
+def test_the_same_data_of_a_mixture_may_lie_elsewhere(tmp_path: Path, images: Path) -> None:
+    recipe = (
+        "dataset.use=mixture",
+        "dataset.parts.all.use=subset",
+        "dataset.parts.all.of.use=image_folder",
+        "dataset.parts.all.percent=90",
+        "dataset.parts.clothes.use=fashion_mnist",
+        "iterations=4",
+        "checkpoint.every=2",
+    )
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    assert train(whole, images, recipe=recipe)[0] == 0
+    stopped = ("observers.stop.use=raise_at", "observers.stop.iteration=3")
+    assert train(output, images, *stopped, recipe=recipe)[0] == ExitCode.WRONG_INPUT
+    code, complaint = train(output, images.rename(tmp_path / "moved"), recipe=recipe)
+    assert code == 0, complaint
+    assert losses(output) == losses(whole)

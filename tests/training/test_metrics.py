@@ -73,7 +73,9 @@ def test_starting_anew_measures_iteration_0_anew(tmp_path: Path) -> None:
     assert iterations(path) == []
 
 
-@pytest.mark.parametrize("rest", [b'{"iteration": 4, "lo', b"\xff\xfe\x00", b"\0\0\0\0\n"])
+@pytest.mark.parametrize(
+    "rest", [b'{"iteration": 4, "lo', b"\xff\xfe\x00", b"\0\0\0\0\n", b"[" * 10**5]
+)
 def test_a_broken_last_line_is_left_out(tmp_path: Path, rest: bytes) -> None:
     path = written(tmp_path / "metrics.jsonl", 3)
     path.write_bytes(path.read_bytes() + rest)

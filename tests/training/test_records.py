@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 from run_support import export_bytes, is_timing, metrics, run_here
+from trainer_support import trainer
 
 from dinov3_framework import ExitCode, load_backbone
 from dinov3_framework.runtime import console
@@ -72,11 +73,23 @@ def test_a_checkpoint_of_another_run_is_refused(
         assert found.returncode == ExitCode.WRONG_INPUT
         assert "is of another run" in found.stderr
         assert "seed: 1 there, 0 now" in found.stderr
+        assert f"; there, continue_from.run={ours} trains on" in found.stderr
     # What does not touch what is learnt, and where data and folders lie, may differ.
     moved = (tmp_path / "moved").absolute()
     other.rename(moved)
     (moved / "results.json").unlink()
     assert run_here(moved, "seed=1", "loader.prefetch=3", "log_every=2").returncode == 0
+
+
+@pytest.mark.parametrize("key", ["recipe", "streams", "init_from"])
+def test_a_state_whose_parts_are_no_tables_is_refused(tmp_path: Path, key: str) -> None:
+    output = tmp_path / "run"
+    with trainer(output) as trained:
+        trained.store.save(2, trained.tensors(), {key: ["no table"]})
+    found = run_here(output)
+    assert found.returncode == ExitCode.WRONG_INPUT
+    (line, _) = found.stderr.splitlines()
+    assert line.endswith(f"a checkpoint there is malformed: in its state, {key} should be a table")
 
 
 def test_rare_metrics_are_printed_and_the_last_evaluation_is_announced(tmp_path: Path) -> None:

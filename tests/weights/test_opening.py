@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dinov3_framework import WEB_IMAGES, CheckpointError, Registry, load_backbone
+from dinov3_framework.checkpoints.manifest import FileRecord, Manifest
 from dinov3_framework.checkpoints.store import CheckpointStore
 from dinov3_framework.cli import main
 from dinov3_framework.weights.cli import main as weights_main
@@ -313,6 +314,18 @@ def test_a_sharded_tensor_that_declares_too_much(tmp_path: Path) -> None:
     index.write_bytes(pickle.dumps(content))
     with pytest.raises(CheckpointError, match="'w' is said to be larger than what is stored"):
         open_checkpoint(tmp_path / "12499")
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"[" * 100_000, b'{"backbone": [1]}'])
+def test_a_state_that_is_no_table_though_its_hash_is_right(tmp_path: Path, content: bytes) -> None:
+    path = CheckpointStore(tmp_path).save(1, {"w": torch.ones(3)}, {})
+    files = dict(Manifest.read(path).files)
+    for name in ("state.json", "manifest.json", "COMPLETE"):
+        (path / name).unlink()
+    (path / "state.json").write_bytes(content)
+    Manifest(1, {**files, "state.json": FileRecord.of(path / "state.json")}).write(path)
+    with pytest.raises(CheckpointError, match=r"step_00000001 is damaged: state\.json: "):
+        open_checkpoint(path)
 
 
 @pytest.mark.parametrize("form", ["folder", "file", "beside the base"])

@@ -47,6 +47,7 @@ class CenterConfig(LossConfig):
     """A loss with a state: the distance to a running mean of what it has seen."""
 
     poisoned: tuple[int, ...] = option("iterations (from 1) in which it is NaN", default=())
+    late: bool = option("let the state alone be NaN, after the loss was taken of it", default=False)
 
 
 @config
@@ -72,7 +73,9 @@ class FlakyConfig(DatasetConfig):
     kill_at: int = option("image that kills its reader", default=-1)
     hang_at: int = option("image that hangs its reader", default=-1)
     fault_at: int = option("image that its reader fails at", default=-1)
+    starve_at: int = option("large image whose reader has no memory to decode it", default=-1)
     rank: int = option("process that has these troubles; -1 for all", default=-1)
+    unless: str = option("file that ends all these troubles by being there", default="")
 
 
 @config

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 from dinov3_faults import (
@@ -31,6 +34,7 @@ from dinov3_framework import (
     StepOutputs,
     StepRecord,
 )
+from dinov3_framework.data.pictures import read_image
 from dinov3_framework.runtime import collectives
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -110,6 +114,10 @@ class Center(Loss):
         mean = step.teacher["global"].cls.float().mean()
         mean = collectives.all_reduce_sum(mean.clone()) / collectives.world_size()
         poison = float("nan") if step.iteration + 1 in self.config.poisoned else 1.0
+        if self.config.late:
+            loss = ((step.student["global"].cls - self.center) ** 2).mean()
+            self.center.lerp_(mean * poison, 0.5)
+            return LossResult(loss)
         self.center.lerp_(mean * poison + step.iteration + 1, 0.5)
         loss = ((step.student["global"].cls - self.center) ** 2).mean()
         return LossResult(loss, {"center": self.center.clone()})
@@ -134,7 +142,8 @@ class Flaky(Dataset):
         return self.config.size
 
     def __getitem__(self, index: int) -> Sample:
-        if self.config.rank in (-1, RANK):
+        mended = self.config.unless and Path(self.config.unless).exists()
+        if self.config.rank in (-1, RANK) and not mended:
             self._trouble(index)
         noise = torch.Generator().manual_seed(index)
         image = torch.randint(0, 256, (self.channels, 28, 28), generator=noise, dtype=torch.uint8)
@@ -148,5 +157,23 @@ class Flaky(Dataset):
             raise KeyError("top hat")
         if index == config.hang_at:
             time.sleep(3600)
+        if index == config.starve_at:
+            _starve(self.channels)
         if config.corrupt_every and index % config.corrupt_every == 0:
             raise CorruptSampleError(f"image {index}", "broken on purpose")
+
+
+def _starve(channels: int) -> None:
+    """Decode an image of 100 megapixels with 16 MB of address space left."""
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory() as folder:
+        large = Path(folder, "large.png")
+        Image.new("L", (10_000, 10_000)).save(large)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), before[1]))
+        try:
+            read_image(large, channels)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)

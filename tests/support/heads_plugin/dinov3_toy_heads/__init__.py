@@ -70,10 +70,10 @@ def dinov3_backbones() -> list[Component]:
 def dinov3_heads() -> list[Component]:
     return [
         Component(
-            "linear_classifier", LinearClassifierConfig, "dinov3_toy_heads.heads:LinearClassifier"
+            "toy_classifier", LinearClassifierConfig, "dinov3_toy_heads.heads:LinearClassifier"
         ),
         Component(
-            "linear_segmentation",
+            "toy_segmentation",
             LinearSegmentationConfig,
             "dinov3_toy_heads.heads:LinearSegmentation",
         ),

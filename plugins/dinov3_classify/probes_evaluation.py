@@ -1,0 +1,126 @@
+"""The best of linear probes, chosen on one set and measured on others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov3_classify.configs_heads import ProbesEvaluationConfig
+from dinov3_classify.findings import Findings
+from dinov3_classify.metrics import Classification, check_labels
+from dinov3_classify.probes import LinearProbes, Probe
+from dinov3_classify.sets import ClassifiedSets
+from dinov3_framework import (
+    Dataset,
+    Evaluation,
+    Features,
+    ImagesConfig,
+    Model,
+    Problem,
+    extract_features,
+)
+from dinov3_framework.contracts.running import Build, Details
+
+_ROWS = 8192  # images whose logits are made at once
+
+
+class ProbesEvaluation(Evaluation):
+    """Accuracies of the classifier that is best on ``val``."""
+
+    sets: ClassifiedSets
+
+    def __init__(self, config: ProbesEvaluationConfig) -> None:
+        self.config = config
+        self.found = Findings(None, config.seed)
+        self._details = Details()
+        self._chosen: Probe | None = None
+
+    def prepare(self, build: Build, images: ImagesConfig) -> None:
+        config = self.config
+        self.sets = ClassifiedSets(config, {"val": config.val, **config.sets}, build, images)
+
+    def problems(self, model: Model) -> list[Problem]:
+        if not isinstance(model.head, LinearProbes):
+            what = "a backbone alone" if model.head is None else type(model.head).__name__
+            message = f"measures a head linear_probes, and this is {what}"
+            hint = "train one (train_head), or take the evaluation classification"
+            return [Problem("use", message, hint)]
+        return self.sets.problems(model, model.head.targets[model.head.config.target])
+
+    def run(self, model: Model) -> Mapping[str, float]:
+        head = model.head
+        if not isinstance(head, LinearProbes):
+            raise TypeError("there is no head linear_probes")
+        names = head.targets[head.config.target].classes
+        self.found = found = Findings(names, self.config.seed, self.config.class_mean)
+        rows: list[dict[str, Any]] = [{"classifier": probe.name} for probe in head.probes]
+        results: dict[str, list[Classification]] = {}
+        for name, dataset in self.sets.datasets.items():
+            results[name] = self._classified(model, head, name, dataset)
+            for row, result in zip(rows, results[name], strict=True):
+                row[name] = round(100 * float(result.right().mean()), 4)
+        accuracies = [row["val"] for row in rows]
+        self._chosen = chosen = head.probes[accuracies.index(max(accuracies))]
+        for name, each in results.items():
+            found.add(name, "accuracy", each[chosen.index])
+        details = found.details()
+        for probe, row in zip(head.probes, rows, strict=True):
+            row["chosen"] = "on val" if probe is chosen else ""
+        self._details = Details(
+            details.intervals,
+            {**details.tables, "classifiers": rows},
+            details.arrays,
+            head.classifier(chosen),
+        )
+        return found.metrics
+
+    def details(self) -> Details:
+        return self._details
+
+    def protocol(self, model: Model) -> Mapping[str, Any]:
+        known: dict[str, Any] = {**self.sets.protocol(model), "chosen on": "val"}
+        if isinstance(model.head, LinearProbes):
+            known["classifiers"] = len(model.head.probes)
+        if self._chosen is not None:
+            known["chosen"] = self._chosen.name
+        return known | self.found.notes
+
+    def data(self) -> str:
+        return self.sets.describe()
+
+    # ------------------------------------------------------------------ parts
+    def _classified(
+        self, model: Model, head: LinearProbes, name: str, dataset: Dataset
+    ) -> list[Classification]:
+        """How each of the classifiers does on a set."""
+        features = extract_features(
+            model.backbone,
+            dataset,
+            **self.sets.shown(model),
+            outputs=("class", "mean_patch"),
+            layers=head.needs.layers,
+            norm=head.needs.norm,
+            cache=model.cache,
+        )
+        self.sets.skipped[name] = features.skipped
+        truth = check_labels(name, features.labels, head.classes)
+        results = []
+        for probe in head.probes:
+            scores = _scores(features, probe, *head.layer(probe))
+            results.append(Classification.of_scores(scores, truth, head.classes))
+        return results
+
+
+def _scores(features: Features, probe: Probe, weight: Tensor, bias: Tensor) -> Iterator[Tensor]:
+    """Logits [rows, C] of one classifier, some images at a time."""
+    classes, means = (
+        [each for name, each in features.tokens.items() if name.endswith(output)]
+        for output in ("class", "mean_patch")
+    )
+    parts = classes[-probe.blocks :] + (means[-1:] if probe.mean_patch else [])
+    for start in range(0, len(features), _ROWS):
+        rows = torch.cat([part[start : start + _ROWS] for part in parts], dim=1)
+        yield torch.nn.functional.linear(rows.to(weight.device), weight, bias)
