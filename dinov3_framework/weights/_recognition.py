@@ -56,7 +56,7 @@ def find(opened: OpenWeights, catalog: Catalog, kind: str, network: str) -> Cand
     layouts = [layout for layout in catalog.layouts if layout.kind == kind]
     if kind == "backbone":
         _refuse_adapter(opened)
-    found = list(_candidates(opened, layouts))
+    found = _whole(list(_candidates(opened, layouts)))
     if not found:
         raise CheckpointError(_unknown(opened, layouts, kind))
     best: list[Candidate] = []
@@ -78,6 +78,15 @@ def find(opened: OpenWeights, catalog: Catalog, kind: str, network: str) -> Cand
         else f"{opened.path} holds no {network}, only {prefixes}; ask for that network if you "
         "mean it"
     )
+
+
+def _whole(found: list[Candidate]) -> list[Candidate]:
+    """Those that are no part of another, such as the linear layer of a larger head."""
+    return [
+        each
+        for each in found
+        if not any(o.prefix != each.prefix and each.prefix.startswith(o.prefix) for o in found)
+    ]
 
 
 def _refuse_adapter(opened: OpenWeights) -> None:

@@ -55,7 +55,9 @@ class ClassificationEvaluation(Evaluation):
         if model.head is None:
             raise TypeError("there is no head")
         target = model.head.targets[self.config.target]
-        self.found = Findings(target.classes, self.config.seed, self.config.class_mean)
+        self.found = Findings(
+            target.classes, self.config.seed, with_class_mean=self.config.class_mean
+        )
         for name, dataset in self.sets.datasets.items():
             self.found.add(
                 name, "accuracy", self._classified(model, dataset, name, target.count or 0)

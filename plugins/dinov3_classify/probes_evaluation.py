@@ -55,7 +55,9 @@ class ProbesEvaluation(Evaluation):
         if not isinstance(head, LinearProbes):
             raise TypeError("there is no head linear_probes")
         names = head.targets[head.config.target].classes
-        self.found = found = Findings(names, self.config.seed, self.config.class_mean)
+        self.found = found = Findings(
+            names, self.config.seed, with_class_mean=self.config.class_mean
+        )
         rows: list[dict[str, Any]] = [{"classifier": probe.name} for probe in head.probes]
         results: dict[str, list[Classification]] = {}
         for name, dataset in self.sets.datasets.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dinov3_framework import Model, collectives
+from dinov3_framework import Model
 from dinov3_framework.contracts.running import ChosenHead, Details
 from dinov3_framework.parallel.state_dicts import fingerprint
 from dinov3_framework.runtime.environment import software
@@ -19,17 +19,19 @@ from dinov3_framework.weights.heads import head_info
 from dinov3_heads import FINGERPRINT
 
 
-def write_details(output_dir: Path, details: Mapping[str, Details], model: Model) -> list[str]:
+def write_details(
+    output_dir: Path, details: Mapping[str, Details], model: Model, *, writes: bool
+) -> list[str]:
     """Write tables as CSV, arrays as NumPy files and heads that were chosen; their names.
 
-    To be called by every process; the main one writes. Raises ``OutputError`` where the folder
+    To be called by every process, of which one ``writes``. Raises ``OutputError`` where the folder
     cannot be written.
     """
     known = {"trained on": model.name, "software": software()}
     if any(found.head is not None for found in details.values()):
         known[FINGERPRINT] = repr(fingerprint(model.backbone))
     names: list[str] = []
-    if not collectives.is_main():
+    if not writes:
         return names
     for evaluation, found in details.items():
         if found.head is not None:

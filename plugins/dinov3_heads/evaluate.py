@@ -81,7 +81,7 @@ class Evaluate(Task):
             records += evaluations.records(model, name, metrics, config.seed)
         records += evaluations.records(model, model.name, found, config.seed)
         measured = {**baselines, model.name: found.metrics}
-        files = write_details(output_dir, found.details, model)
+        files = write_details(output_dir, found.details, model, writes=collectives.is_main())
         if not collectives.is_main():
             return
         tables = evaluations.rows(measured, label_of(model))

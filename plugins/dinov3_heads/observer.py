@@ -55,7 +55,7 @@ class EvaluateWhileTraining(Observer):
             records += evaluations.records(model, name, metrics, seed)
         records += evaluations.records(initial, initial.name, untrained, seed)
         records += evaluations.records(model, model.name, trained, seed)
-        write_details(run.output_dir, trained.details, model)
+        write_details(run.output_dir, trained.details, model, writes=run.is_main)
         measured = {
             **baselines,
             initial.name: untrained.metrics,
