@@ -54,10 +54,11 @@ def test_a_recipe_passes_its_check(
     words = [str(FILES[name]) for name in names]
     config = structure_recipe(Registry.load(), compose(words))
     weights = getattr(config, "weights", None)
-    here = [] if weights is None else [f"weights={_export(tmp_path)}"]
+    takes = weights is not None or "[shorthand.weights]" in FILES[names[0]].read_text()
+    here = [f"weights={_export(tmp_path)}"] if takes else []
     if compiler_complaint(torch.device("cpu")) and hasattr(config, "parallel"):
         here.append("parallel.compile=false")
-    if getattr(config, "epochs", None):  # they are counted by the images
+    if getattr(config, "epochs", None) and hasattr(config.dataset, "root"):  # to count them by
         here.append(f"dataset.root={_images(tmp_path)}")
     code, shown = main([*words, "--check", *here]), capsys.readouterr()
     lacks = "could not run here as it stands" in shown.out

@@ -53,6 +53,11 @@ class TrainHeadConfig(TrainingConfig):
         "train the backbone, too; layer-wise decay of the learning rate is the optimizer's",
         default=False,
     )
+    feature_cache: str | None = option(
+        "folder where evaluations keep features of a frozen backbone for other runs; left out, "
+        "this run's evaluations extract them once",
+        default=None,
+    )
 
 
 @config

@@ -188,6 +188,7 @@ class TrainHead(TrainingMethod):
             fingerprint=None if absent or config.tune_backbone else fingerprint(backbone),
             notes={info.kind: info.to_metadata() for info in infos},
             initial=initial,
+            feature_cache=None if config.feature_cache is None else Path(config.feature_cache),
         )
 
     def _head_info(self, prepared: HeadParts, made: Mapping[str, str]) -> ComponentInfo:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from dinov3_framework import (
     StepResult,
     TrainUnit,
 )
+from dinov3_framework.data.feature_cache import FeatureCache
 from dinov3_framework.data.loader import LabeledBatch
 from dinov3_framework.data.tokens import head_features
 from dinov3_framework.parallel.sharder import state_of, tensors_of
@@ -28,7 +30,8 @@ class HeadUnit(TrainUnit):
     """Trains a head on the features of a backbone, which is frozen unless ``tuned``.
 
     ``notes`` are what checkpoints keep; ``fingerprint`` is that of a frozen backbone, which no
-    checkpoint holds. ``initial`` makes the model as it was before the first iteration.
+    checkpoint holds. ``initial`` makes the model as it was before the first iteration. Features
+    that evaluations extract of a frozen backbone are kept, in ``feature_cache`` if it is given.
     """
 
     def __init__(
@@ -43,12 +46,15 @@ class HeadUnit(TrainUnit):
         fingerprint: float | None,
         notes: Mapping[str, Any],
         initial: Callable[[], tuple[Backbone, Head]],
+        feature_cache: Path | None = None,
     ) -> None:
         self.backbone, self.head, self.tuned = backbone, head, tuned
         self.networks = {"head": head, "backbone": backbone} if tuned else {"head": head}
         self.images, self.size = images, size
         self._weights, self._fingerprint = weights, fingerprint
         self._notes, self._initial = notes, initial
+        # A frozen backbone sees the same in the same images all along.
+        self._cache = None if tuned else FeatureCache(feature_cache)
 
     def before_step(self, step: Step) -> None:
         for network in self.networks.values():
@@ -87,7 +93,14 @@ class HeadUnit(TrainUnit):
         return self._model(*self._initial(), "head before training")
 
     def _model(self, backbone: Backbone, head: Head, name: str) -> Model:
-        return Model(backbone.eval(), self.images, head=head.eval(), size=self.size, name=name)
+        return Model(
+            backbone.eval(),
+            self.images,
+            head=head.eval(),
+            size=self.size,
+            name=name,
+            cache=self._cache,
+        )
 
     # ------------------------------------------------------------------ estimates
     def memory_roles(self) -> Mapping[str, Iterable[Tensor]]:
