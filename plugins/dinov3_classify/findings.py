@@ -26,8 +26,8 @@ class Findings:
 
     names: Sequence[str] | None  # of the classes
     seed: int
-    with_top5: bool = True
     with_class_mean: bool = False
+    with_top5: bool = True
     metrics: dict[str, float] = field(factory=dict)
     notes: dict[str, Any] = field(factory=dict)  # for the protocol
     intervals: dict[str, tuple[float, float]] = field(factory=dict)

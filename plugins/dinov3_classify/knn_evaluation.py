@@ -90,7 +90,7 @@ class KnnEvaluation(Evaluation):
     ) -> Findings:
         config, data = self.config, self.data_sets
         names = data.train.classes
-        found = Findings(names, config.seed, config.top5, config.class_mean)
+        found = Findings(names, config.seed, config.class_mean, config.top5)
         labels = check_labels("training", train.labels, data.n_classes)
         share = LabeledShare.of_indices(vectors(train), labels, train.indices)
         for test, features in tests.items():

@@ -65,7 +65,7 @@ class LogisticRegressionEvaluation(Evaluation):
     def run(self, model: Model) -> Mapping[str, float]:
         config, data = self.config, self.data_sets
         names = data.train.classes
-        found = Findings(names, config.seed, config.top5, config.class_mean)
+        found = Findings(names, config.seed, config.class_mean, config.top5)
         device = fitting_device(model)
         train = self._labeled(data.extract(model, data.train, "train"), "training")
         val = None
