@@ -19,6 +19,7 @@ from dinov3_framework.errors import printable
 from dinov3_framework.runtime.output import RESULTS, output_file, write_aside
 
 TABLE = "results.csv"
+_WIDE = 6  # columns, beyond which a table is printed with a line for each of them
 
 
 @attrs.frozen
@@ -90,6 +91,8 @@ def print_results(title: str, rows: Sequence[Row]) -> None:
             for name in columns
             if name in always or any(row.get(name) != flat[0].get(name) for row in flat)
         ]
+    elif len(columns) > _WIDE and len(flat) < len(columns):
+        flat, columns = _turned(flat, columns)
     table = Table(title=Text(title), title_justify="left")
     for name in columns:
         is_number = all(isinstance(row.get(name, 0), int | float) for row in flat)
@@ -98,6 +101,21 @@ def print_results(title: str, rows: Sequence[Row]) -> None:
         # As Text: what stands in brackets, in a path say, is no markup.
         table.add_row(*(Text(format_value(row.get(name, ""))) for name in columns))
     Console(highlight=False).print(table)
+
+
+def _turned(
+    flat: Sequence[Mapping[str, Any]], columns: Sequence[str]
+) -> tuple[list[Mapping[str, Any]], list[str]]:
+    """The same table with a line for each column but the first, which heads the others."""
+    first, *others = columns
+    names = [str(row.get(first, "")) for row in flat]
+    if len(set(names)) < len(names):
+        return list(flat), list(columns)
+    turned: list[Mapping[str, Any]] = [
+        {first: name} | {head: row.get(name, "") for head, row in zip(names, flat, strict=True)}
+        for name in others
+    ]
+    return turned, [first, *names]
 
 
 def tabulated(rows: Sequence[Row]) -> tuple[list[Mapping[str, Any]], list[str]]:
