@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from dinov3_classify.configs_heads import ClassificationConfig
 from dinov3_classify.findings import Findings
@@ -49,7 +50,7 @@ class ClassificationEvaluation(Evaluation):
         if (self.config.size or model.size) is None:
             message = "nothing says how large images are to be"
             return [Problem("size", message, "give size, in pixels")]
-        return self.sets.problems(model, target)
+        return self.sets.problems(model, target, self.config.target)
 
     def run(self, model: Model) -> Mapping[str, float]:
         if model.head is None:
@@ -80,25 +81,31 @@ class ClassificationEvaluation(Evaluation):
         """How the head does on a set; each process looks at its share, and all get the whole."""
         shown = ImageFit(model.images, 1, "crop", self._size(model), self.config.resize)
         found: list[Classification] = []
+        seen = 0
         walked = predictions(
             model,
             dataset,
-            _Labeled(shown, name, classes),
+            _Labeled(shown, name, self.config.target, classes),
             batch_size=self.config.batch_size,
             workers=self.config.workers,
         )
         for predicted, targets in walked:
             scores = predicted[self.config.target].float().cpu()
             found.append(Classification.of_scores([scores], targets["truth"].cpu(), classes))
-        shares = collectives.all_gather_object(found)
-        parts = [part for share in shares for part in cast("list[Classification]", share)]
+            seen += len(scores)
+        shares = cast(
+            "list[tuple[int, list[Classification]]]", collectives.all_gather_object((seen, found))
+        )
+        parts = [part for _, share in shares for part in share]
         whole = Classification(
             torch.cat([part.predicted for part in parts]),
             torch.cat([part.rank for part in parts]),
             torch.cat([part.truth for part in parts]),
             classes,
         )
-        self.sets.skipped[name] = len(dataset) - len(whole)
+        total = sum(count for count, _ in shares)
+        self.sets.skipped[name] = len(dataset) - total
+        self.sets.unlabeled[name] = total - len(whole)
         return whole
 
     def _size(self, model: Model) -> int:
@@ -111,24 +118,30 @@ class ClassificationEvaluation(Evaluation):
 class _Labeled(Transform):
     """Images as evaluations see them, with the target ``truth``: a class, or marks of several."""
 
-    def __init__(self, fit: ImageFit, name: str, classes: int) -> None:
+    def __init__(self, fit: ImageFit, name: str, target: str, classes: int) -> None:
+        """``name`` is that of the set, for messages; ``target`` what the head predicts."""
         side = fit.size or 0
-        self.fit, self.name, self.classes, self.size = fit, name, classes, (side, side)
+        self.fit, self.name, self.target, self.classes = fit, name, target, classes
+        self.size = (side, side)
 
     def __call__(self, sample: Sample) -> Sample:
         image = normalize(self.fit(sample.image), self.fit.images)
         return Sample(image, {"truth": self._truth(sample)})
 
     def _truth(self, sample: Sample) -> Any:
-        several = sample.targets.get("labels")
-        label = sample.targets.get("label")
-        if several is None and label is None:
-            raise DataError(f"{self.name}: has no label")
-        found = torch.as_tensor([label] if several is None else several, dtype=torch.int64)
+        known = sample.targets
+        given = known.get("labels") if self.target == "label" else None
+        given = known.get(self.target) if given is None else given
+        if given is None:
+            raise DataError(f"{self.name}: has no {self.target}")
+        several = isinstance(given, Tensor) and given.ndim == 1
+        found = torch.as_tensor(given, dtype=torch.int64).reshape(-1)
         if len(found) and not (int(found.min()) >= 0 and int(found.max()) < self.classes):
             shown = ", ".join(map(str, found.tolist()))
-            raise DataError(f"{self.name}: label {shown} where {self.classes} classes are expected")
-        if several is None:
+            raise DataError(
+                f"{self.name}: {self.target} {shown} where {self.classes} classes are expected"
+            )
+        if not several:
             return int(found[0])
         marks = torch.zeros(self.classes, dtype=torch.bool)
         marks[found] = True

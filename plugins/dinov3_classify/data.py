@@ -192,11 +192,11 @@ def n_classes(dataset: Dataset) -> int | None:
     return class_target(dataset).count
 
 
-def class_target(dataset: Dataset) -> Target:
-    """The target ``labels`` of several classes an image, or else ``label``."""
-    for name in ("labels", "label"):
-        if name in dataset.targets:
-            return dataset.targets[name]
+def class_target(dataset: Dataset, name: str = "label") -> Target:
+    """The target of a name; of ``label`` that of several classes an image, if there is one."""
+    for each in ("labels", name) if name == "label" else (name,):
+        if each in dataset.targets:
+            return dataset.targets[each]
     return Target("class")
 
 

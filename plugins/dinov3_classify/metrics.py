@@ -37,7 +37,8 @@ class Classification:
     def of_scores(cls, chunks: Iterable[Tensor], truth: Tensor, n_classes: int) -> Classification:
         """From scores by class [rows, C], some images at a time, in the order of ``truth``.
 
-        Of classes with equal scores the lowest comes first; -inf is a class that got nothing.
+        Of classes with equal scores the lowest comes first. A class that got nothing has -inf, or
+        NaN: where the true one did, an image is not rightly classified, whatever else it got.
         """
         predicted, ranks, start = [], [], 0
         for scores in chunks:
@@ -88,8 +89,10 @@ class Classification:
 
 def _rank(scores: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     """The first class [rows], and how many come before the best true one."""
-    best, predicted = scores.max(dim=1)
-    predicted = (scores == best[:, None]).int().argmax(dim=1)  # max() may give any of equal ones
+    # A comparison with NaN is false, and no class would come before a true one that has it.
+    scores = scores.masked_fill(scores.isnan(), -torch.inf)
+    best = scores.amax(dim=1, keepdim=True)
+    predicted = (scores == best).int().argmax(dim=1)  # the first of equal ones
     if truth.ndim == 2:
         among = scores.masked_fill(~truth, -torch.inf)
         own = among.amax(dim=1, keepdim=True)

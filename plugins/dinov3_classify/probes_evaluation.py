@@ -48,7 +48,11 @@ class ProbesEvaluation(Evaluation):
             message = f"measures a head linear_probes, and this is {what}"
             hint = "train one (train_head), or take the evaluation classification"
             return [Problem("use", message, hint)]
-        return self.sets.problems(model, model.head.targets[model.head.config.target])
+        target = model.head.config.target
+        if target != "label":
+            message = f"measures the target 'label', and the head predicts {target!r}"
+            return [Problem("use", message, "take the evaluation classification")]
+        return self.sets.problems(model, model.head.targets[target], target)
 
     def run(self, model: Model) -> Mapping[str, float]:
         head = model.head

@@ -25,16 +25,19 @@ class ClassifiedSets:
         self.datasets: dict[str, Dataset] = {
             name: build(each, channels=images.channels) for name, each in sets.items()
         }
-        self.skipped: dict[str, int] = {}  # of the last run, by name
+        # Images of the last run, by the name of their set.
+        self.skipped: dict[str, int] = {}
+        self.unlabeled: dict[str, int] = {}  # of several classes an image, those without any
 
-    def problems(self, model: Model, predicted: Target) -> list[Problem]:
+    def problems(self, model: Model, predicted: Target, name_of_target: str) -> list[Problem]:
         """Why the model cannot be shown these images, or does not know their classes."""
         found = seen_problems(self.config, model, self.config.size, self.config.resize)
         for name, dataset in self.datasets.items():
             where = name if name == "val" else f"sets.{name}"
-            target = class_target(dataset)
-            if target.count is None:
-                found.append(Problem(where, f"classes are not known; {dataset.describe()}"))
+            target = class_target(dataset, name_of_target)
+            if target.kind != "class" or target.count is None:
+                message = f"has no classes {name_of_target!r}; {dataset.describe()}"
+                found.append(Problem(where, message))
             elif target.count != predicted.count:
                 message = f"has {target.count} classes, the head predicts {predicted.count}"
                 found.append(Problem(where, message, "the same classes in the same order"))
@@ -58,8 +61,10 @@ class ClassifiedSets:
         }
 
     def protocol(self, model: Model) -> dict[str, Any]:
-        counts = {f"unreadable in {name}": count for name, count in self.skipped.items() if count}
-        return shown_pixels(self.config.size or model.size, self.config.resize) | counts
+        counts = {f"unreadable in {name}": count for name, count in self.skipped.items()}
+        counts |= {f"without a class in {name}": count for name, count in self.unlabeled.items()}
+        shown = shown_pixels(self.config.size or model.size, self.config.resize)
+        return shown | {what: count for what, count in counts.items() if count}
 
     def describe(self) -> str:
         """One line."""

@@ -27,7 +27,7 @@ def write_details(
     To be called by every process, of which one ``writes``. Raises ``OutputError`` where the folder
     cannot be written.
     """
-    known = {"trained on": model.name, "software": software()}
+    known = {"chosen from": model.name, "software": software()}
     if any(found.head is not None for found in details.values()):
         known[FINGERPRINT] = repr(fingerprint(model.backbone))
     names: list[str] = []

@@ -50,6 +50,14 @@ def test_equal_scores_go_to_the_lowest_class() -> None:
     assert result.rank.tolist() == [0, 1, 1]
 
 
+@pytest.mark.parametrize("truth", [torch.tensor([0, 1]), torch.eye(3)[:2].bool()])
+def test_scores_that_are_no_numbers_are_never_right(truth: torch.Tensor) -> None:
+    nan = float("nan")
+    result = classified(torch.tensor([[nan, nan, nan], [1.0, nan, 0.0]]), truth)
+    assert result.right().tolist() == result.right(top=2).tolist() == [0, 0]
+    assert result.predicted.tolist() == [0, 0]
+
+
 def test_several_true_classes() -> None:
     scores = torch.tensor([[3.0, 2, 1, 0]] * 4)
     truth = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]).bool()
