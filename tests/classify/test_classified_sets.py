@@ -131,7 +131,9 @@ class TestProbes(EvaluationSuite):
 
 # ---------------------------------------------------------------------------- what is compared
 def test_a_prediction_is_compared_with_the_target_of_its_name() -> None:
-    assert measured(FixedHead(), TaggedConfig())[0]["a/accuracy"] == pytest.approx(100 / 3, abs=1e-4)
+    assert measured(FixedHead(), TaggedConfig())[0]["a/accuracy"] == pytest.approx(
+        100 / 3, abs=1e-4
+    )
     assert measured(ColorHead(), TaggedConfig(), target="color")[0]["a/accuracy"] == 100
 
 
