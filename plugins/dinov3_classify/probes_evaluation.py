@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
+from attrs import frozen
 from torch import Tensor
 
 from dinov3_classify.configs_heads import ProbesEvaluationConfig
@@ -20,11 +22,12 @@ from dinov3_framework import (
     ImagesConfig,
     Model,
     Problem,
+    collectives,
     extract_features,
 )
 from dinov3_framework.contracts.running import Build, Details
 
-_ROWS = 8192  # images whose logits are made at once
+_ROWS = 4096  # images whose logits are made at once
 
 
 class ProbesEvaluation(Evaluation):
@@ -101,32 +104,73 @@ class ProbesEvaluation(Evaluation):
     def _classified(
         self, model: Model, head: LinearProbes, name: str, dataset: Dataset
     ) -> list[Classification]:
-        """How each of the classifiers does on a set."""
-        features = extract_features(
+        """How each of the classifiers does on a set; each process looks at its share."""
+        share = extract_features(
             model.backbone,
             dataset,
             **self.sets.shown(model),
             outputs=("class", "mean_patch"),
             layers=head.needs.layers,
             norm=head.needs.norm,
+            gather=False,
             cache=model.cache,
         )
-        self.sets.skipped[name] = features.skipped
-        truth = check_labels(name, features.labels, head.classes)
-        results = []
-        for probe in head.probes:
-            scores = _scores(features, probe, *head.layer(probe))
-            results.append(Classification.of_scores(scores, truth, head.classes))
+        labels = collectives.all_gather_object(share.labels)
+        known = [each for each in labels if each is not None]
+        check_labels(name, torch.cat(known) if known else None, head.classes)
+        mine = _classified_share(share, head)
+        shares = cast("list[_Share]", collectives.all_gather_object(mine))
+        results = _whole(shares, head.classes)
+        self.sets.skipped[name] = share.skipped
+        self.sets.unlabeled[name] = share.total - len(results[0])
         return results
 
 
-def _scores(features: Features, probe: Probe, weight: Tensor, bias: Tensor) -> Iterator[Tensor]:
-    """Logits [rows, C] of one classifier, some images at a time."""
+@frozen
+class _Share:
+    """How this process's images were classified by each of M classifiers."""
+
+    predicted: Tensor  # int64 [M, n]
+    rank: Tensor  # int64 [M, n]
+    truth: Tensor  # int64 [n] or bool [n, C]
+
+
+def _classified_share(share: Features, head: LinearProbes) -> _Share:
+    """To be called by every process, also by one that has no images."""
+    layers = [head.layer(probe) for probe in head.probes]
+    if share.labels is None:
+        raise TypeError("labels were looked at before")
+    parts: list[list[Classification]] = [[] for _ in layers]
+    for start in range(0, max(len(share), 1), _ROWS):
+        rows = slice(start, start + _ROWS)
+        truth = share.labels[rows]
+        inputs: dict[tuple[int, bool], Tensor] = {}
+        for probe, found, (weight, bias) in zip(head.probes, parts, layers, strict=True):
+            key = (probe.blocks, probe.mean_patch)
+            if key not in inputs:
+                inputs[key] = _input(share, rows, probe).to(weight.device)
+            scores = F.linear(inputs[key], weight, bias)
+            found.append(Classification.of_scores([scores], truth, head.classes))
+    return _Share(
+        torch.stack([torch.cat([part.predicted for part in found]) for found in parts]),
+        torch.stack([torch.cat([part.rank for part in found]) for found in parts]),
+        torch.cat([part.truth for part in parts[0]]),
+    )
+
+
+def _whole(shares: Sequence[_Share], classes: int) -> list[Classification]:
+    """What all processes found, by classifier."""
+    predicted = torch.cat([share.predicted for share in shares], dim=1)
+    rank = torch.cat([share.rank for share in shares], dim=1)
+    truth = torch.cat([share.truth for share in shares])
+    return [Classification(*each, truth, classes) for each in zip(predicted, rank, strict=True)]
+
+
+def _input(features: Features, rows: slice, probe: Probe) -> Tensor:
+    """What a classifier sees of some images, [rows, D * (blocks + 1)]."""
     classes, means = (
         [each for name, each in features.tokens.items() if name.endswith(output)]
         for output in ("class", "mean_patch")
     )
     parts = classes[-probe.blocks :] + (means[-1:] if probe.mean_patch else [])
-    for start in range(0, len(features), _ROWS):
-        rows = torch.cat([part[start : start + _ROWS] for part in parts], dim=1)
-        yield torch.nn.functional.linear(rows.to(weight.device), weight, bias)
+    return torch.cat([part[rows] for part in parts], dim=1)
