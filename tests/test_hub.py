@@ -20,6 +20,7 @@ import torch
 
 from dinov3_framework import SATELLITE_IMAGES, WEB_IMAGES, CheckpointError, Registry
 from dinov3_framework.weights import formats
+from dinov3_framework.weights.export import export_backbone
 
 ROOT = Path(__file__).parents[1]
 NAMES = {
@@ -90,6 +91,39 @@ def test_it_sees_the_class_token_and_the_mean_patch() -> None:
         head = model.linear_head
         expected = torch.cat(seen, 1) @ head.weight.T + head.bias
         torch.testing.assert_close(model(images), expected)
+
+
+def test_the_classifier_from_its_files(tmp_path: Path) -> None:
+    """The head as it is published; the backbone a small one that says that it is a ViT-7B."""
+    values = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    backbone = load("dinov3_vit7b16", pretrained=False, **values)
+    weights = tmp_path / "backbone.safetensors"
+    export_backbone(
+        weights,
+        backbone.state_dict(),
+        component="vit_7b",
+        config=values,
+        images=WEB_IMAGES,
+        size=224,
+        provenance={},
+    )
+    head = torch.nn.Linear(64, 1000)
+    path = tmp_path / "head.pth"
+    torch.save(head.state_dict(), path)
+    given = {"weights": path, "backbone_weights": weights}
+    model = load("dinov3_vit7b16_lc", **given)
+    images = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        tokens = backbone.forward_features(images)
+        seen = [tokens["x_norm_clstoken"], tokens["x_norm_patchtokens"].mean(1)]
+        torch.testing.assert_close(model(images), head(torch.cat(seen, 1)))
+    assert not model.training
+    torch.save(torch.nn.Linear(32, 1000).state_dict(), path)
+    with pytest.raises(CheckpointError, match=r"of another shape:\s+weight: \[1000, 32\]"):
+        load("dinov3_vit7b16_lc", **given)
+    torch.save(backbone.state_dict(), path)
+    with pytest.raises(CheckpointError, match="holds no head of a known kind"):
+        load("dinov3_vit7b16_lc", **given)
 
 
 def test_weights_by_path_are_loaded_strictly(tmp_path: Path) -> None:

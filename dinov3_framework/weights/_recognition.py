@@ -106,6 +106,8 @@ def _candidates(opened: OpenWeights, layouts: Sequence[Layout]) -> Iterator[Cand
     for prefix in _prefixes(opened.shapes):
         part = opened.below(prefix)
         for layout in layouts:
+            if layout.alone and len(part.shapes) < len(opened.shapes):
+                continue
             try:
                 config = layout.recognize(part)
             except CheckpointError as error:

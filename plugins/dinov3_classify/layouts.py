@@ -18,6 +18,7 @@ class LinearClassifierLayout(Layout):
 
     format = "meta"
     config = LinearClassifierConfig
+    alone = True  # any linear layer has these names
 
     def recognize(self, content: Content) -> LinearClassifierConfig | None:
         shapes = content.shapes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from dinov3_classify.configs_heads import (
 from dinov3_classify.probes import LinearProbes
 from dinov3_classify.probes_evaluation import ProbesEvaluation
 from heads_fixed import FixedHead
+from process_groups import run_processes
 from torch import Tensor
 
 from dinov3_framework import (
@@ -178,3 +180,51 @@ def test_labels_out_of_range_are_said(several: bool) -> None:
     data = TaggedConfig(labels=labels, several=several)
     with pytest.raises(DataError, match=r"sample 2: a: label .*7.* where 4 classes are expected"):
         measured(FixedHead(), data)
+
+
+# ---------------------------------------------------------------------------- processes
+@pytest.mark.parametrize("count", [2, 11])
+def test_no_image_is_counted_twice(count: int, tmp_path: Path) -> None:
+    """By three processes, of which one may have no image at all."""
+    alone = everything(count)
+    assert alone["images"] == [count, count]
+    for found in run_processes(3, tmp_path, everything, count):
+        assert found == alone
+
+
+def test_labels_out_of_range_end_all_processes(tmp_path: Path) -> None:
+    for said in run_processes(2, tmp_path, complaints):
+        assert len(said) == 2
+        assert all("9" in each and "4 classes are expected" in each for each in said)
+
+
+def everything(count: int) -> dict[str, Any]:
+    """What both evaluations find of ``count`` images, by this process."""
+    data = TaggedConfig(labels=tuple(index % 4 for index in range(count)))
+    shared: dict[str, Any] = {"batch_size": 2, "class_mean": True}
+    found: dict[str, Any] = {"images": []}
+    for each in (
+        ClassificationConfig(sets={"a": data}, **shared),
+        ProbesEvaluationConfig(val=data, sets={"a": data}, **shared),
+    ):
+        evaluation = registry().build(each)
+        evaluation.prepare(registry().build, GRAY)
+        metrics = dict(evaluation.run(model(probes())))
+        details = evaluation.details()
+        found[type(each).__name__] = (metrics, details.intervals, details.tables)
+        found["images"].append(int(details.arrays["a_confusion"].sum()))
+    return found
+
+
+def complaints() -> list[str]:
+    """What either evaluation says of a label that there is no class for."""
+    data = TaggedConfig(labels=(0, 1, 9))
+    said = []
+    for each in (ClassificationConfig(sets={"a": data}), ProbesEvaluationConfig(val=data)):
+        evaluation = registry().build(each)
+        evaluation.prepare(registry().build, GRAY)
+        try:
+            evaluation.run(model(probes()))
+        except DataError as error:
+            said.append(str(error))
+    return said

@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from classify_support import GRAY, ClustersConfig
-from classify_support import registry as tiny_registry
-from dinov3_classify.classification import ClassificationEvaluation
 from dinov3_classify.configs_heads import (
     AttentiveProbeConfig,
-    ClassificationConfig,
     LinearClassifierConfig,
-    LinearProbesConfig,
 )
-from heads_fixed import FixedHead
-from process_groups import run_processes
 from run_support import metrics, run_here
 
-from dinov3_framework import CheckpointError, FeatureInfo, Model, Registry, Target
+from dinov3_framework import CheckpointError, FeatureInfo, Registry, Target
 from dinov3_framework.testing import HeadSuite
-from dinov3_framework.testing.toy_backbone import ToyBackbone
 from dinov3_framework.weights.heads import load_head
 
 RECIPE = Path(__file__).parents[1] / "support" / "tiny_probes.toml"
-KILL = ("observers.kill.use=kill", "observers.kill.iteration=5")
 
 
 class TestLinearClassifier(HeadSuite):
     config = LinearClassifierConfig(target="label", blocks=2, label_smoothing=0.1)
-
-
-class TestProbes(HeadSuite):
-    config = LinearProbesConfig(
-        learning_rates=(0.1, 1.0), blocks=(1, 3), mean_patch=(True, False), target="label"
-    )
 
 
 class TestAttentiveProbe(HeadSuite):
@@ -64,6 +50,30 @@ def test_a_classifier_learns_and_is_measured(tmp_path: Path, head: str) -> None:
     last = metrics(tmp_path / "run")[-1]
     assert last["test/accuracy"] > 25, "ten classes: chance is 10 %"
     assert last["test/accuracy/top5"] > last["test/accuracy"]
+
+
+def test_a_classifier_tuned_with_its_backbone_is_the_same_from_its_files(tmp_path: Path) -> None:
+    options = (
+        "head={ use='linear_classifier', label_smoothing=0.1 }",
+        "tune_backbone=true",
+        "optimizer={ use='adamw', lr=1e-3, weight_decay=0.05, layerwise_decay=0.5 }",
+        "iterations=4",
+        "observers.probes.every=4",
+        'drop="observers.probes.evaluations"',
+        "observers.probes.evaluations="
+        '{ val={ use="classification", sets={ test={ use="fashion_mnist", split="test" }}}}',
+    )
+    trained, again = tmp_path / "run", tmp_path / "again"
+    found = run_here(trained, *options, recipe=RECIPE)
+    assert found.returncode == 0, found.stderr
+    given = (f"weights={trained}", f"head={trained}", 'drop=["backbone", "images"]')
+    found = run_here(again, *given, recipe=RECIPE.with_name("tiny_classification.toml"))
+    assert found.returncode == 0, found.stderr
+    before = np.load(trained / "val_test_confusion.npy")
+    np.testing.assert_array_equal(np.load(again / "classes_other_confusion.npy"), before)
+    (record, *_) = json.loads((again / "results.json").read_text())["records"]
+    assert record["metric"] == "other/accuracy"
+    assert record["value"] == metrics(trained)[-1]["test/accuracy"]
 
 
 # ---------------------------------------------------------------------------- the published one
@@ -99,19 +109,3 @@ def test_an_official_file_loads_onto_a_backbone(tmp_path: Path) -> None:
     wrong = registry.build("backbone", "vit", embed_dim=48, depth=2, num_heads=2)
     with pytest.raises(CheckpointError, match=r"of another shape:\s+weight: \[7, 64\]"):
         load_head(path, wrong, registry=registry)
-
-
-def test_a_processes_share_is_counted_once(tmp_path: Path) -> None:
-    """Eleven images on three processes: none twice, whatever pads them."""
-    results = run_processes(3, tmp_path, _accuracy_of_eleven)
-    assert results == [_accuracy_of_eleven()] * 3
-
-
-def _accuracy_of_eleven() -> dict[str, Any]:
-    config = ClassificationConfig(sets={"a": ClustersConfig(count=11)}, size=8, batch_size=2)
-    evaluation = ClassificationEvaluation(config)
-    evaluation.prepare(tiny_registry().build, GRAY)
-    model = Model(ToyBackbone(1).eval(), GRAY, FixedHead(), 8)
-    found = dict(evaluation.run(model))
-    confusion = evaluation.details().arrays["a_confusion"]
-    return {"metrics": found, "images": int(confusion.sum())}

@@ -104,6 +104,20 @@ def test_a_head_learns_at_full_rate_and_knows_its_prototypes() -> None:
     ]
 
 
+def test_a_networks_own_factor_is_on_top_of_layers() -> None:
+    class Own(type(vit())):  # type: ignore[misc]
+        def lr_mult(self, name: str) -> float:
+            return 3.0 if name == "blocks.2.attn.proj.weight" else 1.0
+
+    network = vit()
+    network.__class__ = Own
+    values = config(layerwise_decay=0.5, patch_embed_lr_mult=1.0)
+    settings, before = parameter_settings(network, values), parameter_settings(vit(), values)
+    assert settings["blocks.2.attn.proj.weight"].lr_mult == pytest.approx(1.5)
+    changed = {name for name in before if settings[name] != before[name]}
+    assert changed == {"blocks.2.attn.proj.weight"}
+
+
 def test_what_needs_no_gradient_is_left_out() -> None:
     head = Head()
     head.mlp.requires_grad_(False)
