@@ -195,6 +195,9 @@ class Head(Shardable):
 
     needs: FeatureNeeds
     targets: Mapping[str, Target]
+    # Whether it is several in one, each to be trained as it would be alone: gradients must not be
+    # clipped by their common norm, nor reach a backbone that all of them share.
+    independent_parts: bool = False
 
     @abc.abstractmethod
     def forward(self, features: HeadFeatures) -> Any:

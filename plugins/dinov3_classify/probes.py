@@ -41,6 +41,7 @@ class LinearProbes(ClassHead):
     """
 
     config: LinearProbesConfig
+    independent_parts = True
 
     def __init__(
         self,

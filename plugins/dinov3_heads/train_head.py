@@ -113,6 +113,7 @@ class TrainHead(TrainingMethod):
             problems.append(Problem("transform", f"{message} {patch} of the backbone", hint))
         if head is None:
             return problems
+        problems += self._coupled(head)
         if complaint := layers_complaint(head.needs.layers, backbone.n_layers):
             problems.append(Problem("head", complaint))
         else:
@@ -123,6 +124,18 @@ class TrainHead(TrainingMethod):
             except UserError as error:
                 problems += problems_at("head", error)
         return problems
+
+    def _coupled(self, head: Head) -> Iterator[Problem]:
+        """What would let parts of a head that are independent of each other touch."""
+        if not head.independent_parts:
+            return
+        parts = "several heads at once, each as it would be trained alone"
+        if self.config.optimizer.clip_grad is not None:
+            message = f"clips by the gradient of all, and the head is {parts}"
+            yield Problem("optimizer.clip_grad", message, 'set clip_grad = "none"')
+        if self.config.tune_backbone:
+            message = f"tunes the backbone by the losses of all, and the head is {parts}"
+            yield Problem("tune_backbone", message, "leave it out, or train a single head")
 
     def model(self, prepared: HeadParts) -> Model | None:
         if prepared.head is None:

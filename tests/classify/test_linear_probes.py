@@ -203,6 +203,8 @@ def test_two_processes_choose_the_same(probed: Path, tmp_path: Path) -> None:
             ["head={ use='linear_classifier' }"],
             "measures a head linear_probes, and this is LinearClassifier",
         ),
+        (["optimizer.clip_grad=3.0"], "optimizer.clip_grad: clips by the gradient of all"),
+        (["tune_backbone=true"], "tune_backbone: tunes the backbone by the losses of all"),
         (
             ["observers.probes.evaluations.probes.val={ use='squares' }"],
             "has 4 classes, the head predicts 10",
