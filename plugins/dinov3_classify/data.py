@@ -32,7 +32,7 @@ class ClassifyData:
     """A training set, test sets by name ("" the first), perhaps a validation set.
 
     ``size`` and ``resize`` are in pixels, as ``extract_features`` takes them; a ``size`` of None
-    is that of the model's training.
+    is that of the model's training. ``uncropped``, a ``resize`` of None is the size.
     """
 
     def __init__(
@@ -44,8 +44,10 @@ class ClassifyData:
         size: int | None,
         resize: int | None,
         val: DatasetConfig | None = None,
+        uncropped: bool = False,
     ) -> None:
         self.config, self.size, self.resize = config, size, resize
+        self.uncropped = uncropped
         self.train: Dataset = build(config.train, channels=images.channels)
         self.val: Dataset | None = None
         if val is not None:
@@ -64,6 +66,9 @@ class ClassifyData:
 
     def size_for(self, model: Model) -> int | None:
         return self.size or model.size
+
+    def resize_for(self, model: Model) -> int | None:
+        return self.size_for(model) if self.resize is None and self.uncropped else self.resize
 
     def extract(
         self, model: Model, dataset: Dataset, what: str, *, gather: bool = True
@@ -95,7 +100,7 @@ class ClassifyData:
         return max(n_classes(each) or 0 for each in (self.train, *self.tests.values()))
 
     def protocol(self, model: Model) -> dict[str, Any]:
-        shown = shown_pixels(self.size_for(model), self.resize)
+        shown = shown_pixels(self.size_for(model), self.resize_for(model))
         counts = {f"unreadable in {name}": count for name, count in self.skipped.items() if count}
         return shown | {"features": self.config.features} | counts
 
@@ -114,7 +119,7 @@ class ClassifyData:
         return {
             "images": model.images,
             "size": self.size_for(model),
-            "resize": self.resize,
+            "resize": self.resize_for(model),
             "batch_size": self.config.batch_size,
             "workers": self.config.workers,
         }

@@ -49,10 +49,14 @@ class LogisticRegressionEvaluation(Evaluation):
 
     def prepare(self, build: Build, images: ImagesConfig) -> None:
         config = self.config
-        size = config.size or None
-        resize = size if config.resize is None else config.resize
         self.data_sets = ClassifyData(
-            config, build, images, size=size, resize=resize, val=config.val
+            config,
+            build,
+            images,
+            size=config.size or None,
+            resize=config.resize,
+            val=config.val,
+            uncropped=True,
         )
         if config.val is None and len(config.c) > 1 and 1 in config.n_per_class:
             message = "of one image of each class none can be held out to choose C on"
