@@ -194,18 +194,23 @@ def _confusion(folder: Path, evaluation: str) -> Confusion | None:
     square = counts.ndim == 2 and counts.shape[0] == counts.shape[1] > 0
     if not square or counts.dtype.kind not in "uif" or not np.isfinite(counts).all():
         raise DataError(f"{path} is {counts.dtype} {list(counts.shape)}, no confusion matrix")
-    return Confusion(counts.astype(np.float64), _class_names(folder, stem, len(counts)))
+    return Confusion(counts.astype(np.float64), class_names(folder, stem, len(counts)))
 
 
-def _class_names(folder: Path, stem: str, count: int) -> list[str]:
-    """From a table of the same evaluation that has a row for each class, if there is one."""
+def class_names(folder: Path, stem: str, count: int) -> list[str]:
+    """From a table of the same evaluation that has each class, if there is one.
+
+    Classes are called by a column ``name`` where ``class`` has their numbers.
+    """
     for path in sorted(folder.glob(f"{stem}_*.csv")):
         try:
             with path.open(encoding="utf-8", newline="") as stream:
-                rows = list(csv.DictReader(stream))
+                rows = [row for row in csv.DictReader(stream) if row.get("class")]
         except (OSError, ValueError, csv.Error):
             continue
-        names = [printable(str(row.get("class")), kept="") for row in rows if row.get("class")]
+        # A class may have a row for each metric.
+        named = {str(row["class"]): str(row.get("name") or row["class"]) for row in rows}
+        names = [printable(each, kept="") for each in named.values()]
         if len(names) == count and max(Counter(names).values()) == 1:
             return names
     return [str(label) for label in range(count)]

@@ -30,6 +30,7 @@ class TestAttentiveProbe(HeadSuite):
 
 
 # ---------------------------------------------------------------------------- other heads
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "head", ['{ use="linear_classifier", blocks=2 }', '{ use="attentive_probe", heads=2 }']
 )

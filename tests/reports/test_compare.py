@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from dinov3_reports import CompareConfig
 from dinov3_reports.comparison import Row
+from dinov3_reports.runs import class_names
 from reports_support import SCRIPT, Page
 from run_support import HERE, TINY, run_here
 
@@ -97,6 +98,7 @@ def test_metrics_of_two_evaluations(runs: Path, tmp_path: Path) -> None:
     assert len(_charts(page)) == 1
     assert "★ best" in page.text
     assert "NOT COMPARABLE" not in page.text
+    assert class_names(runs / "one", "knn", 10)[1] == "Trouser"
     assert "raw pixels" in page.text
     for each in measured.values():
         assert f"{each['knn@5']:.4g}" in page.text
@@ -298,12 +300,14 @@ def test_a_check_writes_nothing(runs: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_overwriting(runs: Path, tmp_path: Path) -> None:
     compared(runs, tmp_path / "out", "one", "two")
     assert compare(runs, tmp_path / "out", "one", "larger").returncode == 2
     compared(runs, tmp_path / "out", "one", "larger", given=("--overwrite",))
 
 
+@pytest.mark.slow
 def test_as_the_last_stage_of_a_pipeline(tmp_path: Path) -> None:
     recipe = tmp_path / "chain.toml"
     recipe.write_text(f"""
