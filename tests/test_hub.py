@@ -84,6 +84,9 @@ def test_the_classifier_on_vit_7b(hub: ModuleType) -> None:
 def test_it_sees_the_class_token_and_the_mean_patch() -> None:
     small = {"embed_dim": 32, "depth": 2, "num_heads": 2}
     model = load("dinov3_vit7b16_lc", pretrained=False, classes=5, **small)
+    assert 0.005 < float(model.linear_head.weight.detach().std()) < 0.02, (
+        "drawn, not left as it was"
+    )
     images = torch.randn(2, 3, 32, 48)
     with torch.no_grad():
         tokens = model.backbone.forward_features(images)
