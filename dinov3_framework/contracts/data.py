@@ -150,13 +150,14 @@ class Dataset(_Described, abc.ABC):
         """
         return f"{len(self):,} samples"
 
-    def version(self) -> str:
-        """What tells these samples from those of any other dataset: by it, features are kept.
+    def version(self) -> str | None:
+        """What tells these samples from those of any other dataset of its class, in words.
 
-        Beyond ``digest`` also the options that decide on pixels and labels, and sizes and times of
-        files, so that a changed one is noticed. By default ``digest`` alone.
+        Features are kept by it, so that it names the samples, the options that decide on pixels
+        and labels, and sizes and times of files. None, the default, is not known: features are
+        then those of this object alone, and in no folder.
         """
-        return self.digest()
+        return None
 
     def notes(self) -> Sequence[str]:
         """What a check should say of the data besides, a line each: what is left out or odd."""

@@ -189,7 +189,8 @@ class Layout(abc.ABC):
     # What its files do not say of a component that is not a published one, in words; the config's
     # defaults are taken for it.
     unsaid: ClassVar[str] = ""
-    # Whether its files hold nothing else: for names so plain that parts of others have them, too.
+    # Whether its files hold nothing else, and nothing stands before its names: for names so plain
+    # that parts of others have them, too.
     alone: ClassVar[bool] = False
 
     @property

@@ -48,8 +48,9 @@ class FeatureCache:
         self.folder = folder
         # What costs nothing besides memory, and spares a later run the backbone.
         self.also: Sequence[str] = () if folder is None else ("class", "mean_patch")
-        self._known: dict[str, list[Features]] = {}
+        self._known: dict[tuple[int, int, str], list[Features]] = {}
         self._hashes: dict[int, str] = {}
+        self._alive: list[Any] = []
 
     def features(
         self,
@@ -64,11 +65,14 @@ class FeatureCache:
         ``seen`` is how images are seen. To be called by every process.
         """
         content = broadcast_from_rank0(_content, dataset, seen)
-        known = self._known.setdefault(f"{id(backbone)} {_digest(content)}", [])
+        # Without a version it is this very object, which is kept so that nothing else has its id.
+        which = 0 if content["data"] is not None else id(dataset)
+        known = self._known.setdefault((id(backbone), which, _digest(content)), [])
         found = next((each for each in known if each.tokens.keys() >= set(wanted)), None)
         if found is None:
             found = self._kept(backbone, content, wanted, extract)
             known.append(found)
+            self._alive += [backbone, dataset]
         return found
 
     def _kept(
@@ -79,21 +83,19 @@ class FeatureCache:
         extract: Callable[[], Features],
     ) -> Features:
         """Read from the folder, or extracted and written there."""
-        if self.folder is None:
+        if self.folder is None or content["data"] is None:
             return extract()
         if id(backbone) not in self._hashes:
             self._hashes[id(backbone)] = weights_hash(backbone)
         content = {"weights": self._hashes[id(backbone)], **content}
         place = self.folder.expanduser() / _digest(content)
-        part = _on_all_ranks(broadcast_from_rank0, _find, place, wanted, what="cannot read")
+        part = broadcast_from_rank0(_find, place, wanted)
         if part is not None:
             found: Features | None = _on_all_ranks(_read, part, what="cannot read")
             if found is not None:
                 if collectives.is_main():
                     log.info("Features of %s: from %s", content["data"], part)
                 return found
-            if collectives.is_main():
-                shutil.rmtree(part, ignore_errors=True)
         share = extract()
         part = place / _digest({"tokens": sorted(share.tokens)})
         _on_all_ranks(_write, part, share, content, _mark(), what="cannot keep")
@@ -102,8 +104,9 @@ class FeatureCache:
 
 def _content(dataset: Dataset, seen: Mapping[str, Any]) -> dict[str, Any]:
     """What decides on features besides the weights, as JSON holds it."""
+    cls = type(dataset)
     return {
-        "dataset": type(dataset).__name__,
+        "dataset": f"{cls.__module__}.{cls.__qualname__}",
         "data": dataset.version(),
         "targets": {name: str(attrs.asdict(each)) for name, each in dataset.targets.items()},
         "seen": {name: str(value) for name, value in seen.items()},
@@ -138,12 +141,10 @@ def _on_all_ranks(action: Callable[..., Any], *args: Any, what: str) -> Any:
 def _write(place: Path, share: Features, content: Mapping[str, Any], mark: str) -> None:
     from safetensors.torch import save_file
 
-    if place.exists():  # another run was faster
-        return
     aside = place.with_name(f".{place.name}.{mark}")
-    aside.mkdir(parents=True, exist_ok=True)
+    part = aside / f"{collectives.rank():05}.safetensors"
     try:
-        part = aside / f"{collectives.rank():05}.safetensors"
+        aside.mkdir(parents=True, exist_ok=True)
         tensors = {_TOKENS + name: each.contiguous() for name, each in share.tokens.items()}
         tensors["indices"] = share.indices
         if share.labels is not None:
@@ -164,6 +165,7 @@ def _conclude(
             known = {"tokens": sorted(share.tokens), "total": share.total, "sizes": sizes}
             found = {**content, **known, "skipped": share.skipped}
             write_and_sync(aside / _CONTENT, json.dumps(found, indent=1).encode())
+            shutil.rmtree(place, ignore_errors=True)  # unreadable, or of a run that was faster
             os.rename(aside, place)
             sync(place.parent)
     finally:
@@ -173,14 +175,13 @@ def _conclude(
 
 def _find(place: Path, wanted: Sequence[str]) -> Path | None:
     """The folder of features with all the tokens that are wanted."""
-    parts = sorted(each for each in place.glob("*") if each.is_dir()) if place.is_dir() else []
-    for part in parts:
+    # What is being written has a name that starts with a dot.
+    for part in sorted(place.glob("[!.]*")):
         try:
-            if set(json.loads(read_file(part / _CONTENT))["tokens"]) >= set(wanted):
+            if set(parse_json(read_file(part / _CONTENT))["tokens"]) >= set(wanted):
                 return part
         except (OSError, ValueError, LookupError, TypeError) as error:
             log.warning("cannot read features at %s: %s", part, error)
-            shutil.rmtree(part, ignore_errors=True)
     return None
 
 

@@ -17,7 +17,7 @@ from attrs import evolve, field, frozen
 from torch import Tensor
 
 from dinov3_framework.configs import ImagesConfig
-from dinov3_framework.contracts.data import Dataset
+from dinov3_framework.contracts.data import Dataset, Target
 from dinov3_framework.contracts.networks import Backbone
 from dinov3_framework.contracts.running import FeatureStore
 from dinov3_framework.data.images import ImageFit, normalize
@@ -39,9 +39,6 @@ log = logging.getLogger(__name__)
 _SHOWN = 5  # corrupt samples that the warning names
 _VECTORS = ("class", "mean_patch")  # outputs that have one shape whatever the image's
 _GATHERED = 4096  # rows that each process sends at once
-
-# In place of a label: of a sample that has none.
-_UNLABELED = torch.iinfo(torch.int64).min
 
 
 @frozen(eq=False)
@@ -188,7 +185,8 @@ def _extract(
     places = sum(map(len, batches))
     tokens: dict[str, Tensor] = {}
     indices: list[int] = []
-    targets: list[Mapping[str, object]] = []
+    labels: list[object] = []
+    several = _has_several_labels(dataset)
     corrupt: list[str] = []
     misfits: list[str] = []
     for batch in loader:
@@ -203,12 +201,12 @@ def _extract(
         for name, each in embedded.items():
             tokens[name][start:stop] = each[list(batch.places)].float()
         indices += [batch.indices[place] for place in batch.places]
-        targets += batch.data.targets
+        labels += [each.get("labels" if several else "label") for each in batch.data.targets]
     skipped = agree_on_skipped(corrupt, misfits, total)
     found = len(indices)
     return Features(
         {name: each if found == places else each[:found].clone() for name, each in tokens.items()},
-        _labels(targets, dataset),
+        _marks(labels, dataset.targets["labels"]) if several else _labels(labels),
         skipped,
         torch.tensor(indices, dtype=torch.int64),
         total - skipped,
@@ -220,7 +218,7 @@ def _gathered(share: Features, device: torch.device | None) -> Features:
     if not collectives.is_distributed():
         return share
     counts = cast("list[int]", collectives.all_gather_object(len(share)))
-    parts = {**{f"tokens.{name}": each for name, each in share.tokens.items()}}
+    parts = {f"tokens.{name}": each for name, each in share.tokens.items()}
     parts["indices"] = share.indices
     if share.labels is not None:
         parts["labels"] = share.labels
@@ -304,17 +302,22 @@ def agree_on_skipped(corrupt: list[str], misfits: list[str], total: int) -> int:
     return skipped
 
 
-def _labels(targets: Sequence[Mapping[str, object]], dataset: Dataset) -> Tensor | None:
-    """The labels of a share; ``DataError`` on every process where only some samples have one."""
-    several = dataset.targets.get("labels")
-    if several is not None and several.kind == "class" and several.per_object:
-        hot = torch.zeros(len(targets), several.count or 0, dtype=torch.bool)
-        for row, each in zip(hot, targets, strict=True):
-            row[cast(Tensor, each["labels"])] = True
-        return hot
-    known = [each.get("label") for each in targets]
-    labels = [_UNLABELED if label is None else int(cast(int, label)) for label in known]
-    counts = collectives.all_gather_object((known.count(None), len(known)))
+def _has_several_labels(dataset: Dataset) -> bool:
+    labels = dataset.targets.get("labels")
+    return labels is not None and labels.kind == "class" and labels.per_object
+
+
+def _marks(labels: Sequence[object], target: Target) -> Tensor:
+    """bool [n, classes]: which classes each sample has."""
+    marks = torch.zeros(len(labels), target.count or 0, dtype=torch.bool)
+    for row, each in zip(marks, labels, strict=True):
+        row[cast(Tensor, each)] = True
+    return marks
+
+
+def _labels(labels: Sequence[object]) -> Tensor | None:
+    """int64 [n]; ``DataError`` on every process where only some samples have one."""
+    counts = collectives.all_gather_object((labels.count(None), len(labels)))
     missing, total = (
         sum(each) for each in zip(*cast("list[tuple[int, int]]", counts), strict=True)
     )

@@ -7,7 +7,9 @@ others wait for it.
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
@@ -25,6 +27,7 @@ from dinov3_framework.runtime import collectives
 Item = TypeVar("Item")
 Data = TypeVar("Data")
 
+_SECONDS_BETWEEN_LINES = 10.0
 _TIMEOUT = 600.0  # seconds that a loader worker may take for one batch
 
 
@@ -112,6 +115,24 @@ def rank_batches(total: int, batch_size: int) -> list[range]:
         first = start + rank * length
         slices.append(range(first, first + length))
     return slices
+
+
+class ProgressLines:
+    """A line now and then of how many images are done, of each process's own share."""
+
+    def __init__(self, total: int, log: logging.Logger) -> None:
+        self.done, self.total, self.log = 0, total, log
+        self.started = self.said = time.monotonic()
+
+    def add(self, images: int) -> None:
+        self.done += images
+        now = time.monotonic()
+        if now - self.said < _SECONDS_BETWEEN_LINES and self.done < self.total:
+            return
+        self.said = now
+        rate = self.done / max(now - self.started, 1e-9)
+        share = " of this process" if collectives.world_size() > 1 else ""
+        self.log.info("%d/%d images%s, %.1f a second", self.done, self.total, share, rate)
 
 
 # --------------------------------------------------------------------------- images that are fitted

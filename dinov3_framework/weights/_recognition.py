@@ -56,7 +56,7 @@ def find(opened: OpenWeights, catalog: Catalog, kind: str, network: str) -> Cand
     layouts = [layout for layout in catalog.layouts if layout.kind == kind]
     if kind == "backbone":
         _refuse_adapter(opened)
-    found = _whole(list(_candidates(opened, layouts)))
+    found = list(_candidates(opened, layouts))
     if not found:
         raise CheckpointError(_unknown(opened, layouts, kind))
     best: list[Candidate] = []
@@ -80,15 +80,6 @@ def find(opened: OpenWeights, catalog: Catalog, kind: str, network: str) -> Cand
     )
 
 
-def _whole(found: list[Candidate]) -> list[Candidate]:
-    """Those that are no part of another, such as the linear layer of a larger head."""
-    return [
-        each
-        for each in found
-        if not any(o.prefix != each.prefix and each.prefix.startswith(o.prefix) for o in found)
-    ]
-
-
 def _refuse_adapter(opened: OpenWeights) -> None:
     """Raise for an adapter, with or without the base model that it changes."""
     names = [name for name in opened.shapes if _LORA & set(name.split("."))]
@@ -106,7 +97,7 @@ def _candidates(opened: OpenWeights, layouts: Sequence[Layout]) -> Iterator[Cand
     for prefix in _prefixes(opened.shapes):
         part = opened.below(prefix)
         for layout in layouts:
-            if layout.alone and len(part.shapes) < len(opened.shapes):
+            if layout.alone and prefix:
                 continue
             try:
                 config = layout.recognize(part)

@@ -82,8 +82,6 @@ def load_published(
         expected = published.file(None if weights is None else str(weights)) or published.default
         config, images = replace(expected.config, **fields), expected.images
         module = catalog.build(config, **(runtime or {}))
-        if published.kind != "backbone":  # those of this project draw theirs when they are built
-            module.init_weights()
     else:
         with open_weights(local_file(published, weights, check_hash=check_hash)) as opened:
             found = WeightSource.recognize(opened, catalog, kind=published.kind, unused=unused)

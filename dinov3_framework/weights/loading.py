@@ -222,15 +222,6 @@ def load_recipe_backbone(
     return attrs.evolve(described, backbone=backbone.eval())
 
 
-@attrs.frozen
-class _Choice:
-    weights: str | None
-    unused: tuple[str, ...] | None
-    backbone: BackboneConfig | None
-    images: ImagesConfig | None
-    seed: int
-
-
 def _preset(config: BackboneChoice, registry: Registry) -> tuple[BackboneChoice, int | None]:
     """The same choice, where ``weights`` names a backbone as a ``backbone`` to initialize.
 
@@ -242,7 +233,8 @@ def _preset(config: BackboneChoice, registry: Registry) -> tuple[BackboneChoice,
     if name not in registry.names("backbone"):
         return config, None
     backbone = registry.config_of("backbone", name, {})
-    return _Choice(None, config.unused, backbone, config.images, config.seed), _SIZE
+    chosen: Any = config
+    return replace(chosen, weights=None, backbone=backbone), _SIZE
 
 
 def _refuse_contradictions(config: BackboneChoice, registry: Registry) -> None:

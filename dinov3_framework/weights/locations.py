@@ -63,11 +63,10 @@ def _step_of_run(text: str) -> Path | None:
         return None
     path, step = found
     folder = sharded.checkpoint_in(path)
-    steps = [] if folder is None else sorted(CheckpointFolder(folder).newest_first())
-    for each in steps:
-        if each.name == name_of(step):
-            return each
-    known = ", ".join(str(int(each.name.rpartition("_")[2])) for each in steps) or "none"
+    steps = [] if folder is None else CheckpointFolder(folder).complete_steps()
+    if folder is not None and step in steps:
+        return folder / name_of(step)
+    known = ", ".join(map(str, steps)) or "none"
     raise CheckpointError(f"{path} has no checkpoint of step {step}; it has {known}")
 
 

@@ -57,7 +57,10 @@ class ClassificationEvaluation(Evaluation):
             raise TypeError("there is no head")
         target = model.head.targets[self.config.target]
         self.found = Findings(
-            target.classes, self.config.seed, with_class_mean=self.config.class_mean
+            target.classes,
+            self.config.seed,
+            with_top5=self.config.top5,
+            with_class_mean=self.config.class_mean,
         )
         for name, dataset in self.sets.datasets.items():
             self.found.add(

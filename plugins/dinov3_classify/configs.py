@@ -52,16 +52,9 @@ def published_strengths() -> tuple[float, ...]:
 
 
 @config
-class ClassifyConfig(EvaluationConfig):
-    """What the evaluations have in common."""
+class MeasuredConfig(EvaluationConfig):
+    """How images are seen, and what is reported of their classes."""
 
-    train: DatasetConfig = option("labeled images to learn from")
-    test: DatasetConfig = option("labeled images to classify")
-    tests: dict[str, DatasetConfig] = option(
-        "further sets to classify, by names that begin those of their metrics: NAME/METRIC",
-        factory=dict,
-        check=_test_names,
-    )
     size: int | None = option(
         "side of the evaluation images in pixels; left out, that of the backbone's training, and "
         "for a backbone without training images are used as they are and must share one shape",
@@ -74,12 +67,6 @@ class ClassifyConfig(EvaluationConfig):
         default=None,
         check=positive,
     )
-    features: str = option(
-        "class (the class token), mean_patch (the mean of the patch tokens), or both, one after "
-        "the other",
-        default="class",
-        check=one_of(*OUTPUTS),
-    )
     batch_size: int = option("images at a time in each process", default=256, check=positive)
     workers: int = option("loader workers of each process", default=0, check=not_negative)
     top5: bool = option(
@@ -89,6 +76,25 @@ class ClassifyConfig(EvaluationConfig):
     )
     class_mean: bool = option(
         "report the mean of the classes' accuracies, too, as METRIC/class_mean", default=False
+    )
+
+
+@config
+class ClassifyConfig(MeasuredConfig):
+    """What the evaluations have in common."""
+
+    train: DatasetConfig = option("labeled images to learn from")
+    test: DatasetConfig = option("labeled images to classify")
+    tests: dict[str, DatasetConfig] = option(
+        "further sets to classify, by names that begin those of their metrics: NAME/METRIC",
+        factory=dict,
+        check=_test_names,
+    )
+    features: str = option(
+        "class (the class token), mean_patch (the mean of the patch tokens), or both, one after "
+        "the other",
+        default="class",
+        check=one_of(*OUTPUTS),
     )
     n_per_class: tuple[int, ...] = option(
         "few-shot: numbers of training images of each class, each a metric METRIC/N-shot beside "

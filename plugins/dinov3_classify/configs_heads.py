@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from dinov3_classify.configs import MeasuredConfig
 from dinov3_framework import (
     DatasetConfig,
-    EvaluationConfig,
     HeadConfig,
     config,
     fraction,
@@ -103,27 +103,11 @@ class AttentiveProbeConfig(ClassHeadConfig):
 
 
 @config
-class ClassifiedSetsConfig(EvaluationConfig):
+class ClassifiedSetsConfig(MeasuredConfig):
     """What evaluations of classifiers have in common."""
 
     sets: dict[str, DatasetConfig] = option(
         "labeled images to classify, by names that begin those of their metrics", check=_names
-    )
-    size: int | None = option(
-        "side of the evaluation images in pixels; left out, that of the head's training",
-        default=None,
-        check=positive,
-    )
-    resize: int | None = option(
-        "pixels of the shorter side before the square is cut out of the middle; left out, 256 for "
-        "a size of 224, and so in proportion",
-        default=None,
-        check=positive,
-    )
-    batch_size: int = option("images at a time in each process", default=256, check=positive)
-    workers: int = option("loader workers of each process", default=0, check=not_negative)
-    class_mean: bool = option(
-        "report the mean of the classes' accuracies, too, as METRIC/class_mean", default=False
     )
     seed: int = option("seed of confidence intervals", default=0, check=not_negative)
 

@@ -92,6 +92,7 @@ class LinearClassifier(ClassHead):
         size = width(features, config.blocks, config.mean_patch)
         self.weight = nn.Parameter(torch.empty(self.classes, size))
         self.bias = nn.Parameter(torch.empty(self.classes))
+        self.init_weights()  # for whoever builds one without the trainer, as torch.hub does
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -63,7 +63,10 @@ class ProbesEvaluation(Evaluation):
             raise TypeError("there is no head linear_probes")
         names = head.targets[head.config.target].classes
         self.found = found = Findings(
-            names, self.config.seed, with_class_mean=self.config.class_mean
+            names,
+            self.config.seed,
+            with_top5=self.config.top5,
+            with_class_mean=self.config.class_mean,
         )
         rows: list[dict[str, Any]] = [{"classifier": probe.name} for probe in head.probes]
         results: dict[str, list[Classification]] = {}

@@ -50,6 +50,9 @@ class FashionMnist(Dataset):
     def label(self, index: int) -> int:
         return int(_arrays(self.split)[1][index])
 
+    def version(self) -> str:
+        return f"{self.split} split"
+
     def describe(self) -> str:
         return (
             f"fashion_mnist, {self.split} split: {len(self):,} images of 28 x 28 in "

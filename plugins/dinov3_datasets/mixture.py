@@ -158,8 +158,11 @@ class Mixture(_Parts, Dataset):
     def digest(self) -> str:
         return self._told(lambda part: part.digest())
 
-    def version(self) -> str:
-        return self._told(lambda part: part.version())
+    def version(self) -> str | None:
+        versions = [part.version() for part in self.parts.values()]
+        if None in versions:
+            return None
+        return self._told(lambda part: f"{type(part).__module__} {part.version()}")
 
     def notes(self) -> list[str]:
         return [f"{name}: {note}" for name, part in self.parts.items() for note in part.notes()]

@@ -56,8 +56,11 @@ class Subset(Dataset):
     def digest(self) -> str:
         return f"{len(self):,} samples, {self._hash()}, of {self.whole.digest()}"
 
-    def version(self) -> str:
-        return f"{len(self):,} samples, {self._hash()}, of {self.whole.version()}"
+    def version(self) -> str | None:
+        version = self.whole.version()
+        if version is None:
+            return None
+        return f"{len(self):,} samples, {self._hash()}, of {type(self.whole).__module__} {version}"
 
     def notes(self) -> Sequence[str]:
         return self.whole.notes()

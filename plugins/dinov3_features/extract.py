@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 
@@ -25,6 +24,7 @@ from dinov3_framework.data.inference import (
     FittedImages,
     InferenceBatch,
     InferenceLoader,
+    ProgressLines,
 )
 from dinov3_framework.data.tokens import TokenReader
 from dinov3_framework.errors import DataError
@@ -36,7 +36,6 @@ from dinov3_framework.runtime.stopping import StopFlag
 log = logging.getLogger("dinov3_framework.features")
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 class _FailedElsewhere(Exception):
@@ -74,7 +73,9 @@ class Extraction:
             collate=FittedImages.collate,
             workers=self.workers,
         )
-        progress = _Progress(sum(len(indices) for batches in mine.values() for indices in batches))
+        progress = ProgressLines(
+            sum(len(indices) for batches in mine.values() for indices in batches), log
+        )
         turns: list[int | None] = [*mine, None]
         with StopFlag() as stop, torch.no_grad(), closing(iter(loader)) as batches:
 
@@ -200,24 +201,6 @@ class Extraction:
             else:
                 stacked[name] = torch.stack(values)
         return stacked
-
-
-class _Progress:
-    """A line now and then, of the main process's own share."""
-
-    def __init__(self, total: int) -> None:
-        self.done, self.total = 0, total
-        self.started = self.said = time.monotonic()
-
-    def add(self, images: int) -> None:
-        self.done += images
-        now = time.monotonic()
-        if now - self.said < _SECONDS_BETWEEN_LINES and self.done < self.total:
-            return
-        self.said = now
-        rate = self.done / max(now - self.started, 1e-9)
-        share = " of this process" if collectives.is_main() and collectives.world_size() > 1 else ""
-        log.info("%d/%d images%s  %.1f images/s", self.done, self.total, share, rate)
 
 
 def _not_finite(name: str, tensor: Tensor, rows: Sequence[Row]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
@@ -26,7 +25,7 @@ from dinov3_framework import (
     UserError,
     keyed_rng,
 )
-from dinov3_framework.data.inference import InferenceLoader
+from dinov3_framework.data.inference import InferenceLoader, ProgressLines
 from dinov3_framework.errors import printable
 from dinov3_framework.runtime import collectives
 from dinov3_reports.moments import Moments, image_moments
@@ -38,7 +37,6 @@ log = logging.getLogger("dinov3_framework.reports")
 AUGMENTED = 12  # images whose crops are shown
 _SPARE = 2  # candidates for each picture, since some may be unreadable
 _BATCH = 16
-_SECONDS_BETWEEN_LINES = 5.0
 
 
 @attrs.frozen(eq=False)
@@ -169,7 +167,7 @@ def look_at(
     )
     seen: list[Seen] = []
     unreadable: list[Unreadable] = []
-    progress = _Progress(sum(map(len, own)))
+    progress = ProgressLines(sum(map(len, own)), log)
     with closing(iter(loader)) as made:
         for batch in made:
             seen += batch.data or []
@@ -193,7 +191,7 @@ def look_at_stream(
     """The first ``limit`` samples of a stream, read in this process."""
     seen: list[Seen] = []
     unreadable: list[Unreadable] = []
-    progress = _Progress(limit)
+    progress = ProgressLines(limit, log)
     for place, sample in enumerate(_first(dataset, limit, seed)):
         if isinstance(sample, CorruptSampleError):
             found = printable(sample.name, kept=""), printable(sample.reason, kept="")
@@ -211,21 +209,3 @@ def _first(dataset: StreamDataset, limit: int, seed: int) -> Iterator[Sample | C
     samples = dataset.open(part=0, parts=1, seed=seed)
     for _, (sample, _) in zip(range(limit), samples, strict=False):
         yield sample
-
-
-class _Progress:
-    """A line now and then, of the main process's own share."""
-
-    def __init__(self, total: int) -> None:
-        self.done, self.total = 0, total
-        self.started = self.said = time.monotonic()
-
-    def add(self, images: int) -> None:
-        self.done += images
-        now = time.monotonic()
-        if now - self.said < _SECONDS_BETWEEN_LINES and self.done < self.total:
-            return
-        self.said = now
-        rate = self.done / max(now - self.started, 1e-9)
-        share = " of this process" if collectives.world_size() > 1 else ""
-        log.info("%d/%d images%s looked at, %.1f a second", self.done, self.total, share, rate)

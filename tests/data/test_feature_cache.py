@@ -71,6 +71,33 @@ def test_a_folder_serves_later_runs(tmp_path: Path) -> None:
     assert content["data"] == "7 samples, as they were"
 
 
+def test_what_states_no_version_is_not_taken_for_another(tmp_path: Path) -> None:
+    """As many samples of the same class of dataset: a train and a test split, say."""
+    backbone, cache = tiny(), FeatureCache(tmp_path)
+    one, other = Memory(gray_images(5)), Memory(gray_images(5, seed=1))
+    found = [extract(backbone, dataset, cache) for dataset in (one, other)]
+    assert not torch.equal(found[0].cls, found[1].cls)
+    calls = len(backbone.calls)
+    assert torch.equal(extract(backbone, one, cache).cls, found[0].cls)
+    assert len(backbone.calls) == calls, "the same object within a run"
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_another_run_is_writing_is_let_be(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    extract(tiny(), data(), FeatureCache(tmp_path))
+    (place,) = tmp_path.glob("*/*")
+    aside = place.with_name(".another.0123abcd")
+    aside.mkdir()
+    backbone = tiny()
+    with caplog.at_level(logging.WARNING):
+        extract(backbone, data(), FeatureCache(tmp_path))
+    assert backbone.calls == []
+    assert aside.is_dir()
+    assert "cannot" not in caplog.text
+
+
 @pytest.mark.parametrize("what", ["weights", "files", "size", "dtype", "classes"])
 def test_what_changes_features_is_noticed(tmp_path: Path, what: str) -> None:
     extract(tiny(), data(), FeatureCache(tmp_path), size=4)

@@ -120,6 +120,7 @@ def test_digest_and_version_are_those_of_the_parts() -> None:
     ]
     assert len({each.digest() for each in datasets}) == 5
     assert len({each.version() for each in datasets}) == 5
+    assert mixture(parts={"light": LIGHT, "dark": grays(versioned=False)}).version() is None
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,7 @@ def test_digest_and_version_are_of_the_choice_and_the_whole() -> None:
     assert len({each.digest() for each in datasets}) == 5
     assert len({each.version() for each in datasets}) == 5
     assert subset(first=4).digest() == datasets[0].digest()
+    assert subset(grays(versioned=False), first=4).version() is None
 
 
 def test_corrupt_samples_stay_corrupt() -> None:

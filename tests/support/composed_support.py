@@ -29,6 +29,7 @@ class GraysConfig(DatasetConfig):
     count: int = option("images", default=10)
     label_count: int = option("classes; 0 for no labels", default=2)
     named: bool = option("whether classes have names", default=True)
+    versioned: bool = option("whether it says what tells it from others", default=True)
     corrupt: int = option("index of an image that is corrupt", default=-1)
     unlabeled: int = option("index of an image without a label", default=-1)
     shade: int = option("gray of the first image", default=0)
@@ -64,6 +65,9 @@ class Grays(Dataset):
 
     def name(self, index: int) -> str:
         return f"folder{index % 2}/image{index}"
+
+    def version(self) -> str | None:
+        return repr(self.config) if self.config.versioned else None
 
 
 @config
