@@ -24,7 +24,9 @@ from dinov3_framework.weights.hub import load_published as _load_published
 
 dependencies = ["torch", "numpy", "attrs"]
 
-_CATALOG = _PlainCatalog.of("dinov3_vit", "dinov3_convnext", "dinov3_classify")
+_CATALOG = _PlainCatalog.of(
+    "dinov3_vit", "dinov3_convnext", "dinov3_classify", "dinov3_segment", "dinov3_depth"
+)
 
 
 def _entry_point(name: str) -> _Callable[..., _Any]:

@@ -160,6 +160,7 @@ class FeatureNeeds:
     layers: tuple[int, ...] = (-1,)  # indices, from 0 or from -1 for the last backwards
     class_token: bool = False
     norm: bool = True  # whether the final norm is applied
+    image: bool = False  # whether it looks at the normalized image, too
 
 
 @attrs.frozen
@@ -169,17 +170,25 @@ class HeadFeatures:
     maps: Sequence[Tensor]  # [B, D, h, w]
     cls: Sequence[Tensor]  # [B, D]; empty unless needed
     image_size: tuple[int, int]  # pixels, height and width
+    image: Tensor | None = None  # [B, C, H, W], normalized; None unless needed
 
 
 def _again(parts: Iterable[Any], image_size: Any) -> HeadFeatures:
-    maps, cls = parts
-    return HeadFeatures(maps, cls, image_size)
+    maps, cls, image = parts
+    return HeadFeatures(maps, cls, image_size, *image)
 
 
 # Sharding casts the tensors in what a network is called with, and follows their gradients.
 register_pytree_node(
     HeadFeatures,
-    lambda features: ([list(features.maps), list(features.cls)], features.image_size),
+    lambda features: (
+        [
+            list(features.maps),
+            list(features.cls),
+            [] if features.image is None else [features.image],
+        ],
+        features.image_size,
+    ),
     _again,
 )
 

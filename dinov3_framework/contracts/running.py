@@ -183,6 +183,9 @@ class Details:
 class Evaluation(abc.ABC):
     """Measures a model. Called on every process; results are the same on all of them."""
 
+    # Where it may leave files of its own, such as predictions, of the next ``run``; None: nowhere.
+    folder: Path | None = None
+
     @abc.abstractmethod
     def prepare(self, build: Build, images: ImagesConfig) -> None:
         """Build the data; called once, before anything else.

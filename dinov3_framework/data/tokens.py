@@ -91,6 +91,19 @@ def layers_complaint(layers: Sequence[int], count: int) -> str | None:
     return None
 
 
+def even_layers(count: int, n: int = 4) -> tuple[int, ...]:
+    """The last layer of each of ``n`` equal parts of ``count`` layers, from 0.
+
+    The reference's dense heads take four such; of 24 layers, a ViT-L, its first is 4, not 5.
+    Raises ``ValueError`` for fewer layers than parts.
+    """
+    if not 0 < n <= count:
+        raise ValueError(f"{count} layers have no {n} parts")
+    if (count, n) == (24, 4):
+        return (4, 11, 17, 23)
+    return tuple((part + 1) * count // n - 1 for part in range(n))
+
+
 def head_features(backbone: Backbone, pixels: Tensor, needs: FeatureNeeds) -> HeadFeatures:
     """The features of normalized pixels [B, C, H, W] that a head needs, layers in its order."""
     layers = [layer % backbone.n_layers for layer in needs.layers]
@@ -104,6 +117,7 @@ def head_features(backbone: Backbone, pixels: Tensor, needs: FeatureNeeds) -> He
     )
     parts = [found[order.index(layer)] for layer in layers]
     size = (pixels.shape[-2], pixels.shape[-1])
+    image = pixels if needs.image else None
     if not needs.class_token:
-        return HeadFeatures(parts, (), size)
-    return HeadFeatures([grid for grid, _ in parts], [cls for _, cls in parts], size)
+        return HeadFeatures(parts, (), size, image)
+    return HeadFeatures([grid for grid, _ in parts], [cls for _, cls in parts], size, image)

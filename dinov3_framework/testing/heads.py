@@ -39,6 +39,7 @@ class HeadSuite(NetworkSuite):
     features: Sequence[FeatureInfo] = (FeatureInfo(16, 8),) * 4
     schema: Mapping[str, Target] = SCHEMA
     size: tuple[int, int] = (32, 48)  # pixels
+    channels: int = 3  # of images
 
     def arguments(self) -> dict[str, Any]:
         return {"features": self.features, "targets": self.schema}
@@ -60,7 +61,8 @@ class HeadSuite(NetworkSuite):
         height, width = self.size
         maps = [drawn(_BATCH, i.channels, height // i.stride, width // i.stride) for i in infos]
         cls = [drawn(_BATCH, i.channels) for i in infos] if needs.class_token else []
-        return HeadFeatures(maps, cls, self.size)
+        image = drawn(_BATCH, self.channels, height, width) if needs.image else None
+        return HeadFeatures(maps, cls, self.size, image)
 
     # ------------------------------------------------------------------ promises
     def test_needs(self) -> None:

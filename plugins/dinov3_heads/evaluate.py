@@ -75,7 +75,7 @@ class Evaluate(Task):
         folder = config.feature_cache
         model = evolve(model, cache=FeatureCache(None if folder is None else Path(folder)))
         baselines = evaluations.baselines(model)
-        found = evaluations.run(model)
+        found = evaluations.run(model, output_dir)
         records: list[Record] = []
         for name, metrics in baselines.items():
             records += evaluations.records(model, name, metrics, config.seed)

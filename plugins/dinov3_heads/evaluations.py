@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from attrs import define, evolve, field, frozen
@@ -88,12 +89,16 @@ class Evaluations:
             found.append(("protocol", protocol))
         return found
 
-    def run(self, model: Model) -> Measured:
-        """Metrics of all; what one of them extracted is not extracted again for another."""
+    def run(self, model: Model, folder: Path | None = None) -> Measured:
+        """Metrics of all; what one of them extracted is not extracted again for another.
+
+        Each may leave files in a folder of its name in ``folder``.
+        """
         if model.cache is None:
             model = evolve(model, cache=FeatureCache())
         found = Measured({}, {}, {})
         for name, evaluation in self.prepared.items():
+            evaluation.folder = None if folder is None else folder / name
             found.metrics[name] = dict(evaluation.run(model))
             found.details[name] = evaluation.details()
             found.protocols[name] = evaluation.protocol(model)
