@@ -1,0 +1,116 @@
+"""Reads masks and maps: numbers by pixel as they are stored, with the upper side up.
+
+What decoders do to pictures is wrong for ids and depth, and undone or avoided here: palettes become
+colors, gray values of 2 and 4 bits are spread over 0..255, white-is-zero TIFFs are inverted, 32 bits
+without a sign wrap. Orientation in EXIF data is applied as it is to images.
+"""
+
+from __future__ import annotations
+
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dinov3_framework.data.pictures import MAX_PIXELS, blaming, read_raster
+from dinov3_framework.data.rasters import Raster
+from dinov3_framework.errors import CorruptSampleError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Endings of files that keep numbers: not JPEG, which changes them.
+MASK_EXTENSIONS = (".png", ".tif", ".tiff", ".npy", ".bmp", ".gif", ".pgm")
+
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
+_WHITE_IS_ZERO, _UNSIGNED = 0, 1
+_LOSSY = ("JPEG", "MPO")
+_PNG_BITS = 24  # where the bits of a channel stand in a PNG
+
+
+def read_mask(
+    path: str | PathLike[str],
+    max_pixels: int = MAX_PIXELS,
+    *,
+    colors: bool = False,
+    data: bytes | None = None,
+) -> np.ndarray:
+    """Ids of a mask, integers [H, W]; or uint8 [H, W, 3] where the file holds colors.
+
+    A palette's indices are ids, unless ``colors`` asks for what they look like. ``data`` are the
+    file's bytes, if they are in memory. Raises ``CorruptSampleError``.
+    """
+    path = fspath(path)
+    with blaming(path):
+        found = read_raster(path, 1, max_pixels, data)
+        if isinstance(found, Raster):
+            stored = _single(path, found.values, "a mask")
+        elif found.format in _LOSSY:
+            raise CorruptSampleError(path, "is a JPEG, which changes ids; keep masks as PNG")
+        elif found.mode in ("RGB", "RGBA", "RGBX", "LA", "PA") or (colors and found.mode == "P"):
+            return np.array(found.convert("RGB"))
+        else:
+            stored = _numbers(found, path, data)
+        if stored.dtype == np.bool_:
+            return stored.astype(np.uint8)
+        if stored.dtype.kind not in "ui":
+            raise CorruptSampleError(path, f"holds {stored.dtype}, ids are whole numbers")
+        return stored
+
+
+def read_map(
+    path: str | PathLike[str], max_pixels: int = MAX_PIXELS, *, data: bytes | None = None
+) -> np.ndarray:
+    """Numbers by pixel as they are stored, such as depth: integers or floats [H, W].
+
+    Raises ``CorruptSampleError``, for files with colors too.
+    """
+    path = fspath(path)
+    with blaming(path):
+        found = read_raster(path, 1, max_pixels, data)
+        if isinstance(found, Raster):
+            return _single(path, found.values, "a map")
+        if found.format in _LOSSY or found.mode not in ("1", "L", "F", "I") + _WIDE:
+            what = "a JPEG" if found.format in _LOSSY else f"a picture ({found.mode})"
+            raise CorruptSampleError(
+                path, f"is {what}; a map is one channel of numbers: PNG of 16 bits, TIFF, .npy"
+            )
+        return _numbers(found, path, data)
+
+
+_WIDE = ("I;16", "I;16L", "I;16B", "I;16N")
+
+
+def _single(path: str, values: np.ndarray, what: str) -> np.ndarray:
+    """[H, W] of [H, W, 1]."""
+    if values.shape[2] != 1:
+        raise CorruptSampleError(
+            path, f"has {values.shape[2]} bands of {values.dtype}; {what} has one"
+        )
+    return np.ascontiguousarray(values[:, :, 0])
+
+
+def _numbers(image: Image, path: str, data: bytes | None) -> np.ndarray:
+    """What is stored in a single channel, [H, W]."""
+    stored = np.array(image)
+    tags: dict[int, Any] = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    if image.mode in ("1", "L") and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        stored = ~stored  # Pillow shows them as they look
+    if image.mode == "L" and (bits := _bits(image.format, tags, path, data)) in (2, 4):
+        stored //= 255 // (2**bits - 1)  # and spreads them over 0..255
+    is_unsigned = int(np.ravel(tags.get(_SAMPLE_FORMAT, (_UNSIGNED,)))[0]) == _UNSIGNED
+    if image.mode == "I" and tags and is_unsigned and _bits("TIFF", tags, path, data) == 32:
+        stored = stored.view(np.uint32)
+    return stored
+
+
+def _bits(file_format: str | None, tags: dict[int, Any], path: str, data: bytes | None) -> int:
+    """Bits of a value of a PNG or TIFF; 8 of others."""
+    if file_format == "TIFF":
+        return int(np.ravel(tags.get(_BITS, (1,)))[0])
+    if file_format != "PNG":
+        return 8
+    if data is None:
+        with open(path, "rb") as stream:
+            data = stream.read(_PNG_BITS + 1)
+    return data[_PNG_BITS]
