@@ -2,7 +2,7 @@
 
 What decoders do to pictures is wrong for ids and depth, and undone or avoided here: palettes become
 colors, gray values of 2 and 4 bits are spread over 0..255, white-is-zero TIFFs are inverted, 32 bits
-without a sign wrap. Orientation in EXIF data is applied as it is to images.
+without a sign wrap (all seen in Pillow 13). Orientation in EXIF data is applied as it is to images.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 # Endings of files that keep numbers: not JPEG, which changes them.
 MASK_EXTENSIONS = (".png", ".tif", ".tiff", ".npy", ".bmp", ".gif", ".pgm")
 
-_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
-_WHITE_IS_ZERO, _UNSIGNED = 0, 1
+_BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLE_FORMAT = 258, 262, 274, 339  # tags of a TIFF
+_WHITE_IS_ZERO = 0
+_UNSIGNED, _SIGNED = 1, 2  # sample formats
 _LOSSY = ("JPEG", "MPO")
+_NUMBERS = ("1", "L", "F", "I", "I;16", "I;16L", "I;16B", "I;16N")  # modes of one channel
 _PNG_BITS = 24  # where the bits of a channel stand in a PNG
 
 
@@ -70,7 +72,7 @@ def read_map(
         found = read_raster(path, 1, max_pixels, data)
         if isinstance(found, Raster):
             return _single(path, found.values, "a map")
-        if found.format in _LOSSY or found.mode not in ("1", "L", "F", "I") + _WIDE:
+        if found.format in _LOSSY or found.mode not in _NUMBERS:
             what = "a JPEG" if found.format in _LOSSY else f"a picture ({found.mode})"
             raise CorruptSampleError(
                 path, f"is {what}; a map is one channel of numbers: PNG of 16 bits, TIFF, .npy"
@@ -78,7 +80,17 @@ def read_map(
         return _numbers(found, path, data)
 
 
-_WIDE = ("I;16", "I;16L", "I;16B", "I;16N")
+def orientation_of(path: str | PathLike[str]) -> int:
+    """EXIF's ``Orientation`` of a picture, 1 to 8; 1 where it says none."""
+    from PIL import Image as pil
+    from PIL import UnidentifiedImageError
+
+    with blaming(fspath(path)):
+        try:
+            with pil.open(path) as image:
+                return int(image.getexif().get(_ORIENTATION, 1))
+        except UnidentifiedImageError:  # NumPy's files, and TIFFs that Pillow does not know
+            return 1
 
 
 def _single(path: str, values: np.ndarray, what: str) -> np.ndarray:
@@ -98,8 +110,10 @@ def _numbers(image: Image, path: str, data: bytes | None) -> np.ndarray:
         stored = ~stored  # Pillow shows them as they look
     if image.mode == "L" and (bits := _bits(image.format, tags, path, data)) in (2, 4):
         stored //= 255 // (2**bits - 1)  # and spreads them over 0..255
-    is_unsigned = int(np.ravel(tags.get(_SAMPLE_FORMAT, (_UNSIGNED,)))[0]) == _UNSIGNED
-    if image.mode == "I" and tags and is_unsigned and _bits("TIFF", tags, path, data) == 32:
+    kind = int(np.ravel(tags.get(_SAMPLE_FORMAT, (_UNSIGNED,)))[0])
+    if image.mode == "L" and kind == _SIGNED:
+        stored = stored.view(np.int8)
+    if image.mode == "I" and tags and kind == _UNSIGNED and _bits("TIFF", tags, path, data) == 32:
         stored = stored.view(np.uint32)
     return stored
 
