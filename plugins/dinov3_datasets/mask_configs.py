@@ -75,8 +75,9 @@ class MaskFolderConfig(PicturesConfig):
         default="auto",
     )
     offset: int = option(
-        "what is added to the ids in the files (but ignore_index and ignore); those that fall below "
-        "0 are ignored: with -1, ids of 1 to n are classes and 0 is none (reduce_zero_label)",
+        "what is added to the ids in the files (but ignore_index and ignore); those that fall "
+        "below 0 are ignored: with -1, ids of 1 to n are classes and 0 is none "
+        "(reduce_zero_label)",
         default=0,
         check=_id,
     )
