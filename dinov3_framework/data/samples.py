@@ -40,7 +40,7 @@ def check_sample(
 
     ``names`` are the targets that matter, by default all. Nothing is read for others, nor of a
     stream. Samples that cannot be read, and those without any truth, are passed over, as long as
-    one of the first few is better.
+    one of a few that are spread over the data is better.
     """
     if not isinstance(dataset, Dataset):
         return SampleCheck()
@@ -54,7 +54,7 @@ def check_sample(
     failed: list[str] = []
     empty: list[str] = []
     rows: Rows = ()
-    for index in range(min(len(dataset), _TRIED)):
+    for index in _spread(len(dataset)):
         try:
             sample = dataset[index]
         except WrongTargetError as error:
@@ -72,11 +72,9 @@ def check_sample(
             return SampleCheck(rows)
         empty.append(f"{name}: all of {', '.join(void)} is to be ignored")
     if not empty:
-        text = f"none of the first {len(failed)} samples can be read: {first_few(failed, 2, '; ')}"
+        text = f"none of {len(failed)} samples can be read: {first_few(failed, 2, '; ')}"
         return SampleCheck((), (text,))
-    if len(empty) < min(_TRIED, len(dataset)) and len(dataset) > _TRIED:
-        return SampleCheck(rows)
-    text = f"the first {len(empty)} samples that can be read have no truth at all ({empty[0]})"
+    text = f"none of {len(empty)} samples has any truth ({empty[0]})"
     return SampleCheck(rows, (f"{text}; {_IDS if 'mask' in _kinds(wanted) else _SCALE}",))
 
 
@@ -85,6 +83,12 @@ def sample_complaints(
 ) -> tuple[str, ...]:
     """The complaints of :func:`check_sample` alone."""
     return check_sample(dataset, names).complaints
+
+
+def _spread(count: int) -> list[int]:
+    """The indices that are tried: the first, and some over all the rest."""
+    last = max(count - 1, 0)
+    return sorted({round(place * last / (_TRIED - 1)) for place in range(_TRIED)} if count else ())
 
 
 def _kinds(wanted: dict[str, Target]) -> set[str]:
