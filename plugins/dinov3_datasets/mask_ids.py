@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -52,6 +52,15 @@ class IdTable:
         void = first_few(sorted({*below, *ignored, ignore_index}))
         said = f"ids are {shown} for {count} classes, and {void} to be ignored"
         return cls.of(ids, said)
+
+    @classmethod
+    def listed(cls, ids: Sequence[int], *, ignored: Collection[int], ignore_index: int) -> IdTable:
+        """The stored id of each class is given; those ``ignored`` and no class's are void."""
+        void = sorted({*ignored, ignore_index} - set(ids))
+        table = dict.fromkeys(void, ignore_index)
+        table |= {stored: number for number, stored in enumerate(ids)}
+        said = f"ids are {', '.join(map(str, ids))}"
+        return cls.of(table, f"{said}, and {first_few(void)} to be ignored" if void else said)
 
     def apply(self, path: str, stored: np.ndarray, remedy: str) -> Tensor:
         """Class ids [H, W], uint8 where they fit; raises ``WrongTargetError`` for an unknown id."""

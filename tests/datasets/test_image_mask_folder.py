@@ -86,6 +86,20 @@ def test_offset_and_ids_that_count_for_nothing(tmp_path: Path) -> None:
         build(tmp_path, n_classes=4, offset=-1)[0]
 
 
+def test_black_and_white_masks(tmp_path: Path) -> None:
+    """255 is ignored by default, of which a check warns; as a class it is stated."""
+    write_mask_folder(tmp_path, 0, a=ids(0, 255), b=ids(0))
+    (note,) = build(tmp_path, n_classes=2).notes()
+    assert "the first masks hold 0 and 255 alone" in note
+    stated = build(tmp_path, ids=(0, 255), classes=("ground", "roof"))
+    assert ids_of(stated) == [0, 1]
+    assert stated.notes() == []
+    write_mask(tmp_path / "masks/b.png", ids(0, 128))
+    with pytest.raises(WrongTargetError, match=r"holds id 128 .*; ids are 0, 255: is offset"):
+        stated[1]
+    assert build(tmp_path, n_classes=129).notes() == []
+
+
 def test_negative_ids_in_numpy_files(tmp_path: Path) -> None:
     write_image(tmp_path / "images/a.jpg")
     (tmp_path / "masks").mkdir()
@@ -220,6 +234,10 @@ def test_options_that_contradict_each_other() -> None:
     places = {"images": "a", "masks": "b"}
     with pytest.raises(InvalidOption, match="numbers of classes differ: classes 2, n_classes 3"):
         MaskFolderConfig(**places, classes=("a", "b"), n_classes=3)
+    with pytest.raises(InvalidOption, match="numbers of classes differ: n_classes 3, ids 2"):
+        MaskFolderConfig(**places, ids=(0, 255), n_classes=3)
+    with pytest.raises(InvalidOption, match="offset: is given in place of ids"):
+        MaskFolderConfig(**places, ids=(0, 255), n_classes=2, offset=1)
     with pytest.raises(InvalidOption, match=r"palette: has \[1, 2, 3\] more than once"):
         MaskFolderConfig(**places, palette=((1, 2, 3), (1, 2, 3)))
 
