@@ -14,6 +14,7 @@ from dinov3_datasets.mask_configs import MaskFolderConfig
 from PIL import Image
 
 from dinov3_framework import CorruptSampleError, DataError, InvalidOption, Registry
+from dinov3_framework.data.samples import sample_complaints
 from dinov3_framework.errors import WrongTargetError
 from dinov3_framework.testing import DatasetSuite
 
@@ -76,6 +77,10 @@ def test_many_classes_take_sixteen_bits(tmp_path: Path) -> None:
     assert mask.tolist() == values.tolist()
     with pytest.raises(DataError, match="ignore_index = 255 is an id of one of the 300 classes"):
         build(tmp_path, n_classes=300)
+    write_mask(tmp_path / "masks/a.png", ids(0, 200))
+    assert ids_of(build(tmp_path, n_classes=300, ignore_index=65535)) == [0, 200]
+    with pytest.raises(WrongTargetError, match="holds id 200"):
+        build(tmp_path, n_classes=30, ignore_index=65535)[0]
 
 
 def test_offset_and_ids_that_count_for_nothing(tmp_path: Path) -> None:
@@ -285,6 +290,15 @@ def test_parts_and_mixtures_keep_the_classes(tmp_path: Path) -> None:
     other = mixture(4, 5)
     assert other.targets == {}
     assert "mask" in other.describe()
+
+
+def test_a_wrong_mask_in_a_mixture_is_told_with_its_part(tmp_path: Path) -> None:
+    write_mask_folder(tmp_path, 0, a=ids(9))
+    places = {"images": str(tmp_path / "images"), "masks": str(tmp_path / "masks")}
+    part = {"use": "image_mask_folder", "n_classes": 2, **places}
+    dataset = Registry.load().build("dataset", "mixture", channels=3, parts={"own": part})
+    (complaint,) = sample_complaints(dataset)
+    assert complaint.startswith(f"own: {tmp_path}/masks/a.png: holds id 9")
 
 
 def test_the_version_names_pixels_and_options(tmp_path: Path) -> None:
