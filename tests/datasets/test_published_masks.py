@@ -167,10 +167,10 @@ def test_voc_with_a_list_of_another(tmp_path: Path) -> None:
     assert voc(tmp_path, split="trainaug")[0].targets["mask"].unique().tolist() == [5]
     listed.write_text("2007_000063\n")
     assert voc(tmp_path, split="trainaug")[0].targets["mask"].unique().tolist() == [5]
-    (tmp_path / "mine.txt").write_text("2007_000063\na b c\n")
-    with pytest.raises(DataError, match=r"mine\.txt, line 2: 'a b c' is neither a name nor"):
+    (tmp_path / "mine.txt").write_text("\ufeff2007_000063\r\n\r\na b c\r\n")
+    with pytest.raises(DataError, match=r"mine\.txt, line 3: 'a b c' is neither a name nor"):
         voc(tmp_path, list_file=str(tmp_path / "mine.txt"))
-    with pytest.raises(DataError, match=r"cannot read the list .*trainval\.txt"):
+    with pytest.raises(DataError, match=r"cannot read .*trainval\.txt"):
         voc(tmp_path, split="trainval")
 
 
