@@ -54,9 +54,7 @@ def dinov3_datasets() -> list[Component]:
         Component(
             "cityscapes", CityscapesConfig, "dinov3_datasets.published_masks:open_cityscapes"
         ),
-        Component(
-            "pascal_voc", PascalVocConfig, "dinov3_datasets.published_masks:open_pascal_voc"
-        ),
+        Component("pascal_voc", PascalVocConfig, "dinov3_datasets.published_masks:open_pascal_voc"),
         Component("nyu_depth", NyuDepthConfig, "dinov3_datasets.nyu_depth:open_nyu_depth"),
         Component("subset", SubsetConfig, "dinov3_datasets.subset:Subset", composes=True),
         Component("mixture", MixtureConfig, "dinov3_datasets.mixture:build_mixture", composes=True),

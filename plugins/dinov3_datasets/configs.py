@@ -126,7 +126,9 @@ class ImageFolderConfig(PicturesConfig):
     )
     split_seed: int = option("seed of that choice", default=0, check=not_negative)
     extensions: tuple[str, ...] = option(
-        "endings of image files, upper case included", default=IMAGE_EXTENSIONS, check=extensions_complaint
+        "endings of image files, upper case included",
+        default=IMAGE_EXTENSIONS,
+        check=extensions_complaint,
     )
 
     def __attrs_post_init__(self) -> None:

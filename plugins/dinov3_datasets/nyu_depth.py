@@ -44,7 +44,10 @@ class NyuFiles(DensePairs):
 
     def __init__(self, config: NyuDepthConfig, channels: int, root: Path, listed: Path) -> None:
         names = list(_lines(listed))
-        for what, wanted in (("images", [a for a, _ in names]), ("depth maps", [b for _, b in names])):
+        for what, wanted in (
+            ("images", [a for a, _ in names]),
+            ("depth maps", [b for _, b in names]),
+        ):
             if missing := absent(root, wanted):
                 raise DataError(
                     f"nyu_depth: {len(missing):,} of {len(names):,} {what} that {listed.name} "

@@ -81,7 +81,9 @@ class NyuLabeled(Dataset):
 
     def version(self) -> str:
         stamp = files_stamp(self.path.parent, iter([self.path.name, SPLITS]))
-        return f"{self.digest()}, depth {self.config.depth}, {self.channels} channels, files {stamp}"
+        return (
+            f"{self.digest()}, depth {self.config.depth}, {self.channels} channels, files {stamp}"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": None}

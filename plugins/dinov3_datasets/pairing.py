@@ -42,7 +42,8 @@ class Pairing:
             stem, _ = os.path.splitext(name)
             # In one folder the truths are no images.
             if not stem.endswith(self.image_suffix) or (
-                same and len(self.truth_suffix) > len(self.image_suffix)
+                same
+                and len(self.truth_suffix) > len(self.image_suffix)
                 and stem.endswith(self.truth_suffix)
             ):
                 continue
@@ -121,11 +122,16 @@ class Pairing:
                 remedy = f"add them, or set skip_unpaired = true; {remedy}"
             shown = f"; {truth_root} has {_named(spare)}" if spare else ""
             raise DataError(f"{self.component}: {alone}{shown}\n    {remedy}")
-        return iter([
-            *([f"{alone} (left out)"] if missing else []),
-            *([f"{len(spare):,} files of {self.truth} are of no image: {_named(spare)}"]
-              if spare else []),
-        ])
+        return iter(
+            [
+                *([f"{alone} (left out)"] if missing else []),
+                *(
+                    [f"{len(spare):,} files of {self.truth} are of no image: {_named(spare)}"]
+                    if spare
+                    else []
+                ),
+            ]
+        )
 
 
 def absent(root: Path, names: Iterable[str]) -> list[str]:

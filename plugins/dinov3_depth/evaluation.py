@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -16,10 +16,12 @@ from dinov3_framework import DataError, Dataset, Evaluation, ImagesConfig, Model
 from dinov3_framework.contracts.data import Target, target_complaints
 from dinov3_framework.contracts.running import Build, Details
 from dinov3_framework.data.dense import DensePrediction, dense_predictions, dense_problems
-from dinov3_framework.data.saved_predictions import SavedPredictions
 from dinov3_framework.errors import printable
 from dinov3_framework.parallel.state_dicts import weights_hash
 from dinov3_framework.runtime import collectives
+
+if TYPE_CHECKING:
+    from dinov3_framework.data.saved_predictions import SavedPredictions
 
 
 class DepthEvaluation(Evaluation):
@@ -154,6 +156,8 @@ class DepthEvaluation(Evaluation):
     def _saved(self, model: Model) -> SavedPredictions | None:
         if self.folder is None or not self.config.save or model.head is None:
             return None
+        from dinov3_framework.data.saved_predictions import SavedPredictions
+
         key = {
             "weights": weights_hash(model.backbone, model.head),
             "target": self.config.target,

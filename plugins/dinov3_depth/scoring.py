@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from attrs import frozen
+from attrs import field, frozen
 from torch import Tensor
 
 from dinov3_depth.configs_evaluation import DepthConfig
@@ -28,7 +28,7 @@ class ImageScore:
     pixels: int  # whose truth is known and counts
     scale: float = 1.0  # that the prediction was multiplied by
     shift: float = 0.0
-    errors: dict[str, float] = {}  # noqa: RUF012 - attrs copies nothing, and nobody writes to it
+    errors: dict[str, float] = field(factory=dict)  # by name; empty where nothing is known
 
 
 def cropped(crop: str, height: int, width: int) -> tuple[slice, slice]:
