@@ -9,7 +9,7 @@ import pytest
 import tifffile
 import torch
 import torchvision.transforms.v2.functional as transforms
-from dense_support import ids, write_image, write_mask, write_packed_gray
+from mask_trees import ids, write_image, write_mask, write_packed_gray
 from PIL import Image
 
 from dinov3_framework import CorruptSampleError

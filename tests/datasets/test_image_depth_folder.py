@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from dense_support import write_image, write_mask
 from dinov3_datasets.depth_configs import DepthFolderConfig
 from dinov3_datasets.image_depth_folder import ImageDepthFolder
+from mask_trees import write_image, write_mask
 
 from dinov3_framework import CorruptSampleError, DataError, InvalidOption
 from dinov3_framework.errors import WrongTargetError

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dense_support import SIZE, ids, write_image, write_mask, write_mask_folder
 from dinov3_datasets.image_mask_folder import ImageMaskFolder
 from dinov3_datasets.mask_configs import MaskFolderConfig
+from mask_trees import SIZE, ids, write_image, write_mask, write_mask_folder
 from PIL import Image
 
 from dinov3_framework import CorruptSampleError, DataError, InvalidOption, Registry

@@ -10,9 +10,9 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from dense_support import write_nyu_files
 from dinov3_datasets.depth_configs import NyuDepthConfig
 from dinov3_datasets.nyu_depth import open_nyu_depth
+from mask_trees import write_nyu_files
 from scipy.io import savemat
 
 from dinov3_framework import DataError, Dataset

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dense_support import ids, write_ade20k, write_image, write_mask
 from dinov3_datasets.class_names import packaged_classes
 from dinov3_datasets.mask_configs import Ade20kConfig, CityscapesConfig, PascalVocConfig
 from dinov3_datasets.published_masks import open_ade20k, open_cityscapes, open_pascal_voc
+from mask_trees import ids, write_ade20k, write_image, write_mask
 
 from dinov3_framework import DataError, Dataset
 from dinov3_framework.data.palettes import palette

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dense_support import ids, write_image, write_mask
 from heads_support import RECIPE
+from mask_trees import ids, write_image, write_mask
 from run_support import metrics, run_here
 
 from dinov3_framework.data.palettes import palette

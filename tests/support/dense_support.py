@@ -1,97 +1,167 @@
-"""Small trees of images with masks and depth, as the published data sets lay them out."""
+"""A backbone of one convolution, heads of masks and maps on it, and the straightforward way to
+predict with them: a whole accumulator, to which every window is added."""
 
 from __future__ import annotations
 
-import struct
-import zlib
-from pathlib import Path
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import tv_tensors
 
-from dinov3_framework.data.palettes import palette
+from dinov3_framework import (
+    Backbone,
+    Dataset,
+    FeatureNeeds,
+    Head,
+    HeadFeatures,
+    ImagesConfig,
+    LossResult,
+    Model,
+    Sample,
+    Target,
+)
+from dinov3_framework.data.bilinear import bilinear_rows
+from dinov3_framework.data.tokens import head_features
 
-SIZE = (8, 6)  # width and height
-
-
-def ids(*values: int, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """A mask whose pixels go round ``values``, uint8 [H, W]."""
-    return np.resize(np.array(values, dtype=np.uint8), size[::-1])
-
-
-def write_image(path: Path, value: int = 90, *, orientation: int = 1, size: Any = SIZE) -> Path:
-    """A JPEG or PNG of one gray value."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    exif = Image.Exif()
-    if orientation != 1:
-        exif[0x0112] = orientation
-    Image.new("RGB", size, (value,) * 3).save(path, exif=exif)
-    return path
-
-
-def write_mask(path: Path, values: np.ndarray, *, with_palette: bool = False) -> Path:
-    """A PNG (or TIFF) of ids, gray or as indices of a palette."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(values)
-    if with_palette:
-        image.putpalette([part for color in palette(256) for part in color])
-    image.save(path)
-    return path
+PATCH = 4
+CLASSES = 5
 
 
-def write_packed_gray(path: Path, values: np.ndarray, bits: int) -> Path:
-    """A gray PNG of 1, 2 or 4 bits, which Pillow does not write."""
-    height, width = values.shape
-    unpacked = np.unpackbits(values.astype(np.uint8)[..., None], axis=2)[:, :, 8 - bits :]
-    rows = np.packbits(unpacked.reshape(height, width * bits), axis=1)
-    data = b"".join(b"\0" + row.tobytes() for row in rows)
+class Patches(Backbone):
+    """A token for each patch: a convolution of its pixels; n_calls counts the images."""
 
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        checksum = struct.pack(">I", zlib.crc32(kind + content))
-        return struct.pack(">I", len(content)) + kind + content + checksum
+    embed_dim, patch_size, in_chans = 8, PATCH, 3
 
-    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(data))
-        + chunk(b"IEND", b"")
-    )
-    return path
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, self.embed_dim, PATCH, stride=PATCH)
+        self.n_calls = 0
+        self.init_weights()
 
+    def init_weights(self) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.embed.reset_parameters()
 
-def write_mask_folder(root: Path, count: int = 3, **masks: np.ndarray) -> Path:
-    """images/N.jpg and masks/N.png of 4 classes, besides those given by name."""
-    for number in range(count):
-        write_image(root / "images" / f"{number}.jpg", 10 * number)
-        write_mask(root / "masks" / f"{number}.png", ids(0, 1, number, 255))
-    for name, values in masks.items():
-        write_image(root / "images" / f"{name}.jpg")
-        write_mask(root / "masks" / f"{name}.png", values)
-    return root
+    def forward_features(self, images: Any, masks: Any = None) -> dict[str, Tensor]:
+        self.n_calls += 1
+        tokens = self.embed(images).flatten(2).transpose(1, 2)
+        return {"x_norm_clstoken": tokens.mean(1), "x_norm_patchtokens": tokens}
 
 
-def write_ade20k(root: Path) -> Path:
-    """Two images for training and one for validation, with ids 0 to 150."""
-    for split, names in (("training", "12"), ("validation", "3")):
-        for name in names:
-            stem = f"{split}/ADE_{split[:5]}_{name}"
-            write_image(root / "images" / f"{stem}.jpg", 50)
-            write_mask(root / "annotations" / f"{stem}.png", ids(0, 1, 150, int(name)))
-    return root
+class PixelHead(Head):
+    """Scores of classes by pixel, linear in the tokens."""
+
+    needs = FeatureNeeds()
+
+    def __init__(self, target: Target, rows: bool = True) -> None:
+        super().__init__()
+        self.targets, self.predicts_rows = {"it": target}, rows
+        channels = target.count or 1
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.conv = nn.Conv2d(Patches.embed_dim, channels, 1)
+
+    def init_weights(self) -> None:
+        pass
+
+    def forward(self, features: HeadFeatures) -> Tensor:
+        return 20 * self.conv(features.maps[0])
+
+    def loss(self, outputs: Any, targets: Mapping[str, Any]) -> LossResult:
+        raise NotImplementedError
+
+    def _squeezed(self, scores: Tensor) -> dict[str, Tensor]:
+        return {"it": scores[:, 0] if self.targets["it"].kind == "map" else scores}
+
+    def predict(self, outputs: Tensor, size: tuple[int, int]) -> Mapping[str, Tensor]:
+        return self._squeezed(F.interpolate(outputs, size, mode="bilinear", align_corners=False))
+
+    def predict_rows(
+        self, outputs: Tensor, size: tuple[int, int], start: int, stop: int
+    ) -> Mapping[str, Tensor]:
+        return self._squeezed(bilinear_rows(outputs, size, start, stop))
 
 
-def write_nyu_files(root: Path, lines: int = 3) -> Path:
-    """Scenes with depth in millimeters, and both split files in no order."""
-    for split in ("train", "test"):
-        listed = []
-        for number in reversed(range(lines)):
-            scene = f"{split}_room/"
-            write_image(root / scene / f"rgb_{number}.jpg", 10 * number)
-            depth = np.full(SIZE[::-1], 1000 * (number + 1), np.uint16)
-            depth[0, 0], depth[0, 1] = 0, 1234
-            Image.fromarray(depth).save(root / scene / f"sync_depth_{number}.png")
-            listed.append(f"/{scene}rgb_{number}.jpg /{scene}sync_depth_{number}.png 518.8579\n")
-        (root / f"nyu_{split}.txt").write_text("".join(listed))
-    return root
+def pixel_model(kind: str = "mask", rows: bool = True, size: int | None = 16) -> Model:
+    target = Target("map", unit="m")
+    if kind == "mask":
+        target = Target("mask", classes=tuple("abcde")[:CLASSES], ignore_index=255)
+    return Model(Patches().eval(), ImagesConfig(), PixelHead(target, rows).eval(), size)
+
+
+class Drawn(Dataset):
+    """Images of noise of several sizes, with masks; ``corrupt`` are those that do not decode."""
+
+    targets: Mapping[str, Target]
+
+    def __init__(self, sizes: list[tuple[int, int]]) -> None:
+        self.sizes = sizes
+        self.targets = {"it": Target("mask", n_classes=CLASSES, ignore_index=255)}
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> Sample:
+        rng = np.random.default_rng(index)
+        height, width = self.sizes[index]
+        image = torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
+        mask = torch.from_numpy(rng.integers(0, CLASSES, (height, width), dtype=np.uint8))
+        return Sample(image, {"it": tv_tensors.Mask(mask)})
+
+    def name(self, index: int) -> str:
+        return f"folder/{index}.png"
+
+
+def straightforward(
+    model: Model,
+    views: list[Tensor],
+    size: tuple[int, int],
+    *,
+    window: int | None,
+    stride: int,
+    flip: bool,
+) -> Tensor:
+    """Scores [classes, H, W] as the definition has them, float64."""
+    assert model.head is not None
+    mask = model.head.targets["it"].kind == "mask"
+    found = []
+    for mirrored in (False, True) if flip else (False,):
+        for view in views:
+            image = view.flip(-1) if mirrored else view
+            scores = _slid(model, image, window, stride)
+            scores = F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
+            scores = scores.flip(-1) if mirrored else scores
+            found.append(scores.softmax(0) if mask else scores)
+    return torch.stack(found).mean(0)
+
+
+@torch.no_grad()
+def _slid(model: Model, image: Tensor, window: int | None, stride: int) -> Tensor:
+    height, width = image.shape[1:]
+    tall, wide = (height, width) if window is None else (min(window, height), min(window, width))
+    total: Tensor | None = None
+    count = torch.zeros(height, width, dtype=torch.float64)
+    for y in range(math.ceil((height - tall) / stride) + 1):
+        for x in range(math.ceil((width - wide) / stride) + 1):
+            top, left = min(y * stride, height - tall), min(x * stride, width - wide)
+            crop = image[:, top : top + tall, left : left + wide]
+            whole = [-(-side // PATCH) * PATCH for side in crop.shape[1:]]
+            padded = torch.zeros(3, *whole)
+            padded[:, :tall, :wide] = crop
+            head: Any = model.head
+            features = head_features(model.backbone, padded[None], head.needs)
+            scores = F.interpolate(head(features).double(), tuple(whole), mode="bilinear")
+            scores = scores[0, :, :tall, :wide]
+            if total is None:
+                total = torch.zeros(len(scores), height, width, dtype=torch.float64)
+            total[:, top : top + tall, left : left + wide] += scores
+            count[top : top + tall, left : left + wide] += 1
+    assert total is not None
+    assert count.min() > 0
+    return total / count
