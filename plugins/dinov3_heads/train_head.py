@@ -31,6 +31,7 @@ from dinov3_framework import (
     load_recipe_backbone,
 )
 from dinov3_framework.data.loader import LabeledBatch, Layout, TransformedBatches
+from dinov3_framework.data.samples import SampleCheck, check_sample
 from dinov3_framework.data.tokens import head_features, layers_complaint
 from dinov3_framework.errors import problems_at
 from dinov3_framework.parallel.sharder import Sharder, initialize
@@ -63,6 +64,12 @@ class HeadParts:
     targets: Mapping[str, Target]
     dataset: Dataset | StreamDataset | None
     reuse: Reuse
+
+    @cached_property
+    def sample(self) -> SampleCheck:
+        """What a first sample shows of the targets that the head learns."""
+        wanted = () if self.head is None else self.head.targets
+        return check_sample(self.dataset, wanted)
 
 
 class TrainHead(TrainingMethod):
@@ -130,6 +137,8 @@ class TrainHead(TrainingMethod):
                     head_features(backbone, blank, head.needs)
             except UserError as error:
                 problems += problems_at("head", error)
+        if not self.simulated:
+            problems += [Problem("dataset", text) for text in prepared.sample.complaints]
         return problems
 
     def _coupled(self, head: Head) -> Iterator[Problem]:
@@ -162,6 +171,8 @@ class TrainHead(TrainingMethod):
                 ("layers", layers),
                 *((f"predicts {name}", str(target)) for name, target in head.targets.items()),
             ]
+        if not self.simulated and prepared.sample.rows:
+            sections["first sample"] = list(prepared.sample.rows)
         size = prepared.transform.size
         images = "of several sizes" if size is None else f"{size[0]} x {size[1]} px"
         sections["batch"] = [
