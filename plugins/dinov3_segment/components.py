@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from dinov3_framework import Component, Published
+from dinov3_segment.configs_plain import PlainMaskTransformerConfig
 
-COMPONENTS: list[Component] = []
+COMPONENTS: list[Component] = [
+    Component(
+        "plain_mask_transformer",
+        PlainMaskTransformerConfig,
+        "dinov3_segment.plain_mask:PlainMaskTransformer",
+    ),
+]
 
 PUBLISHED: list[Published] = []
