@@ -213,6 +213,9 @@ class Head(Shardable):
     # Whether it is several in one, each to be trained as it would be alone: gradients must not be
     # clipped by their common norm, nor reach a backbone that all of them share.
     independent_parts: bool = False
+    # Whether predict_rows can be called: a head of masks or maps without it is predicted with all
+    # its scores in memory at once.
+    predicts_rows: bool = False
 
     def before_step(self, step: Step) -> None:
         """Called before each step of a training, where the head changes in the course of it.
@@ -237,6 +240,16 @@ class Head(Shardable):
         Of a ``class``: scores [B, classes]; of a ``mask``: scores [B, classes, H, W]; of a ``map``:
         values [B, H, W]; of ``boxes``: for each image a dict of boxes, scores and labels.
         """
+
+    def predict_rows(
+        self, outputs: Any, size: tuple[int, int], start: int, stop: int
+    ) -> Mapping[str, Tensor]:
+        """Rows ``start`` .. ``stop`` of what ``predict`` gives of masks and maps, at their cost.
+
+        [B, classes, stop - start, W] and [B, stop - start, W]; see ``data.bilinear``. To be written
+        by heads that set ``predicts_rows``.
+        """
+        raise TypeError(f"{type(self).__name__} does not predict some rows alone")
 
 
 @attrs.frozen

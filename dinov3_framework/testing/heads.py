@@ -114,6 +114,19 @@ class HeadSuite(NetworkSuite):
                     _expect_prediction(name, target, found[name], size)
             assert found.keys() & head.targets.keys(), "predicts none of its targets"
 
+    def test_rows(self) -> None:
+        """Some rows of predictions alone are those of all, where the head offers them."""
+        head, (height, width) = self.network.eval(), self.size
+        if not head.predicts_rows:
+            return
+        size = (height + 5, width - 3)
+        with torch.no_grad():
+            outputs = head(self.made_up_features())
+            whole, part = head.predict(outputs, size), head.predict_rows(outputs, size, 3, height)
+        assert part, "predicts_rows is set, and predict_rows gives nothing"
+        for name, rows in part.items():
+            torch.testing.assert_close(rows, whole[name][..., 3:height, :].float())
+
     def test_bfloat16(self) -> None:
         """With parameters and features in bfloat16 loss and predictions are finite."""
         head = in_bfloat16(self.network.eval())

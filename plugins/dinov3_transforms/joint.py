@@ -49,7 +49,7 @@ class Joint(Transform):
         self.distort = v2.RandomPhotometricDistort(p=config.distort)
         self.part = None
         if config.area is not None:
-            self.part = v2.RandomResizedCrop(
+            self.part = _RandomPart(
                 config.crop, config.area, config.aspect, self.interpolation, antialias=True
             )
 
@@ -137,7 +137,12 @@ class Joint(Transform):
         size = [max(round(side * factor), 1) for side in (height, width)]
         if tuple(size) == tuple(parts[_IMAGE].shape[-2:]):
             return parts
-        return self._each(parts, tv.resize, size, interpolation=self.interpolation, antialias=True)
+        return self._each(parts, self._resize, size)
+
+    def _resize(self, part: Any, size: list[int]) -> Any:
+        if isinstance(part, tv_tensors.Mask):
+            return _nearest(part, size)
+        return tv.resize(part, size, interpolation=self.interpolation, antialias=True)
 
     def _cropped(self, parts: dict[str, Any]) -> dict[str, Any]:
         side = self.config.crop
@@ -202,6 +207,25 @@ class Joint(Transform):
             else part
             for name, part in parts.items()
         }
+
+
+class _RandomPart(v2.RandomResizedCrop):
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if isinstance(inpt, tv_tensors.Mask):
+            return _nearest(tv.crop(inpt, **params), list(self.size))
+        return super().transform(inpt, params)
+
+
+def _nearest(mask: tv_tensors.Mask, size: list[int]) -> tv_tensors.Mask:
+    """A mask or map with the value nearest to the center of each pixel.
+
+    What torchvision 0.29 does by itself, its older ``NEAREST``, is half a pixel of the result away
+    from there, and from the image; ``resized_crop`` does so whatever it is told.
+    """
+    plain = mask.as_subclass(Tensor)
+    exact = InterpolationMode.NEAREST_EXACT
+    resized = tv.resize(plain.reshape(-1, *plain.shape[-2:]), size, interpolation=exact)
+    return tv_tensors.wrap(resized.reshape(*plain.shape[:-2], *size), like=mask)
 
 
 def _chosen(values: Any, keep: Tensor) -> Any:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from dinov3_transforms import JointConfig
 from dinov3_transforms.joint import Joint
+from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 
@@ -111,6 +113,29 @@ def test_a_mask_goes_where_the_image_goes() -> None:
         # But for the edge, where the image is interpolated.
         assert float(((shown > 90) == (found == 3))[inside].float().mean()) > 0.95
         assert set(found.unique().tolist()) <= {0, 3, 255}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"resize": 100, "side": "both"},
+        {"area": (1.0, 1.0), "aspect": (1.0, 1.0), "crop": 100},
+    ],
+    ids=["resize", "area"],
+)
+def test_masks_are_resized_around_the_centers_of_pixels(options: dict[str, Any]) -> None:
+    """As Pillow does; torchvision's own are half a pixel of the result further to the left."""
+    columns = torch.arange(250).expand(250, 250)
+    targets = {"mask": Target("mask", 250, ignore_index=255), "depth": Target("map", unit="m")}
+    sample = Sample(
+        torch.zeros(1, 250, 250, dtype=torch.uint8),
+        {"mask": columns.to(torch.uint8), "depth": columns.float()},
+    )
+    found = joint(targets, **options)(sample).targets
+    pillow = Image.fromarray(columns.to(torch.uint8).numpy()).resize((100, 100), Image.NEAREST)
+    expected = torch.from_numpy(np.array(pillow))
+    assert torch.equal(found["mask"].as_subclass(Tensor), expected)
+    assert torch.equal(found["depth"].as_subclass(Tensor), expected.float())
 
 
 def test_boxes_are_float32_to_the_end_and_objects_are_filtered_together() -> None:
