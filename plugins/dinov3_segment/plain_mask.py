@@ -20,7 +20,7 @@ from dinov3_framework.contracts.data import Target
 from dinov3_framework.contracts.networks import FeatureInfo, FeatureNeeds, HeadFeatures
 from dinov3_framework.contracts.training import Step
 from dinov3_framework.errors import UserError
-from dinov3_segment.batch_norm import SyncBatchNorm
+from dinov3_framework.parallel.batch_norm import GlobalBatchNorm2d
 from dinov3_segment.configs_plain import PlainMaskTransformerConfig
 from dinov3_segment.draws import image_generators, is_simulated, uniform
 from dinov3_segment.mask_head import MaskHead
@@ -152,7 +152,7 @@ class PlainMaskTransformer(MaskHead):
         (info,) = infos
         self.needs = FeatureNeeds(layers=layers, class_token=True, storage=True)
         if config.batch_norm:
-            self.bn = nn.ModuleList(SyncBatchNorm(info.channels) for _ in layers)
+            self.bn = nn.ModuleList(GlobalBatchNorm2d(info.channels) for _ in layers)
         self.decoder = PlainDecoder(config, info.channels, len(layers), self.classes, info.stride)
         self.init_weights()
 
@@ -193,7 +193,8 @@ class PlainMaskTransformer(MaskHead):
             patches = maps.flatten(2)
             prefix = torch.cat([cls[:, None], storage], dim=1).transpose(1, 2)
             channels = torch.cat([prefix.to(patches.dtype), patches], dim=2).to(dtype)
-            channels = self.bn[index](channels) if self.config.batch_norm else channels
+            if self.config.batch_norm:
+                channels = self.bn[index](channels[..., None])[..., 0]
             levels.append(channels.transpose(1, 2))
         *earlier, last = self.decoder(levels, grid)
         return {**last, "aux_outputs": earlier}
