@@ -19,6 +19,7 @@ from dinov3_losses.sinkhorn import sinkhorn_knopp
 from dinov3_optimizers import AdamWConfig
 from dinov3_vit.configs import VitConfig
 from dinov3_vit.transformer import VisionTransformer
+from golden_segment import check_mask2former
 from golden_support import (
     PUBLISHED,
     Case,
@@ -42,7 +43,6 @@ NOT_IMPLEMENTED = {
     "depth_bins",
     "depth_numbers",
     "segmentation_linear",
-    "segmentation_m2f",
     "detection",
     "dinotxt",
 }
@@ -278,6 +278,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "schedules": check_schedules,
     "param_groups": check_param_groups,
     "train_step": check_train_step,
+    "segmentation_m2f": check_mask2former,
 }
 
 
