@@ -147,7 +147,7 @@ class PlainMaskTransformer(MaskHead):
         if len(infos) > 1:
             raise UserError(
                 "layers must be alike, and this backbone's differ in width or stride: "
-                + ", ".join(f"{each.channels} at {each.stride} px" for each in infos)
+                + ", ".join(f"{i.channels} at {i.stride} px" for i in sorted(infos, key=str))
             )
         (info,) = infos
         self.needs = FeatureNeeds(layers=layers, class_token=True, storage=True)

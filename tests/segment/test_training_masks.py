@@ -13,10 +13,20 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
-HEADS = {"plain": ()}
+# That of the recipe, and Mask2Former on its adapter, with everything in it but smaller.
+HEADS = {
+    "plain": (),
+    "mask2former": (
+        "drop=head",
+        'head={ use="mask2former", hidden_dim=32, queries=12, heads=4, ffn_dim=64, '
+        "encoder_layers=1, decoder_layers=3, adapter_channels=8, adapter_heads=4, points=400 }",
+    ),
+}
 SHORT = ("iterations=6", "log_every=1", "checkpoint.every=2")
 # Every block on its way from masked to unmasked queries.
 UNMASKING = ("head.unmask_from=[0.0, 0.0]", "head.unmask_until=[1.0, 1.0]")
+# Adam would make as much of a gradient that is rounding alone, such as a bias's before a norm.
+SGD = ("drop=optimizer", 'optimizer={ use="sgd", lr=0.003, weight_decay=0.0 }')
 KILL = ("observers.kill.use=signal_at", "observers.kill.signal=SIGKILL")
 
 
@@ -50,8 +60,12 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path: Path, head: str) -> No
 
 @pytest.mark.parametrize("head", HEADS)
 def test_two_processes_are_one_to_rounding(tmp_path: Path, head: str) -> None:
-    """Points, unmasked queries, normalization and the number of masks are those of the batch."""
-    options = (*SHORT, *HEADS[head], *(UNMASKING if head == "plain" else ()))
+    """Points, unmasked queries, normalization and the number of masks are those of the batch.
+
+    Mask2Former's adapter leaves out an FFN for some images of each process, by default.
+    """
+    odd = UNMASKING if head == "plain" else ("head.adapter_drop_path=0.0",)
+    options = (*SHORT, *HEADS[head], *odd, *SGD)
     one, two = tmp_path / "one", tmp_path / "two"
     assert run_here(one, *options, recipe=RECIPE).returncode == 0
     found = two_processes(two, *options, recipe=RECIPE)
@@ -61,4 +75,4 @@ def test_two_processes_are_one_to_rounding(tmp_path: Path, head: str) -> None:
             assert both[name] == pytest.approx(alone[name], rel=1e-5), (name, alone["iteration"])
     after = exported(two)
     for name, tensor in exported(one).items():
-        torch.testing.assert_close(after[name], tensor, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(after[name], tensor, rtol=1e-4, atol=1e-5)
