@@ -18,6 +18,7 @@ from dinov3_framework import (
     Problem,
     RecipeError,
     Target,
+    UserError,
 )
 from dinov3_framework.contracts.data import target_complaints
 from dinov3_framework.contracts.running import Build, Details
@@ -25,6 +26,7 @@ from dinov3_framework.data.dense import DensePrediction, dense_predictions, dens
 from dinov3_framework.errors import problems_at
 from dinov3_framework.parallel.state_dicts import weights_hash
 from dinov3_framework.runtime import collectives
+from dinov3_framework.runtime.agreement import OwnErrors
 from dinov3_segment.areas import Areas, Counts, ImageAreas, confusion_of, miou_interval
 from dinov3_segment.configs_evaluation import SegmentationConfig
 
@@ -78,9 +80,9 @@ class SegmentationEvaluation(Evaluation):
             skip=None if saved is None else saved.has,
         ):
             try:
-                predicted = self._prediction(seen, saved, target)
+                predicted = _prediction(seen, saved)
                 cells = confusion_of(predicted, seen.targets[config.target], count, ignored)
-            except DataError as error:
+            except UserError as error:
                 wrong.append(f"sample {seen.index} ({seen.name}): {error}")
                 continue
             confusion += cells
@@ -100,18 +102,10 @@ class SegmentationEvaluation(Evaluation):
 
         modules = [model.backbone] if model.head is None else [model.backbone, model.head]
         key = {"weights": weights_hash(*modules), "data": self.data(), **self._switches(model)}
-        return SavedPredictions(self.folder, key, self.config.save)
-
-    def _prediction(
-        self, seen: DensePrediction, saved: SavedPredictions | None, target: Target
-    ) -> Tensor:
-        if seen.prediction is None:
-            if saved is None:
-                raise DataError("was not predicted")
-            return saved.read(seen.name)
-        if saved is not None:
-            saved.write(seen.name, seen.prediction, target)
-        return seen.prediction
+        names = (self.dataset.name(index) for index in range(len(self.dataset)))
+        target = self.dataset.targets[self.config.target]
+        with OwnErrors():
+            return SavedPredictions(self.folder, key, self.config.save, names, target)
 
     def _findings(
         self, confusion: Counts, images: list[ImageAreas], target: Target
@@ -158,6 +152,17 @@ class SegmentationEvaluation(Evaluation):
 
     def data(self) -> str:
         return self.dataset.describe()
+
+
+def _prediction(seen: DensePrediction, saved: SavedPredictions | None) -> Tensor:
+    """What was predicted, now or in a run before; kept where predictions are to be."""
+    if seen.prediction is None:
+        if saved is None:
+            raise DataError("was not predicted")
+        return saved.read(seen.name)
+    if saved is not None:
+        saved.write(seen.name, seen.prediction)
+    return seen.prediction
 
 
 def _raise_everywhere(wrong: list[str]) -> None:
