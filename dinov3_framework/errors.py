@@ -100,6 +100,14 @@ class CorruptSampleError(Exception):
         return type(self), (self.name, self.reason)
 
 
+class WrongTargetError(CorruptSampleError):
+    """What is known of a sample can be read and is not what its dataset says.
+
+    Such as an id above the classes, or a mask of another size than its image. Unlike a broken file
+    this is seldom alone, so that a check complains of the first one.
+    """
+
+
 class CheckpointError(UserError):
     """A checkpoint that is incomplete, damaged, or does not fit the model."""
 

@@ -176,6 +176,36 @@ class WarmupCosine(Schedule):
         ]
 
 
+@frozen(kw_only=True)
+class OneCycle(Schedule):
+    """Half a cosine over the whole run, under a factor that grows from 0 to 1 in the warm-up.
+
+    The schedule of the published linear evaluation on NYU Depth: the cosine begins with the run,
+    not after the warm-up, where it includes its end point and tends to 0.
+    """
+
+    use: ClassVar[str] = "one_cycle"
+    start: float = field(default=0.0, metadata=_doc("what is added to the value in the warm-up"))
+    peak: float = field(metadata=_doc("value that the cosine comes from"))
+    end: float = field(default=0.0, metadata=_doc("value at the last iteration"))
+    warmup: Span = field(default=0, metadata=_doc("iterations of warm-up"))
+
+    def at(self, iteration: int, total: int) -> float:
+        warmup = iterations_of(self.warmup, total)
+        if iteration < warmup:
+            level = (1 + math.cos(math.pi * iteration / total)) / 2
+            return self.start + self.peak * level * iteration / warmup
+        level = (1 + math.cos(math.pi * min(iteration + 1, total) / total)) / 2
+        return self.end + (self.peak - self.end) * level
+
+    def scaled(self, factor: float) -> OneCycle:
+        start, peak, end = (factor * each for each in (self.start, self.peak, self.end))
+        return evolve(self, start=start, peak=peak, end=end)
+
+    def problems(self, total: int) -> list[str]:
+        return _too_long(self.warmup, total, "warmup")
+
+
 def _too_long(span: Span, total: int, keys: str) -> list[str]:
     length = iterations_of(span, total)
     if length <= total:
@@ -186,4 +216,4 @@ def _too_long(span: Span, total: int, keys: str) -> list[str]:
     ]
 
 
-SCHEDULES: dict[str, type[Schedule]] = {cls.use: cls for cls in (Constant, Cosine, WarmupCosine)}
+SCHEDULES: dict[str, type[Schedule]] = {cls.use: cls for cls in (Constant, Cosine, WarmupCosine, OneCycle)}

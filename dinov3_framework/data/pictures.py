@@ -72,7 +72,7 @@ def read_image(
     decoded.
     """
     path = fspath(path)
-    with _blaming(path):
+    with blaming(path):
         found = read_raster(path, channels, max_pixels)
         return _converted(found, channels, path, values, background)
 
@@ -87,7 +87,7 @@ def decode_image(
     background: tuple[int, int, int] = WHITE,
 ) -> Tensor:
     """The image in the bytes of a file called ``name``; all else as :func:`read_image` does it."""
-    with _blaming(name):
+    with blaming(name):
         found = read_raster(name, channels, max_pixels, data)
         return _converted(found, channels, name, values, background)
 
@@ -105,7 +105,7 @@ def _converted(
 
 
 @contextmanager
-def _blaming(name: str) -> Iterator[None]:
+def blaming(name: str) -> Iterator[None]:
     """Turn whatever comes up while a file is read into its ``CorruptSampleError``."""
     try:
         yield

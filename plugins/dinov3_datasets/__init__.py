@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dinov3_datasets.composed_configs import MixtureConfig, SubsetConfig
 from dinov3_datasets.configs import FashionMnistConfig, ImageFolderConfig, IndexConfig
+from dinov3_datasets.depth_configs import DepthFolderConfig, NyuDepthConfig
 from dinov3_datasets.hf_config import HfDatasetConfig
 from dinov3_datasets.imagenet_configs import (
     Imagenet1kConfig,
@@ -14,6 +15,12 @@ from dinov3_datasets.imagenet_configs import (
     ImagenetV2Config,
 )
 from dinov3_datasets.list_config import ImageListConfig
+from dinov3_datasets.mask_configs import (
+    Ade20kConfig,
+    CityscapesConfig,
+    MaskFolderConfig,
+    PascalVocConfig,
+)
 from dinov3_datasets.scene_configs import GeotiffScenesConfig
 from dinov3_datasets.webdataset_config import WebDatasetConfig
 from dinov3_framework import Component, hookimpl
@@ -33,6 +40,22 @@ def dinov3_datasets() -> list[Component]:
         Component(
             "geotiff_scenes", GeotiffScenesConfig, "dinov3_datasets.geotiff_scenes:GeotiffScenes"
         ),
+        Component(
+            "image_mask_folder",
+            MaskFolderConfig,
+            "dinov3_datasets.image_mask_folder:ImageMaskFolder",
+        ),
+        Component(
+            "image_depth_folder",
+            DepthFolderConfig,
+            "dinov3_datasets.image_depth_folder:ImageDepthFolder",
+        ),
+        Component("ade20k", Ade20kConfig, "dinov3_datasets.published_masks:open_ade20k"),
+        Component(
+            "cityscapes", CityscapesConfig, "dinov3_datasets.published_masks:open_cityscapes"
+        ),
+        Component("pascal_voc", PascalVocConfig, "dinov3_datasets.published_masks:open_pascal_voc"),
+        Component("nyu_depth", NyuDepthConfig, "dinov3_datasets.nyu_depth:open_nyu_depth"),
         Component("subset", SubsetConfig, "dinov3_datasets.subset:Subset", composes=True),
         Component("mixture", MixtureConfig, "dinov3_datasets.mixture:build_mixture", composes=True),
     ]

@@ -15,13 +15,13 @@ from dinov3_framework import (
     positive,
 )
 
-_EXTENSIONS = (
+IMAGE_EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".webp", ".avif", ".bmp", ".gif", ".tga",
     ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".npy",
 )  # fmt: skip
 
 
-def _extensions(value: tuple[str, ...]) -> str | None:
+def extensions_complaint(value: tuple[str, ...]) -> str | None:
     if not value:
         return "must name at least one extension"
     wrong = [name for name in value if not name.startswith(".") or name != name.lower()]
@@ -126,7 +126,9 @@ class ImageFolderConfig(PicturesConfig):
     )
     split_seed: int = option("seed of that choice", default=0, check=not_negative)
     extensions: tuple[str, ...] = option(
-        "endings of image files, upper case included", default=_EXTENSIONS, check=_extensions
+        "endings of image files, upper case included",
+        default=IMAGE_EXTENSIONS,
+        check=extensions_complaint,
     )
 
     def __attrs_post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dinov3_depth.components import COMPONENTS, PUBLISHED
+from dinov3_depth.configs_evaluation import DepthConfig
 from dinov3_depth.layouts import LAYOUTS
 from dinov3_framework import Component, Layout, Published, hookimpl
 
@@ -14,7 +15,7 @@ def dinov3_heads() -> list[Component]:
 
 @hookimpl
 def dinov3_evaluations() -> list[Component]:
-    return []
+    return [Component("depth", DepthConfig, "dinov3_depth.evaluation:DepthEvaluation")]
 
 
 @hookimpl

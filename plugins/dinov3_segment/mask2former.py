@@ -113,7 +113,8 @@ class Mask2Former(MaskHead):
     def forward(self, features: HeadFeatures) -> dict[str, Any]:
         _, segmenter = self._parts()
         *earlier, last = segmenter(self.maps(features))
-        return {**last, "aux_outputs": earlier}
+        # Whoever predicts keeps outputs of many windows, and has no use for the earlier layers.
+        return {**last, "aux_outputs": earlier} if self.training else dict(last)
 
     def maps(self, features: HeadFeatures) -> list[Tensor]:
         """The adapter's maps [B, D, H / s, W / s] for strides s of 4, 8, 16 and 32.

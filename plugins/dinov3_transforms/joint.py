@@ -28,9 +28,12 @@ from dinov3_framework import (
     normalize,
 )
 from dinov3_transforms import JointConfig
+from dinov3_transforms.changes import drawn, happens, mean_color, shaded, turned
+from dinov3_transforms.published import distorted, is_varied
 
 _IMAGE = "\0image"  # beside the targets' names
 _MAX = {torch.uint16: 2**16 - 1, torch.int16: 2**15 - 1}
+_PLACES = 10  # tried for a crop that shows more than one class
 _MIN_SIDE = 1.0  # pixels of a box that is kept
 
 
@@ -43,14 +46,17 @@ class Joint(Transform):
         self.config, self.images, self.targets = config, images, dict(targets)
         if problems := self._problems():
             raise RecipeError(problems)
-        self.size = self._size()
         self.interpolation = InterpolationMode(config.interpolation)
         self.flip = v2.RandomHorizontalFlip(config.flip)
         self.distort = v2.RandomPhotometricDistort(p=config.distort)
+        self.crop = None
+        if config.crop is not None:
+            self.crop = (config.crop, config.crop_width or config.crop)
+        self.size = self._size()
         self.part = None
         if config.area is not None:
             self.part = _RandomPart(
-                config.crop, config.area, config.aspect, self.interpolation, antialias=True
+                self.crop, config.area, config.aspect, self.interpolation, antialias=True
             )
 
     def _problems(self) -> list[Problem]:
@@ -59,7 +65,12 @@ class Joint(Transform):
             message = f"is for images of 1 or 3 channels, these have {self.images.channels}"
             problems.append(Problem("distort", message, "leave it out"))
         for name, target in self.targets.items():
-            if target.kind == "mask" and target.ignore_index is None and self._may_pad():
+            if target.kind != "mask" or target.ignore_index is not None:
+                continue
+            if config.turn:
+                message = f"leaves corners without truth, and the mask {name!r} has no ignore_index"
+                problems.append(Problem("turn", message, "leave it out"))
+            if self._may_pad():
                 problems.append(
                     Problem(
                         "crop" if config.crop is not None else "multiple_of",
@@ -75,13 +86,14 @@ class Joint(Transform):
         if config.crop is None or config.area is not None:
             return config.multiple_of > 1
         resized = 0.0 if config.resize is None or config.side == "longer" else config.resize
-        return round(resized * config.scale[0]) < config.crop or config.multiple_of > 1
+        longest = max(config.crop, config.crop_width or 0)
+        return round(resized * config.scale[0]) < longest or config.multiple_of > 1
 
     def _size(self) -> tuple[int, int] | None:
-        config, side = self.config, self.config.crop
-        if side is None and config.side == "both" and config.scale == (1.0, 1.0):
-            side = config.resize
-        return None if side is None else (self._whole(side), self._whole(side))
+        config, size = self.config, self.crop
+        if size is None and config.side == "both" and config.scale == (1.0, 1.0):
+            size = None if config.resize is None else (config.resize, config.resize)
+        return None if size is None else (self._whole(size[0]), self._whole(size[1]))
 
     def _whole(self, side: int) -> int:
         return math.ceil(side / self.config.multiple_of) * self.config.multiple_of
@@ -91,9 +103,9 @@ class Joint(Transform):
         image = self._image(sample.image)
         size = tuple(image.shape[-2:])
         typed = {name: self._typed(name, value, size) for name, value in sample.targets.items()}
-        parts = self._cropped(self._resized({_IMAGE: image, **typed}))
-        parts = self.flip(parts)
-        parts[_IMAGE] = self._normalized(self.distort(parts[_IMAGE]))
+        parts = self._resized(self._in_region({_IMAGE: image, **typed}))
+        parts = self.flip(self._cropped(self._turned(parts)))
+        parts[_IMAGE] = self._normalized(self._shaded(self._distorted(parts[_IMAGE])))
         parts = self._padded(parts)
         image = parts.pop(_IMAGE).as_subclass(Tensor)
         return Sample(image, parts)
@@ -122,6 +134,18 @@ class Joint(Transform):
             )
         return value
 
+    def _in_region(self, parts: dict[str, Any]) -> dict[str, Any]:
+        if self.config.region is None:
+            return parts
+        top, left, bottom, right = self.config.region
+        height, width = parts[_IMAGE].shape[-2:]
+        if bottom > height or right > width:
+            raise DataError(
+                f"an image of {height} x {width} pixels has no region {list(self.config.region)}"
+            )
+        parts = self._each(parts, tv.crop, top, left, bottom - top, right - left)
+        return self._without_objects_outside(parts)
+
     def _resized(self, parts: dict[str, Any]) -> dict[str, Any]:
         config, low, high = self.config, *self.config.scale
         if self.part is not None:
@@ -144,19 +168,56 @@ class Joint(Transform):
             return _nearest(part, size)
         return tv.resize(part, size, interpolation=self.interpolation, antialias=True)
 
-    def _cropped(self, parts: dict[str, Any]) -> dict[str, Any]:
-        side = self.config.crop
-        if side is None:
+    def _turned(self, parts: dict[str, Any]) -> dict[str, Any]:
+        if not happens(self.config.turn):
             return parts
-        space = [max(length - side, 0) for length in parts[_IMAGE].shape[-2:]]
-        if any(space):
-            center = self.config.crop_at == "center"
-            top, left = (
-                round(each / 2) if center else int(torch.randint(each + 1, ())) for each in space
-            )
-            size = [min(length, side) for length in parts[_IMAGE].shape[-2:]]
-            parts = self._each(parts, tv.crop, top, left, *size)
+        angle = drawn(-self.config.turn_by, self.config.turn_by)
+        fills = self._fills() | {_IMAGE: mean_color(parts[_IMAGE], self.images)}
+        parts = {
+            name: turned(part, angle, fills[name])
+            if isinstance(part, tv_tensors.TVTensor)
+            else part
+            for name, part in parts.items()
+        }
         return self._without_objects_outside(parts)
+
+    def _distorted(self, image: Tensor) -> Tensor:
+        if self.config.distort_as == "torchvision":
+            return self.distort(image)  # type: ignore[no-any-return]
+        return distorted(image, self.config.distort)
+
+    def _shaded(self, image: Tensor) -> Tensor:
+        config = self.config
+        if not happens(config.shade):
+            return image
+        return shaded(image, config.gamma, config.brightness, config.color)
+
+    def _cropped(self, parts: dict[str, Any]) -> dict[str, Any]:
+        if self.crop is None:
+            return parts
+        sides = list(zip(parts[_IMAGE].shape[-2:], self.crop, strict=True))
+        space = [max(length - side, 0) for length, side in sides]
+        if any(space):
+            size = [min(length, side) for length, side in sides]
+            parts = self._each(parts, tv.crop, *self._place(parts, space, size), *size)
+        return self._without_objects_outside(parts)
+
+    def _place(self, parts: dict[str, Any], space: list[int], size: list[int]) -> list[int]:
+        """Top and left of a crop of ``size``, which may lie anywhere in ``space``."""
+        if self.config.crop_at == "center":
+            return [round(each / 2) for each in space]
+        share = self.config.crop_max_share
+        names = [name for name, target in self.targets.items() if target.kind == "mask"]
+        ignored = [self.targets[name].ignore_index for name in names]
+        for tried in range(_PLACES + 1):
+            top, left = place = [int(torch.randint(each + 1, ())) for each in space]
+            if share is None or tried == _PLACES:
+                break
+            there = (slice(top, top + size[0]), slice(left, left + size[1]))
+            masks = [parts[name].as_subclass(Tensor)[there] for name in names]
+            if is_varied(masks, ignored, share):
+                break
+        return place
 
     @staticmethod
     def _each(parts: dict[str, Any], change: Any, *args: Any, **options: Any) -> dict[str, Any]:
@@ -192,21 +253,25 @@ class Joint(Transform):
 
     def _padded(self, parts: dict[str, Any]) -> dict[str, Any]:
         """Pad at the right and at the bottom, the image with its mean: 0, once normalized."""
-        sides = parts[_IMAGE].shape[-2:]
-        least = 0 if self.config.crop is None else self.config.crop
-        bottom, right = (self._whole(max(side, least)) - side for side in sides)
+        sides = zip(parts[_IMAGE].shape[-2:], self.crop or (0, 0), strict=True)
+        bottom, right = (self._whole(max(side, least)) - side for side, least in sides)
         if not (bottom or right):
             return parts
-        fills: dict[str, float] = {_IMAGE: 0.0}
-        for name, target in self.targets.items():
-            unknown = {"map": math.nan, "mask": target.ignore_index}.get(target.kind, 0)
-            fills[name] = 0 if unknown is None else unknown
+        fills = self._fills() | {_IMAGE: 0.0}
         return {
             name: tv.pad(part, [0, 0, right, bottom], fill=fills[name])
             if isinstance(part, tv_tensors.TVTensor)
             else part
             for name, part in parts.items()
         }
+
+    def _fills(self) -> dict[str, Any]:
+        """What a target has where nothing is known."""
+        fills: dict[str, Any] = {}
+        for name, target in self.targets.items():
+            unknown = {"map": math.nan, "mask": target.ignore_index}.get(target.kind, 0)
+            fills[name] = 0 if unknown is None else unknown
+        return fills
 
 
 class _RandomPart(v2.RandomResizedCrop):
