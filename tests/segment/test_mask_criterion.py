@@ -12,37 +12,14 @@ from dinov3_segment.configs_masks import MaskClassificationConfig
 from dinov3_segment.criterion import MaskCriterion
 from dinov3_segment.matching import match
 from dinov3_segment.points import uncertain_points, values_at
+from masks_processes import CLASSES, leaves, made_up_masks, made_up_outputs
 from torch import Tensor
 
 from dinov3_framework import DataError
 
-CLASSES, QUERIES = 5, 7
-
 
 def config(**options: object) -> MaskClassificationConfig:
     return MaskClassificationConfig(**{"points": 200, **options})  # type: ignore[arg-type]
-
-
-def made_up_outputs(batch: int = 2, side: int = 8, layers: int = 3, seed: int = 0) -> dict:
-    generator = torch.Generator().manual_seed(seed)
-
-    def drawn(*shape: int) -> Tensor:
-        return (3 * torch.randn(shape, generator=generator)).requires_grad_()
-
-    made = [
-        {
-            "pred_logits": drawn(batch, QUERIES, CLASSES + 1),
-            "pred_masks": drawn(batch, QUERIES, side, side),
-        }
-        for _ in range(layers)
-    ]
-    return {**made[-1], "aux_outputs": made[:-1]}
-
-
-def made_up_masks(batch: int = 2, side: int = 16, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.randint(0, CLASSES, (batch, 4, 4), generator=generator)
-    return coarse.repeat_interleave(side // 4, 1).repeat_interleave(side // 4, 2)
 
 
 def loss(outputs: dict, masks: Tensor, ignore: int | None = 255, seed: int = 3, **options: object):
@@ -63,6 +40,7 @@ def same_points(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "rand", rand)
 
 
+@pytest.mark.slow  # imports transformers
 def test_the_loss_is_that_of_transformers(same_points: None) -> None:
     transformers = pytest.importorskip("transformers")
     from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
@@ -91,9 +69,9 @@ def test_the_loss_is_that_of_transformers(same_points: None) -> None:
     torch.testing.assert_close(found.loss, total, rtol=1e-5, atol=1e-6)
     for name, metric in {"cross_entropy": "class", "mask": "mask", "dice": "dice"}.items():
         torch.testing.assert_close(found.metrics[f"loss_{metric}"], wanted[f"loss_{name}"].detach())
-    leaves = [o[key] for o in [outputs, *outputs["aux_outputs"]] for key in o if key[:4] == "pred"]
+    given = leaves(outputs)
     for mine, other in zip(
-        torch.autograd.grad(found.loss, leaves), torch.autograd.grad(total, leaves), strict=True
+        torch.autograd.grad(found.loss, given), torch.autograd.grad(total, given), strict=True
     ):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
 
