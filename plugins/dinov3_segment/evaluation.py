@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,15 +23,12 @@ from dinov3_framework import (
 from dinov3_framework.contracts.data import target_complaints
 from dinov3_framework.contracts.running import Build, Details
 from dinov3_framework.data.dense import DensePrediction, dense_predictions, dense_problems
+from dinov3_framework.data.saved_predictions import SavedPredictions
 from dinov3_framework.errors import problems_at
 from dinov3_framework.parallel.state_dicts import weights_hash
 from dinov3_framework.runtime import collectives
-from dinov3_framework.runtime.agreement import OwnErrors
 from dinov3_segment.areas import Areas, Counts, ImageAreas, confusion_of, miou_interval
 from dinov3_segment.configs_evaluation import SegmentationConfig
-
-if TYPE_CHECKING:
-    from dinov3_framework.data.saved_predictions import SavedPredictions
 
 
 class SegmentationEvaluation(Evaluation):
@@ -80,7 +77,7 @@ class SegmentationEvaluation(Evaluation):
             skip=None if saved is None else saved.has,
         ):
             try:
-                predicted = _prediction(seen, saved)
+                predicted = _prediction(seen, saved, target)
                 cells = confusion_of(predicted, seen.targets[config.target], count, ignored)
             except UserError as error:
                 wrong.append(f"sample {seen.index} ({seen.name}): {error}")
@@ -98,14 +95,10 @@ class SegmentationEvaluation(Evaluation):
         """Where predictions are left, if they are to be."""
         if not self.config.save or self.folder is None:
             return None
-        from dinov3_framework.data.saved_predictions import SavedPredictions
-
         modules = [model.backbone] if model.head is None else [model.backbone, model.head]
         key = {"weights": weights_hash(*modules), "data": self.data(), **self._switches(model)}
         names = (self.dataset.name(index) for index in range(len(self.dataset)))
-        target = self.dataset.targets[self.config.target]
-        with OwnErrors():
-            return SavedPredictions(self.folder, key, self.config.save, names, target)
+        return SavedPredictions(self.folder, key, self.config.save, names=names)
 
     def _findings(
         self, confusion: Counts, images: list[ImageAreas], target: Target
@@ -154,14 +147,14 @@ class SegmentationEvaluation(Evaluation):
         return self.dataset.describe()
 
 
-def _prediction(seen: DensePrediction, saved: SavedPredictions | None) -> Tensor:
+def _prediction(seen: DensePrediction, saved: SavedPredictions | None, target: Target) -> Tensor:
     """What was predicted, now or in a run before; kept where predictions are to be."""
     if seen.prediction is None:
         if saved is None:
             raise DataError("was not predicted")
         return saved.read(seen.name)
     if saved is not None:
-        saved.write(seen.name, seen.prediction)
+        saved.write(seen.name, seen.prediction, target)
     return seen.prediction
 
 
