@@ -204,6 +204,9 @@ def test_mistakes_are_named() -> None:
     assert problem.where == "target"
     with pytest.raises(DataError, match="channels"):
         DensePredictor(pixel_model(), DenseInferenceConfig(), "it").views(IMAGE[:2])
+    thin = DenseInferenceConfig(resize=512)
+    with pytest.raises(DataError, match="2 x 560 pixels would be resized to 512 x 143360"):
+        DensePredictor(pixel_model(), thin, "it").views(IMAGE[:, :2].repeat(1, 1, 8))
     for wrong in ({"window": 4}, {"mode": "slide", "window": 4, "stride": 5}, {"scales": ()}):
         with pytest.raises(ValueError, match=r"window|stride|scales"):
             DenseInferenceConfig(**wrong)  # type: ignore[arg-type]
