@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dinov3_framework import CheckpointError, FeatureInfo, Registry, Target, UserError
 from dinov3_framework.contracts.networks import HeadFeatures
-from dinov3_framework.contracts.training import Step
 from dinov3_framework.testing import HeadSuite
 from dinov3_framework.weights.heads import load_head
 
@@ -111,7 +110,7 @@ def test_the_layers_of_the_published_decoders() -> None:
 
 # ---------------------------------------------------------------------------- masked attention
 def chances(head: PlainMaskTransformer, iteration: int, total: int = 20208) -> list[float]:
-    head.before_step(Step(iteration, total))
+    head.before_step(iteration, total)
     return head.decoder.attn_mask_probs.tolist()
 
 
