@@ -196,7 +196,7 @@ class PlainMaskTransformer(MaskHead):
                 channels = self.bn[index](channels[..., None])[..., 0]
             levels.append(channels.transpose(1, 2))
         *earlier, last = self.decoder(levels, grid)
-        return {**last, "aux_outputs": earlier}
+        return {**last, "aux_outputs": earlier} if self.training else last
 
 
 def _quarters(count: int) -> tuple[int, ...]:
