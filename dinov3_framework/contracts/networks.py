@@ -161,6 +161,7 @@ class FeatureNeeds:
     class_token: bool = False
     norm: bool = True  # whether the final norm is applied
     image: bool = False  # whether it looks at the normalized image, too
+    storage: bool = False  # whether it wants storage tokens, too
 
 
 @attrs.frozen
@@ -171,11 +172,12 @@ class HeadFeatures:
     cls: Sequence[Tensor]  # [B, D]; empty unless needed
     image_size: tuple[int, int]  # pixels, height and width
     image: Tensor | None = None  # [B, C, H, W], normalized; None unless needed
+    storage: Sequence[Tensor] = ()  # [B, R, D], R may be 0; empty unless needed
 
 
 def _again(parts: Iterable[Any], image_size: Any) -> HeadFeatures:
-    maps, cls, image = parts
-    return HeadFeatures(maps, cls, image_size, *image)
+    maps, cls, image, storage = parts
+    return HeadFeatures(maps, cls, image_size, image[0] if image else None, storage)
 
 
 # Sharding casts the tensors in what a network is called with, and follows their gradients.
@@ -186,6 +188,7 @@ register_pytree_node(
             list(features.maps),
             list(features.cls),
             [] if features.image is None else [features.image],
+            list(features.storage),
         ],
         features.image_size,
     ),
@@ -210,6 +213,12 @@ class Head(Shardable):
     # Whether predict_rows can be called: a head of masks or maps without it is predicted with all
     # its scores in memory at once.
     predicts_rows: bool = False
+
+    def before_step(self, iteration: int, total: int) -> None:
+        """Called before each iteration, from 0, of a training of ``total``.
+
+        What it changes in the head depends on these alone, so that a resumed run has the same.
+        """
 
     @abc.abstractmethod
     def forward(self, features: HeadFeatures) -> Any:
