@@ -165,7 +165,8 @@ def test_targets_of_all_kinds_come_back(tmp_path: Path) -> None:
     sample = made_up_sample(SCHEMA, (12, 9))
     nested = {"a": [1, 2.5, None, (True, "x")], "b": torch.tensor([-1, 70000])}
     targets = {**sample.targets, "nested": nested}
-    features = HeadFeatures([torch.randn(2, 3, 4, 5)], [torch.randn(2, 3)], (12, 9))
+    grid, tokens = torch.randn(2, 3, 4, 5), torch.randn(2, 2, 3)
+    features = HeadFeatures([grid], [torch.randn(2, 3)], (12, 9), storage=[tokens])
     samples = {7: Sample(sample.image, targets), 9: Sample(sample.image, sample.targets)}
     corrupt = {8: CorruptSampleError("b.png", "cut")}
     written = Chunk.of(features, samples, corrupt, None)
@@ -175,6 +176,7 @@ def test_targets_of_all_kinds_come_back(tmp_path: Path) -> None:
         found = chunk[7]
         assert torch.equal(found.maps[0], features.maps[0][0])
         assert torch.equal(found.cls[0], features.cls[0][0])
+        assert torch.equal(found.storage[0], tokens[0])
         assert found.targets.keys() == targets.keys()
         for name, value in sample.targets.items():
             assert type(found.targets[name]) is type(value)
