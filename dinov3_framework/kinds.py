@@ -400,9 +400,11 @@ class WeightsWriter:
     ``write``, ``"module:function"``, is called as ``write(path, backbone, info)`` with a backbone
     that has its values and the ``ComponentInfo`` that belongs to it. It compares what it wrote with
     the backbone, raises ``CheckpointError`` where they differ, and returns in a few words how they
-    were compared.
+    were compared. ``write_with_head`` is called as ``(path, backbone, info, head)``, with a
+    ``weights.heads.LoadedHead``.
     """
 
     format: str
     suffix: str  # of files in this format, such as ".onnx"
     write: str
+    write_with_head: str | None = None

@@ -26,6 +26,7 @@ The list has the published names, and the formats to convert to.
   dinov3-weights show dinov3_vits16_pretrain_lvd1689m-08c60483.pth
   dinov3-weights convert runs/quickstart teacher.pth
   dinov3-weights convert teacher.pth vits16-hf --to huggingface
+  dinov3-weights convert teacher.pth segmenter.onnx --head runs/segmenter
 """
 
 
@@ -90,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("target", help="file or folder to write")
     convert.add_argument("--to", metavar="FORMAT", help="format; left out, as the suffix says")
     convert.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="of the parameters")
+    convert.add_argument(
+        "--head",
+        metavar="HEAD",
+        help="a head trained on the backbone, its file or the run's folder: what is written gives "
+        "its predictions (onnx)",
+    )
     convert.add_argument("--overwrite", action="store_true", help="replace what is there")
     return parser
 
@@ -152,6 +159,7 @@ def _convert(options: argparse.Namespace) -> None:
         options.to,
         **_reading(options),
         dtype=dtypes[options.dtype],
+        head=options.head,
         overwrite=options.overwrite,
     )
     print(

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from attrs import frozen
@@ -14,17 +15,21 @@ from torch import Tensor
 
 from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts.layouts import Layout
+from dinov3_framework.contracts.networks import Backbone
 from dinov3_framework.errors import CheckpointError, summarize_names
 from dinov3_framework.kinds import resolve
+from dinov3_framework.parallel.state_dicts import fingerprint, is_same
 from dinov3_framework.registry import Registry
 from dinov3_framework.runtime.durable import no_room
 from dinov3_framework.weights import formats
 from dinov3_framework.weights._recognition import family_name, family_names
 from dinov3_framework.weights._writers import WRITERS, Conversion, folder
+from dinov3_framework.weights.heads import LoadedHead, load_head
 from dinov3_framework.weights.source import WeightSource
 from dinov3_framework.weights.tensors import shapes_of
 
 _SUFFIXES = {".safetensors": "dinov3_framework", ".pth": "meta", ".pt": "meta"}
+FINGERPRINT = "fingerprint of the backbone"  # in the provenance of a head that was trained
 _SPARE = 1.02  # what files hold besides the tensors, at most
 
 
@@ -50,6 +55,7 @@ def convert_backbone(
     images: ImagesConfig | None = None,
     unused: Sequence[str] = (),
     dtype: torch.dtype | None = None,
+    head: str | Path | None = None,
     overwrite: bool = False,
     registry: Registry | None = None,
 ) -> Converted:
@@ -67,18 +73,22 @@ def convert_backbone(
     - what plugins write, such as ``onnx``: a network that runs by itself (``.onnx``);
 
     by default what ``target``'s suffix stands for. ``dtype`` is that of the parameters, by default
-    the source's. Tensors pass one at a time, but for ``meta``, ``reference``, ``checkpoint`` and
+    the source's. ``head`` is a head that was trained on the backbone, a file or the folder of a run,
+    for a format that holds both, such as ``onnx``: what is written then gives predictions. Tensors
+    pass one at a time, but for ``meta``, ``reference``, ``checkpoint`` and
     the formats of plugins, which need all of them in memory. What was written is read back and
     compared, tensor by tensor, before it gets its name; what is not read back is compared by the
     plugin that wrote it.
 
     Raises ``CheckpointError`` where the source cannot be used, the format cannot hold such a
-    backbone, ``target`` exists (unless ``overwrite``), or the disk has no room; nothing is left
-    then, and what ``target`` named stays.
+    backbone or head, the head was trained on another backbone, ``target`` exists (unless
+    ``overwrite``), or the disk has no room; nothing is left then, and what ``target`` named stays.
     """
     registry = registry if registry is not None else Registry.load()
     target = Path(target).expanduser()
     format = _format(target, format, registry)
+    if head is not None:
+        _require_place_for_head(format, registry)
     if target.exists() and not overwrite:
         raise CheckpointError(
             f"{target} is there already; choose another name, or say that it may be overwritten"
@@ -93,7 +103,7 @@ def convert_backbone(
         weights = Conversion(found, found.info(registry), backbone, layout, dtype)
         _check_room(target, weights)
         with _aside(target) as aside:
-            compared = _write(aside, weights, format, registry)
+            compared = _write(aside, weights, format, registry, head)
     return Converted(
         path=target,
         format=format,
@@ -119,6 +129,22 @@ def _format(target: Path, format: str | None, registry: Registry) -> str:
         )
         + f"; choose one of {', '.join(known)}"
     )
+
+
+def _require_place_for_head(format: str, registry: Registry) -> None:
+    writers = registry.weights_writers
+    able = sorted(name for name, writer in writers.items() if writer.write_with_head is not None)
+    if format not in able:
+        known = f"; {', '.join(able)} has" if able else ""
+        raise CheckpointError(f"{format} has no place for a head on the backbone{known}")
+
+
+def _require_its_backbone(head: LoadedHead, backbone: Backbone, source: object) -> None:
+    """Raise where the head's file says that it was trained on other weights."""
+    before, now = head.provenance.get(FINGERPRINT), fingerprint(backbone)
+    if before is not None and not is_same(float(before), now):
+        trained_on = head.provenance.get("trained on", "another backbone")
+        raise CheckpointError(f"{head.name} was trained on {trained_on}, not on {source}")
 
 
 def _layout(found: WeightSource, format: str, registry: Registry) -> Layout | None:
@@ -191,10 +217,22 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _write(aside: Path, weights: Conversion, format: str, registry: Registry) -> str:
+def _write(
+    aside: Path,
+    weights: Conversion,
+    format: str,
+    registry: Registry,
+    head: str | Path | None,
+) -> str:
     """Write the file or folder and compare it with the source; how it was compared."""
     if format in registry.weights_writers:
         writer = registry.weights_writers[format]
+        if head is not None and writer.write_with_head is not None:
+            write = resolve(writer.write_with_head, f"the writer of format {format!r}:")
+            backbone: Any = weights.filled().eval()
+            loaded = load_head(head, backbone, registry=registry)
+            _require_its_backbone(loaded, backbone, weights.source.path)
+            return str(write(aside, backbone, weights.info, loaded))
         write = resolve(writer.write, f"the writer of format {format!r}:")
         return str(write(aside, weights.filled().eval(), weights.info))
     WRITERS.get(format, folder)(aside, weights)

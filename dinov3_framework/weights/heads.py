@@ -30,6 +30,8 @@ class LoadedHead:
     size: int | None  # pixels, of the images it was trained on, where that is known
     provenance: Mapping[str, str]
     name: str  # what it was loaded from
+    component: str
+    config: Mapping[str, Any]  # plain values, as in a recipe
 
 
 def load_head(
@@ -46,9 +48,7 @@ def load_head(
     """
     with _opened(source, backbone, registry) as (weights, head, provenance):
         weights.load_state(head, device=device)
-        return LoadedHead(
-            head.eval(), weights.images, weights.size or None, provenance, str(source)
-        )
+        return _loaded(weights, head, provenance, source, registry)
 
 
 def describe_head(
@@ -57,9 +57,27 @@ def describe_head(
     """As :func:`load_head`, with the head on the meta device: values are not read."""
     with _opened(source, backbone, registry) as (weights, head, provenance):
         weights.check_fit(head)
-        return LoadedHead(
-            head.eval(), weights.images, weights.size or None, provenance, str(source)
-        )
+        return _loaded(weights, head, provenance, source, registry)
+
+
+def _loaded(
+    weights: WeightSource,
+    head: Any,
+    provenance: Mapping[str, str],
+    source: str | Path,
+    registry: Registry | None,
+) -> LoadedHead:
+    registry = registry if registry is not None else Registry.load()
+    component, values = registry.values_of(weights.config)
+    return LoadedHead(
+        head=head.eval(),
+        images=weights.images,
+        size=weights.size or None,
+        provenance=provenance,
+        name=str(source),
+        component=component,
+        config=values,
+    )
 
 
 @contextmanager

@@ -146,7 +146,7 @@ class AttentiveProbe(ClassHead):
         if self.config.class_token:
             tokens = torch.cat([features.cls[0][:, None].to(tokens.dtype), tokens], dim=1)
         tokens = self.norm(tokens.to(self.norm.weight.dtype))
-        queries = self.queries.expand(len(tokens), -1, -1)
+        queries = self.queries.expand(tokens.shape[0], -1, -1)
         parts = (self._by_head(each) for each in (queries, self.keys(tokens), self.values(tokens)))
         attended = F.scaled_dot_product_attention(*parts)  # [B, heads, Q, D / heads]
         pooled = attended.transpose(1, 2).flatten(2).mean(dim=1)

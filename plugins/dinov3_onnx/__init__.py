@@ -1,4 +1,4 @@
-"""Backbones as ONNX models: a format of weights to convert to."""
+"""Backbones, and heads on them, as ONNX models: a format of weights to convert to."""
 
 from __future__ import annotations
 
@@ -7,4 +7,5 @@ from dinov3_framework import WeightsWriter, hookimpl
 
 @hookimpl
 def dinov3_weights_writers() -> list[WeightsWriter]:
-    return [WeightsWriter("onnx", ".onnx", "dinov3_onnx.export:export_onnx")]
+    write, predictions = (f"dinov3_onnx.export:export_{name}" for name in ("onnx", "predictions"))
+    return [WeightsWriter("onnx", ".onnx", write, write_with_head=predictions)]

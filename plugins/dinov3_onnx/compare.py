@@ -1,28 +1,35 @@
-"""Compare an ONNX file with the backbone that it was written from."""
+"""Compare an ONNX file with the network that it was written from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dinov3_framework.contracts.networks import Backbone
 from dinov3_framework.data.inference import evaluating
 from dinov3_framework.errors import CheckpointError, summarize_names
-from dinov3_onnx.graph import INPUT, Tokens
+from dinov3_onnx.graph import Freedom
+from dinov3_onnx.networks import INPUT, Exportable
 
-# Of the largest output. What a backbone computes in half precision the file computes in float32.
-_TOLERANCE = 0.05
+# (images, rows and columns of the smallest sides) that a file is run with.
+_SIZES = ((2, 3, 2), (1, 2, 5))
 
 
-def compare(path: Path, backbone: Backbone, tensors: Mapping[str, Tensor]) -> str:
+def compare(
+    path: Path,
+    network: Exportable,
+    tensors: Mapping[str, Tensor],
+    freedom: Freedom,
+    tolerance: float,
+) -> str:
     """Compare tensors bit by bit, and run the file; returns in a few words what was found.
 
-    ``tensors`` are the backbone's as the file is to hold them, on the CPU. Without onnxruntime the
-    file is not run but checked by onnx. Raises ``CheckpointError`` where it differs.
+    ``tensors`` are the network's as the file is to hold them, by the names in the file, on the CPU.
+    Outputs may differ by ``tolerance`` of the largest of each. Without onnxruntime the file is not
+    run but checked by onnx. Raises ``CheckpointError`` where it differs.
     """
     import onnx
 
@@ -41,21 +48,50 @@ def compare(path: Path, backbone: Backbone, tensors: Mapping[str, Tensor]) -> st
     except ImportError:
         onnx.checker.check_model(str(path))
         return "its tensors are equal; not run, since onnxruntime is not installed"
-    expected = _tokens(backbone, tensors, images := _images(backbone))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
+    texts = []
     try:
         session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
-        found = session.run(None, {INPUT: images.numpy()})
+        for images in _images(network, freedom):
+            found = session.run(None, {INPUT: images.numpy()})
+            texts.append(_difference(path, network, tensors, images, found, tolerance))
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever the runtime stumbles over
         raise CheckpointError(f"{path}: onnxruntime cannot run it: {error}") from error
-    pairs = zip(map(torch.from_numpy, found), expected, strict=True)
-    difference = max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
-    largest = max(float(tokens.abs().max()) for tokens in expected)
-    text = f"largest difference {difference:.2g} of values up to {largest:.2g}"
-    if not difference <= _TOLERANCE * largest:
-        raise CheckpointError(f"{path} does not compute what the backbone does: {text}")
-    return f"run by onnxruntime: {text}"
+    return f"run by onnxruntime: {'; '.join(texts)}"
+
+
+def _difference(
+    path: Path,
+    network: Exportable,
+    tensors: Mapping[str, Tensor],
+    images: Tensor,
+    found: list[Any],
+    tolerance: float,
+) -> str:
+    """What the file made of images, beside what the network makes of them."""
+    expected = _computed(network, tensors, images)
+    difference = largest = 0.0
+    for name, array, wanted in zip(network.outputs, found, expected, strict=False):
+        given = torch.from_numpy(array)
+        if given.shape != wanted.shape:
+            raise CheckpointError(
+                f"{path} does not compute what the network does: {name} is {list(given.shape)}, "
+                f"not {list(wanted.shape)}, of images {list(images.shape)}"
+            )
+        apart = float((given.double() - wanted.double()).abs().max())
+        most = float(wanted.abs().max())
+        difference, largest = max(difference, apart), max(largest, most)
+        if not apart <= tolerance * most:
+            raise CheckpointError(
+                f"{path} does not compute what the network does: {name} of images "
+                f"{list(images.shape)} differs by {apart:.2g}, of values up to {most:.2g}"
+            )
+    height, width = images.shape[-2:]
+    where = f"{len(images)} x {height} x {width} px"
+    return f"largest difference {difference:.2g} of values up to {largest:.2g} at {where}"
 
 
 def data_of(tensor: Tensor) -> memoryview:
@@ -72,17 +108,21 @@ def _bytes(path: Path, proto: Any) -> bytes | memoryview:
         return file.read(int(place["length"]))
 
 
-def _images(backbone: Backbone) -> Tensor:
-    rows, columns = 3 * backbone.patch_size, 2 * backbone.patch_size
+def _images(network: Exportable, freedom: Freedom) -> Iterator[Tensor]:
+    """Images of two sizes, or of the one that the file is for."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, backbone.in_chans, rows, columns, generator=generator)
+    channels = network.backbone.in_chans
+    for batch, rows, columns in _SIZES if freedom.size is None else _SIZES[:1]:
+        height, width = freedom.size or (rows * freedom.multiple, columns * freedom.multiple)
+        images = freedom.batch or batch
+        yield torch.randn(images, channels, height, width, generator=generator)
 
 
 @torch.no_grad()
-def _tokens(backbone: Backbone, tensors: Mapping[str, Tensor], images: Tensor) -> list[Tensor]:
-    """What the backbone puts out with the file's tensors, in float32 on the CPU."""
-    given = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
-    with evaluating(backbone):
-        return list(
-            torch.func.functional_call(Tokens(backbone), given, (images,), tie_weights=False)
-        )
+def _computed(network: Exportable, tensors: Mapping[str, Tensor], images: Tensor) -> list[Tensor]:
+    """What the network puts out with the file's tensors, in float32 on the CPU."""
+    named = [*network.named_parameters(), *network.named_buffers()]
+    known = {name: network.file_name(name) for name, _ in named}
+    given = {name: tensors[stored] for name, stored in known.items() if stored in tensors}
+    with evaluating(network):
+        return list(torch.func.functional_call(network, given, (images,), tie_weights=False))

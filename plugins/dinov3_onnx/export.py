@@ -1,14 +1,16 @@
-"""Write a backbone as an ONNX model: the image goes in, tokens come out."""
+"""Write an ONNX model: the image goes in; tokens come out, or with a head, predictions."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -16,10 +18,12 @@ from dinov3_framework import __version__
 from dinov3_framework.contracts.networks import Backbone
 from dinov3_framework.errors import CheckpointError, summarize_names
 from dinov3_framework.runtime.durable import no_room, written_aside
+from dinov3_framework.weights.heads import LoadedHead
 from dinov3_framework.weights.info import ComponentInfo
 from dinov3_framework.weights.tensors import initial_tensors, not_finite
 from dinov3_onnx.compare import compare, data_of
-from dinov3_onnx.graph import backbone_graph
+from dinov3_onnx.graph import Freedom, Untraceable, backbone_graph, graph_of
+from dinov3_onnx.networks import Exportable, Predictions, Tokens
 
 log = logging.getLogger("dinov3_framework.onnx")
 
@@ -34,6 +38,9 @@ STORED_AS = {
     torch.bool: torch.bool,
 }
 _LARGEST = 2**31 - 2**24  # bytes of weights in one file; a protobuf ends at 2 GiB
+# Of the largest output. What a backbone computes in half precision the file computes in float32.
+_TOKENS_APART, _PREDICTIONS_APART = 0.05, 0.01
+_USUAL = 224  # pixels of images, where nothing says what a head was trained on
 _PAGE = 4096  # bytes; tensors outside the model begin on pages, so that they can be mapped
 
 
@@ -58,21 +65,88 @@ def export_onnx(
     traced, values that are missing, not finite or of a precision ONNX files do not keep, and where
     the file cannot be written or is not what was to be written; a file that was there then stays.
     """
-    path = Path(path)
+    _check_name(path := Path(path))
+    network = Tokens(backbone)
+    _check_values(path, backbone.state_dict())
+    freedom = Freedom(backbone.patch_size)
+    model = backbone_graph(backbone, opset)
+    _describe(model, info.component, info.to_metadata())
+    return _write(path, network, model, freedom, _TOKENS_APART)
+
+
+def export_predictions(
+    path: Path,
+    backbone: Backbone,
+    info: ComponentInfo,
+    head: LoadedHead,
+    *,
+    opset: int | None = None,
+) -> str:
+    """Write a head on a backbone as one ``.onnx`` file; how it was compared with them.
+
+    The input is ``images`` as of :func:`export_onnx`. The outputs are what the head predicts for
+    images of that size, by the names of targets: scores of classes [batch, classes], scores of each
+    pixel's classes [batch, classes, height, width], values of pixels [batch, height, width]. Batch
+    and sides are free where torch.export follows the head so: sides that are multiples of the patch
+    size, of twice or of four times that; or else the size that it was trained on alone, and if
+    need be one image at a time. The result says which, and so do the metadata: ``takes``, beside
+    ``info``, ``head`` (its component and config) and ``targets`` (JSON: classes, unit, palette).
+
+    Errors as of :func:`export_onnx`, also for a head whose predictions are no tensors.
+    """
+    _check_name(path := Path(path))
+    network = Predictions(backbone, head.head)
+    network.eval()
+    _check_values(path, network.state_dict())
+    model, freedom = _freest(network, head.size or _USUAL, opset)
+    schema = {name: attrs.asdict(target) for name, target in head.head.targets.items()}
+    also = {
+        "head": json.dumps({"use": head.component, **head.config}, sort_keys=True),
+        "head_provenance": json.dumps(dict(head.provenance), sort_keys=True),
+        "targets": json.dumps(schema),
+        "takes": str(freedom),
+    }
+    _describe(model, f"{info.component} {head.component}", {**info.to_metadata(), **also})
+    compared = _write(path, network, model, freedom, _PREDICTIONS_APART)
+    return f"takes {freedom}; {compared}"
+
+
+def _freest(network: Predictions, size: int, opset: int | None) -> tuple[Any, Freedom]:
+    """The graph for most images that torch.export follows the network for."""
+    patch = network.backbone.patch_size
+    multiples = [Freedom(patch * factor) for factor in (1, 2, 4)]
+    whole = max(round(size / (4 * patch)), 1) * 4 * patch
+    fixed = [Freedom(patch, (whole, whole)), Freedom(patch, (whole, whole), batch=1)]
+    reasons = []
+    for freedom in (*multiples, *fixed):
+        try:
+            return graph_of(network, freedom, opset), freedom
+        except Untraceable as error:
+            log.debug("%s: %s", freedom, error)
+            reasons.append(str(error))
+    name = type(network.head).__name__
+    raise CheckpointError(
+        f"{name} cannot be written as ONNX: torch.export does not follow it even for one image of "
+        f"{whole} x {whole} px: {reasons[-1]}"
+    )
+
+
+def _check_name(path: Path) -> None:
     if path.suffix.lower() != ".onnx":
         raise CheckpointError(f"{path}: an ONNX model must be called something.onnx")
-    tensors = dict(backbone.state_dict())
-    _check_values(path, tensors)
-    model = backbone_graph(backbone, opset)
-    _describe(model, info)
+
+
+def _write(path: Path, network: Exportable, model: Any, freedom: Freedom, tolerance: float) -> str:
+    """Write the graph with the network's tensors, and compare it with the network."""
+    tensors = {network.file_name(name): each for name, each in network.state_dict().items()}
     used = {name for node in model.graph.node for name in node.input}
-    tensors |= _computed(backbone, used - tensors.keys())
+    tensors |= _computed(network, used - tensors.keys())
     values = {n: t.detach().to("cpu", STORED_AS[t.dtype]) for n, t in tensors.items()}
     # Runtimes warn of initializers without use, such as the mask token.
     stored = {name: tensor for name, tensor in values.items() if name in used}
     try:
         with _model_file(path, model, stored) as aside:
-            compared = compare(aside, backbone, values)
+            compared = compare(aside, network, values, freedom, tolerance)
     except OSError as error:
         reason = no_room(error.errno, path.parent) or str(error)
         raise CheckpointError(f"cannot write {path}: {reason}") from error
@@ -95,17 +169,21 @@ def _check_values(path: Path, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _computed(backbone: Backbone, names: set[str]) -> dict[str, Tensor]:
-    """Buffers that no state dict has, of those ``names``."""
-    found = {name: buffer for name, buffer in backbone.named_buffers() if name in names}
-    # Whoever fills a backbone on the meta device may have left out what no file holds.
-    return found | initial_tensors(backbone, [name for name in found if found[name].is_meta])
+def _computed(network: Exportable, names: set[str]) -> dict[str, Tensor]:
+    """Buffers that no state dict has, of those ``names`` in the file."""
+    found: dict[str, Tensor] = {}
+    for part, module in network.named_children():
+        own = {n: b for n, b in module.named_buffers() if network.file_name(f"{part}.{n}") in names}
+        # Whoever fills a network on the meta device may have left out what no file holds.
+        own |= initial_tensors(module, [name for name in own if own[name].is_meta])
+        found |= {network.file_name(f"{part}.{name}"): each for name, each in own.items()}
+    return found
 
 
-def _describe(model: Any, info: ComponentInfo) -> None:
+def _describe(model: Any, name: str, metadata: Mapping[str, str]) -> None:
     model.producer_name, model.producer_version = "dinov3_framework", __version__
-    model.graph.name = info.component
-    for key, value in info.to_metadata().items():
+    model.graph.name = name
+    for key, value in metadata.items():
         if key != "format":  # what readers of safetensors ask for
             model.metadata_props.add(key=key, value=value)
 

@@ -1,7 +1,7 @@
-"""Trace a backbone into a graph of ONNX operators, its weights left out.
+"""Trace a network into a graph of ONNX operators, its weights left out.
 
-The graph follows from the backbone's structure alone, so it is traced on the meta device: nothing
-is computed and no weight is copied, whatever the backbone's size, precision and device.
+The graph follows from the network's structure alone, so it is traced on the meta device: nothing
+is computed and no weight is copied, whatever the network's size, precision and device.
 """
 
 from __future__ import annotations
@@ -15,22 +15,51 @@ from io import StringIO
 from typing import Any
 
 import torch
+from attrs import frozen
 from torch import Tensor, nn
 
 from dinov3_framework.contracts.networks import Backbone
 from dinov3_framework.errors import CheckpointError
+from dinov3_onnx.networks import INPUT, Exportable, Tokens
 
 MISSING_LIBRARY = "install it with: pip install 'dinov3-framework[onnx]'"
 # torchlib's operators begin here; older graphs would be rewritten, which may fail.
 OLDEST_OPSET = 18
 
-INPUT = "images"
-CLASS, PATCHES, STORAGE = "x_norm_clstoken", "x_norm_patchtokens", "x_storage_tokens"
-
 # Sample images: every number another one, and none 1, so that the trace takes none for a constant.
 _BATCH, _ROWS, _COLUMNS = 2, 5, 7
 
 _TALKATIVE = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+
+
+@frozen
+class Freedom:
+    """Which images a graph is for."""
+
+    multiple: int  # pixels that sides are multiples of
+    size: tuple[int, int] | None = None  # height and width, where the graph is for these alone
+    batch: int | None = None  # images, where the graph is for so many alone
+
+    def __str__(self) -> str:
+        batch = "any batch" if self.batch is None else f"batches of {self.batch}"
+        if self.size is not None:
+            return f"{batch}, images of {self.size[0]} x {self.size[1]} px"
+        return f"{batch}, sides that are multiples of {self.multiple} px"
+
+    def images(self, channels: int) -> Tensor:
+        """A sample on the meta device."""
+        height, width = self.size or (_ROWS * self.multiple, _COLUMNS * self.multiple)
+        batch = _BATCH if self.batch is None else self.batch
+        return torch.empty(batch, channels, height, width, device="meta")
+
+    def dims(self) -> dict[int, Any]:
+        """The free axes of images, as torch.export takes them."""
+        free = {} if self.batch is not None else {0: torch.export.Dim("batch")}
+        if self.size is not None:
+            return free
+        sides = [torch.export.Dim(name) for name in ("rows", "columns")]
+        height, width = sides if self.multiple == 1 else [self.multiple * side for side in sides]
+        return {**free, 2: height, 3: width}
 
 
 def backbone_graph(backbone: Backbone, opset: int | None) -> Any:
@@ -42,22 +71,37 @@ def backbone_graph(backbone: Backbone, opset: int | None) -> Any:
     the patch size. All is computed in float32. The tensors are to be added as initializers.
     Raises ``CheckpointError`` where a library is missing and for a backbone that cannot be traced.
     """
+    try:
+        return graph_of(Tokens(backbone), Freedom(backbone.patch_size), opset)
+    except Untraceable as error:
+        raise CheckpointError(
+            f"{type(backbone).__name__} cannot be written as ONNX: torch.export does not follow "
+            f"its forward_features with free batch, height and width: {error}"
+        ) from error
+
+
+class Untraceable(Exception):
+    """What torch.export does not follow."""
+
+
+def graph_of(network: Exportable, freedom: Freedom, opset: int | None) -> Any:
+    """The ``onnx.ModelProto`` of a network for such images; its tensors are inputs by their names.
+
+    Raises ``Untraceable``, and ``CheckpointError`` where a library is missing.
+    """
     _check(opset)
     import onnx_ir as ir
 
     try:
         with _quiet(), torch.no_grad():
-            model = _traced(Tokens(_without_weights(backbone)), backbone, opset)
+            model = _traced(_without_weights(network), freedom, opset)
             _widen(model)
             _simplify(model)
     except Exception as error:  # whatever torch.export stumbles over
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise CheckpointError(
-            f"{type(backbone).__name__} cannot be written as ONNX: torch.export does not follow "
-            f"its forward_features with free batch, height and width: {reason}"
-        ) from error
+        raise Untraceable(reason) from error
     proto = ir.to_proto(model)
-    _name_axes(proto.graph)
+    _name_axes(proto.graph, network, freedom)
     return proto
 
 
@@ -77,21 +121,7 @@ def _check(opset: int | None) -> None:
         )
 
 
-class Tokens(nn.Module):
-    """A backbone whose output is a tuple of the tokens that it has."""
-
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        features = self.backbone.forward_features(images)
-        storage = features[STORAGE]
-        some = storage is not None and storage.shape[1] > 0
-        return (features[CLASS], features[PATCHES], *([storage] if some else []))
-
-
-def _without_weights(backbone: Backbone) -> Backbone:
+def _without_weights(network: Exportable) -> Exportable:
     """A twin in eval mode whose tensors are float32 on the meta device."""
 
     def bare(tensor: Tensor) -> Tensor:
@@ -99,20 +129,16 @@ def _without_weights(backbone: Backbone) -> Backbone:
         return torch.empty_like(tensor, dtype=dtype, device="meta")
 
     # Found in the memo, tensors are not copied.
-    memo: dict[int, Any] = {id(t): nn.Parameter(bare(t), False) for t in backbone.parameters()}
-    memo |= {id(t): bare(t) for t in backbone.buffers()}
-    return copy.deepcopy(backbone, memo).eval()
+    memo: dict[int, Any] = {id(t): nn.Parameter(bare(t), False) for t in network.parameters()}
+    memo |= {id(t): bare(t) for t in network.buffers()}
+    return copy.deepcopy(network, memo).eval()
 
 
 # --------------------------------------------------------------------------- tracing
-def _traced(module: Tokens, backbone: Backbone, opset: int | None) -> Any:
-    """An ``onnx_ir.Model`` whose inputs are the images and every tensor of the backbone."""
-    patch = backbone.patch_size
-    images = torch.empty(_BATCH, backbone.in_chans, _ROWS * patch, _COLUMNS * patch, device="meta")
-    sides = [torch.export.Dim(name) for name in ("rows", "columns")]
-    height, width = sides if patch == 1 else [patch * side for side in sides]
-    free = {INPUT: {0: torch.export.Dim("batch"), 2: height, 3: width}}
-    traced = torch.export.export(module, (images,), dynamic_shapes=free)
+def _traced(network: Exportable, freedom: Freedom, opset: int | None) -> Any:
+    """An ``onnx_ir.Model`` whose inputs are the images and every tensor of the network."""
+    images = freedom.images(network.backbone.in_chans)
+    traced = torch.export.export(network, (images,), dynamic_shapes={INPUT: freedom.dims()})
     # Simplified here rather than by the exporter, which would fold and merge weights.
     program = torch.onnx.export(
         traced, (images,), dynamo=True, opset_version=opset, optimize=False, verbose=False
@@ -120,19 +146,19 @@ def _traced(module: Tokens, backbone: Backbone, opset: int | None) -> Any:
     if program is None:
         raise TypeError("torch.onnx.export gave no program")
     model = program.model
-    _name_values(model, backbone)
+    _name_values(model, network)
     return model
 
 
-def _name_values(model: Any, backbone: Backbone) -> None:
+def _name_values(model: Any, network: Exportable) -> None:
     """Give inputs, outputs and weights the names that they have in the file."""
     graph = model.graph
     owned = {
-        f"backbone.{name}": name
-        for named in (backbone.named_parameters, backbone.named_buffers)
+        name: network.file_name(name)
+        for named in (network.named_parameters, network.named_buffers)
         for name, _ in named(remove_duplicate=False)
     }
-    outputs = [CLASS, PATCHES, STORAGE][: len(graph.outputs)]
+    outputs = list(network.outputs)[: len(graph.outputs)]
     reserved = {INPUT, *outputs, *owned.values()}
     for node in graph.all_nodes():
         for value in node.outputs:
@@ -189,14 +215,16 @@ def _simplify(model: Any) -> None:
     graph.metadata_props.clear()
 
 
-def _name_axes(graph: Any) -> None:
+def _name_axes(graph: Any, network: Exportable, freedom: Freedom) -> None:
     """Call free axes what they are; the trace has symbols of its own for them."""
     del graph.value_info[:]
-    free = {INPUT: {0: "batch", 2: "height", 3: "width"}, PATCHES: {0: "batch", 1: "patches"}}
     for value in [*graph.input, *graph.output]:
-        dims = value.type.tensor_type.shape.dim
-        for axis, name in free.get(value.name, {0: "batch"}).items():
-            dims[axis].dim_param = name
+        names = ("batch", "channels", "height", "width")
+        if value.name != INPUT:
+            names = network.outputs[value.name]
+        for name, dim in zip(names, value.type.tensor_type.shape.dim, strict=False):
+            if not dim.HasField("dim_value"):
+                dim.dim_param = name
 
 
 @contextmanager

@@ -76,7 +76,7 @@ class PlainDecoder(nn.Module):
         The first outputs are those before all blocks; where they are of no use, the last alone.
         """
         tokens = torch.stack([self._lateral(i, each) for i, each in enumerate(levels)]).sum(0)
-        queries = self.q.weight.to(tokens.dtype).expand(len(tokens), -1, -1)
+        queries = self.q.weight.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         tokens = torch.cat([queries, tokens], dim=1)
         by = rotation(grid, self.head_width, self.config.rope_base, tokens.device)
         chances = self._chances()
