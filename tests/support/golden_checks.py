@@ -19,7 +19,7 @@ from dinov3_losses.sinkhorn import sinkhorn_knopp
 from dinov3_optimizers import AdamWConfig
 from dinov3_vit.configs import VitConfig
 from dinov3_vit.transformer import VisionTransformer
-from golden_depth import check_depth_numbers
+from golden_depth import check_depth_bins, check_depth_head, check_depth_numbers
 from golden_segment import check_mask2former, check_segmentation_linear
 from golden_support import (
     PUBLISHED,
@@ -40,8 +40,6 @@ from dinov3_framework import Constant, StepOutputs, ViewFeatures
 
 # Kinds of cases whose networks this project does not have.
 NOT_IMPLEMENTED = {
-    "depth_head",
-    "depth_bins",
     "detection",
     "dinotxt",
 }
@@ -277,6 +275,8 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "schedules": check_schedules,
     "param_groups": check_param_groups,
     "train_step": check_train_step,
+    "depth_head": check_depth_head,
+    "depth_bins": check_depth_bins,
     "depth_numbers": check_depth_numbers,
     "segmentation_linear": check_segmentation_linear,
     "segmentation_m2f": check_mask2former,
