@@ -52,6 +52,10 @@ class Drawing(abc.ABC):
         """What colors stand for, in pictures of predictions with these rows."""
         return {}
 
+    def notes(self) -> Sequence[str]:
+        """What else there is to know of the pictures, a line each."""
+        return ()
+
     def resized(self, prediction: Tensor, height: int, width: int) -> Tensor:
         """A prediction [H, W] for a smaller picture."""
         rows = torch.arange(height) * prediction.shape[0] // height
@@ -138,6 +142,9 @@ class MapDrawing(Drawing):
     def sheet(self, image: Pixels, prediction: Tensor) -> Pixels:
         return beside(image, self.picture(image, prediction))
 
+    def notes(self) -> Sequence[str]:
+        return ["Colors reach from the 2nd to the 98th percentile of each image."]
+
     def row(self, prediction: Tensor) -> Row:
         known = prediction[prediction.isfinite()].double()
         if not len(known):
@@ -151,8 +158,10 @@ class MapDrawing(Drawing):
         return [f"{name}{unit}" for name in ("min", "mean", "max")]
 
     def caption(self, row: Row) -> str:
-        words = zip(("from", "mean", "to"), row.values(), strict=False)
-        return ", ".join(f"{word} {value:.4g} {self.unit}".strip() for word, value in words)
+        if not row:
+            return "nothing is known"
+        low, mean, high = (f"{value:.3g}" for value in row.values())
+        return f"{low} to {high} {self.unit}, mean {mean} {self.unit}".replace(" ,", ",").strip()
 
 
 class ClassDrawing(Drawing):

@@ -117,6 +117,7 @@ class Outputs:
             notes = [*notes, f"{left:,} more images are in {TABLE}, and not on this page."]
         legend = self.drawing.legend([each.row for each in shown])
         pictures = [each.shown for each in shown if each.shown is not None]
+        notes = [*notes, *self.drawing.notes()]
         write_page(self.folder / PAGE, facts, pictures, legend, notes)
         results = {"task": "predict", **facts, "predicted": len(seen), "skipped": len(skipped)}
         write_results(self.folder, {**results, "files": files})

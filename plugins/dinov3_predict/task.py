@@ -183,7 +183,8 @@ class Predict(Task):
                 f"PNG files of {clipped:,} images are cut off at 0 or {most}; set png_scale"
             )
             log.warning("%s", notes[0])
-        facts = {"images": dataset.describe(), **dict(loaded.rows), "weights": weights, **protocol}
+        facts = {"images": dataset.describe(), **dict(loaded.rows)}
+        facts |= {"hash of the weights": weights, "target": f"{name}, a {target}", **protocol}
         outputs.conclude(dataset, [each for seen, _ in shares for each in seen], facts, notes)
 
     def walk(self, model: Model, dataset: Dataset, target: str) -> Walk:
