@@ -60,6 +60,9 @@ def test_a_recipe_passes_its_check(
     here = [f"weights={_export(tmp_path)}"] if takes else []
     if isinstance(getattr(config, "head", None), str):
         here.append(f"head={_head(tmp_path)}")
+    if names == ("predict",):  # its weights are a head's
+        here = [f"backbone={_export(tmp_path)}", f"weights={_head(tmp_path)}"]
+        here.append(f"images={_images(tmp_path)}")
     if compiler_complaint(torch.device("cpu")) and hasattr(config, "parallel"):
         here.append("parallel.compile=false")
     if getattr(config, "epochs", None) and hasattr(config.dataset, "root"):  # to count them by
