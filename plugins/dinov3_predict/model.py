@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from attrs import frozen
 
 from dinov3_framework import (
+    CheckpointError,
     LoadedBackbone,
     Model,
     Problem,
@@ -54,7 +57,9 @@ def describe(config: PredictConfig, registry: Registry) -> LoadedModel:
     Raises ``CheckpointError`` where they cannot be read or do not fit, ``RecipeError`` where
     nothing says which backbone it is.
     """
-    backbone = describe_backbone(_backbone(config, registry), registry=registry)
+    source = _backbone(config, registry)
+    with _naming_the_key(config):
+        backbone = describe_backbone(source, registry=registry)
     return LoadedModel(
         backbone, describe_head(config.weights, backbone.backbone, registry=registry)
     )
@@ -62,11 +67,24 @@ def describe(config: PredictConfig, registry: Registry) -> LoadedModel:
 
 def load(config: PredictConfig, registry: Registry) -> LoadedModel:
     """Both with their values, on this process's device; errors as of :func:`describe`."""
-    device = pick_device("auto")
-    backbone = load_backbone(_backbone(config, registry), device=device, registry=registry)
+    device, source = pick_device("auto"), _backbone(config, registry)
+    with _naming_the_key(config):
+        backbone = load_backbone(source, device=device, registry=registry)
     head = load_head(config.weights, backbone.backbone, device=device, registry=registry)
     warn_of_another_backbone(head, backbone)
     return LoadedModel(backbone, head)
+
+
+@contextmanager
+def _naming_the_key(config: PredictConfig) -> Iterator[None]:
+    """Say of weights that nobody gave, and that cannot be had, how to give them."""
+    try:
+        yield
+    except CheckpointError as error:
+        if config.backbone is not None:
+            raise
+        message = f"{error}\n    or give the backbone under {config.weights} as backbone=PATH"
+        raise CheckpointError(message) from error
 
 
 def _backbone(config: PredictConfig, registry: Registry) -> str:

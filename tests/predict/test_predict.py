@@ -19,6 +19,7 @@ from dinov3_framework import Model
 from dinov3_framework.data.dense import DensePredictor
 from dinov3_framework.data.dense_config import DenseInferenceConfig
 from dinov3_framework.data.pictures import read_image
+from dinov3_framework.errors import CheckpointError
 from dinov3_framework.testing import TaskSuite
 from dinov3_framework.weights.heads import load_head
 from dinov3_framework.weights.loading import load_backbone
@@ -285,6 +286,17 @@ def test_a_head_without_its_backbone_says_how_to_give_it(images: Path, tmp_path:
     other = backbone(tmp_path / "other.safetensors", seed=1)
     said = ran(tmp_path / "other", *words, f"backbone={other}")
     assert f"not on {other}" in said
+
+
+def test_a_published_head_names_the_backbone_that_it_lacks(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> Path:
+        raise CheckpointError("cannot be reached")
+
+    monkeypatch.setattr("dinov3_framework.weights.locations.fetch_weights", refused)
+    said = ran(tmp_path, "weights=dinov3_vitl16_chmv2", f"images={images}", code=2)
+    assert "the backbone under dinov3_vitl16_chmv2 as backbone=PATH" in said
 
 
 def test_wrong_options_are_refused_before_anything_is_written(
