@@ -10,6 +10,7 @@ from attrs import frozen
 
 from dinov3_framework import (
     CheckpointError,
+    ImagesConfig,
     LoadedBackbone,
     Model,
     Problem,
@@ -18,7 +19,7 @@ from dinov3_framework import (
     describe_backbone,
     load_backbone,
 )
-from dinov3_framework.contracts.layouts import Published
+from dinov3_framework.contracts.layouts import Published, PublishedFile
 from dinov3_framework.runtime.processes import pick_device
 from dinov3_framework.weights.heads import (
     TRAINED_ON,
@@ -38,12 +39,12 @@ class LoadedModel:
 
     backbone: LoadedBackbone
     head: LoadedHead
+    images: ImagesConfig
 
     @property
     def model(self) -> Model:
         size = self.head.size or self.backbone.size
-        backbone = self.backbone
-        return Model(backbone.backbone, backbone.images, self.head.head, size, self.head.name)
+        return Model(self.backbone.backbone, self.images, self.head.head, size, self.head.name)
 
     @property
     def rows(self) -> list[tuple[str, str]]:
@@ -72,7 +73,14 @@ def load(config: PredictConfig, registry: Registry) -> LoadedModel:
         backbone = load_backbone(source, device=device, registry=registry)
     head = load_head(config.weights, backbone.backbone, device=device, registry=registry)
     warn_of_another_backbone(head, backbone)
-    return LoadedModel(backbone, head)
+    return LoadedModel(backbone, head, _images(config, backbone, head, registry))
+
+
+def _images(
+    config: PredictConfig, backbone: LoadedBackbone, head: LoadedHead, registry: Registry
+) -> ImagesConfig:
+    """What the model sees: a published head may want other means than its backbone was given."""
+    return backbone.images if _published(config.weights, registry) is None else head.images
 
 
 @contextmanager
@@ -121,12 +129,16 @@ def _published(source: str, registry: Registry) -> str | None:
     return None
 
 
-def _backbone_below(head: Published, images: object, registry: Registry) -> str | None:
-    """That whose name the head's begins with, with weights of the same kind of images."""
+def _backbone_below(head: Published, images: ImagesConfig, registry: Registry) -> str | None:
+    """That whose name the head's begins with, with the weights of the most similar images."""
+
+    def difference(file: PublishedFile) -> float:
+        pairs = zip(file.images.mean, images.mean, strict=False)
+        return sum(abs(one - other) for one, other in pairs)
+
     known = [each for each in registry.published.values() if each.kind == "backbone"]
     for backbone in sorted(known, key=lambda each: -len(each.name)):
         if head.name.startswith(f"{backbone.name}_"):
-            for training_set, file in backbone.files.items():
-                if file.images == images:
-                    return f"{backbone.name}@{training_set}"
+            files = backbone.files
+            return f"{backbone.name}@{min(files, key=lambda name: difference(files[name]))}"
     return None
