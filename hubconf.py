@@ -89,3 +89,62 @@ def dinov3_vit7b16_lc(
     runtime = {"features": backbone.feature_info, "targets": targets}
     head = _load_published(_CATALOG, "dinov3_vit7b16_lc", weights=weights, runtime=runtime, **known)
     return Classifier(backbone, head).eval()
+
+
+def _depther(
+    name: str,
+    backbone_name: str,
+    backbone_weights: str | _Path | None,
+    weights: str | _Path | None,
+    pretrained: bool,
+    check_hash: bool,
+    **fields: _Any,
+) -> _Any:
+    from dinov3_depth.depther import Depther
+
+    from dinov3_framework.contracts.data import Target
+
+    known = {"pretrained": pretrained, "check_hash": check_hash}
+    backbone = _load_published(_CATALOG, backbone_name, weights=backbone_weights, **known, **fields)
+    targets = {"depth": Target("map", unit="m")}
+    runtime = {"features": backbone.feature_info, "targets": targets}
+    head = _load_published(_CATALOG, name, weights=weights, runtime=runtime, **known)
+    return Depther(backbone, head).eval()
+
+
+def dinov3_vit7b16_dd(
+    *,
+    pretrained: bool = True,
+    weights: str | _Path | None = None,
+    backbone_weights: str | _Path | None = None,
+    check_hash: bool = False,
+    **fields: _Any,
+) -> _Any:
+    """The published depth on ViT-7B/16: normalized images [B, 3, H, W] to meters [B, 1, H, W].
+
+    ``weights`` are the head's (``SYNTHMIX``, a path or a URL), ``backbone_weights`` the backbone's,
+    ``fields`` change the backbone's config. A module of ``backbone`` and ``head``, in eval mode.
+    Depths are relative: published figures are taken after an alignment of scale and shift.
+    """
+    given = backbone_weights, weights, pretrained, check_hash
+    return _depther("dinov3_vit7b16_dd", "dinov3_vit7b16", *given, **fields)
+
+
+def dinov3_vitl16_chmv2(
+    *,
+    pretrained: bool = True,
+    weights: str | _Path | None = None,
+    backbone_weights: str | _Path | None = None,
+    check_hash: bool = False,
+    **fields: _Any,
+) -> _Any:
+    """The published canopy height on ViT-L/16: normalized images [B, 3, H, W] to meters.
+
+    ``weights`` are the head's (``CHMV2``, a path or a URL), ``backbone_weights`` the backbone's
+    (``SAT493M`` unless another is named), ``fields`` change the backbone's config. A module of
+    ``backbone`` and ``head``, in eval mode; satellite images have a mean and deviation of their
+    own, ``model.backbone.images``.
+    """
+    satellite = "SAT493M" if backbone_weights is None else backbone_weights
+    given = satellite, weights, pretrained, check_hash
+    return _depther("dinov3_vitl16_chmv2", "dinov3_vitl16", *given, **fields)

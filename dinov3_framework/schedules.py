@@ -216,4 +216,6 @@ def _too_long(span: Span, total: int, keys: str) -> list[str]:
     ]
 
 
-SCHEDULES: dict[str, type[Schedule]] = {cls.use: cls for cls in (Constant, Cosine, WarmupCosine, OneCycle)}
+SCHEDULES: dict[str, type[Schedule]] = {
+    cls.use: cls for cls in (Constant, Cosine, WarmupCosine, OneCycle)
+}

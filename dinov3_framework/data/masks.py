@@ -1,8 +1,9 @@
 """Reads masks and maps: numbers by pixel as they are stored, with the upper side up.
 
 What decoders do to pictures is wrong for ids and depth, and undone or avoided here: palettes become
-colors, gray values of 2 and 4 bits are spread over 0..255, white-is-zero TIFFs are inverted, 32 bits
-without a sign wrap (all seen in Pillow 13). Orientation in EXIF data is applied as it is to images.
+colors, gray values of 2 and 4 bits are spread over 0..255, white-is-zero TIFFs are inverted, values
+of 32 bits without a sign wrap (all seen in Pillow 13). Orientation in EXIF data is applied as it is
+to images.
 """
 
 from __future__ import annotations

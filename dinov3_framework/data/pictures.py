@@ -172,7 +172,7 @@ def _read_array(path: str, channels: int, max_pixels: int, data: bytes | None = 
     """From a NumPy file, [H, W, C]."""
     # Mapped, only the header is read before the shape is known to be sound.
     array = _mapped(data) if data is not None else np.load(path, mmap_mode="r", allow_pickle=False)
-    if array.dtype.kind not in "uif":
+    if array.dtype.kind not in "uifb":
         raise CorruptSampleError(path, f"holds {array.dtype}, numbers are read")
     if array.ndim == 2 and channels == 1:
         array = array[:, :, None]

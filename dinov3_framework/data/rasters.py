@@ -39,6 +39,8 @@ def to_8_bits(name: str, values: np.ndarray, given: Range | None) -> np.ndarray:
     Left out, the range is 0 to 255 of 8 and 0 to 65,535 of 16 bits without a sign; others have none
     that goes without saying. NaN, which rasters have where nothing is known, counts as its low end.
     """
+    if values.dtype == np.bool_:
+        raise CorruptSampleError(name, "holds bool, numbers are read")
     if given is None:
         if values.dtype == np.uint8:
             return values

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from attrs import frozen
 
+from dinov3_datasets.text_lines import numbered_lines
 from dinov3_framework import DataError
 from dinov3_framework.data.palettes import Palette
 from dinov3_framework.errors import first_few, printable
@@ -37,15 +38,9 @@ def read_classes(path: Path) -> ClassTable:
     ``name:red,green,blue::``. Empty lines and those that begin with ``#`` count for nothing. Raises
     ``DataError``.
     """
-    try:
-        text = path.read_text("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"cannot read the classes in {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not in UTF-8: {error.reason} at byte {error.start}") from error
     names, colors = [], []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip() or line.startswith("#") or line == _HEADER:
+    for number, line in numbered_lines(path):
+        if line.startswith("#") or line == _HEADER:
             continue
         name, color = _parsed(line, f"{path}, line {number}")
         names.append(name)
@@ -61,7 +56,7 @@ def read_classes(path: Path) -> ClassTable:
 def _parsed(line: str, where: str) -> tuple[str, tuple[int, int, int] | None]:
     """The name and, if it has one, the color of a line."""
     name, *parts = (part.strip() for part in line.split("\t"))
-    if found := _LABELMAP.fullmatch(line.strip()):
+    if found := _LABELMAP.fullmatch(line):
         name, parts = found["name"].strip(), (found["color"] or "").split(",")
     if parts in ([], [""]):
         return name, None
@@ -71,7 +66,7 @@ def _parsed(line: str, where: str) -> tuple[str, tuple[int, int, int] | None]:
         red = -1
     if red < 0 or not all(0 <= part <= 255 for part in (red, green, blue)):
         raise DataError(
-            f"{where}: {printable(line.strip())!r} is neither a name nor a name with red, green "
+            f"{where}: {printable(line)!r} is neither a name nor a name with red, green "
             "and blue of 0 to 255 between tabs"
         )
     return name, (red, green, blue)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from dinov3_datasets.class_names import ClassTable, read_classes
@@ -11,10 +12,12 @@ from dinov3_datasets.dense_pairs import DensePairs
 from dinov3_datasets.mask_configs import MaskFolderConfig
 from dinov3_datasets.mask_ids import ColorTable, IdTable, MaskReader
 from dinov3_datasets.pairing import Pairing
-from dinov3_framework import DataError, Target
+from dinov3_framework import CorruptSampleError, DataError, Target
+from dinov3_framework.data.masks import read_mask
 from dinov3_framework.data.palettes import palette
 
 _FILES = ("classes.txt", "labelmap.txt")  # looked for with the masks and beside their folder
+_LOOKED_AT = 8  # masks, by a check
 _REMEDY = ": is offset, ignore, ignore_index or n_classes meant?"
 
 
@@ -37,7 +40,8 @@ class ImageMaskFolder(DensePairs):
         pairs = pairing.pairs(config.images, config.masks)
         names, colors, count = _classes(config)
         void = config.ignore_index
-        if 0 <= void < count or 0 <= void + config.offset < count:
+        stored_too = config.ids is None and 0 <= void + config.offset < count
+        if 0 <= void < count or stored_too:
             raise DataError(
                 f"image_mask_folder: ignore_index = {void} is an id of one of the {count} classes; "
                 "take another, such as 65535"
@@ -50,9 +54,12 @@ class ImageMaskFolder(DensePairs):
             palette=colors or palette(count),
         )
         super().__init__(config, channels, pairs, {"mask": target})
-        table = IdTable.shifted(
-            count, offset=config.offset, ignored=config.ignore, ignore_index=void
-        )
+        if config.ids is not None:
+            table = IdTable.listed(config.ids, ignored=config.ignore, ignore_index=void)
+        else:
+            table = IdTable.shifted(
+                count, offset=config.offset, ignored=config.ignore, ignore_index=void
+            )
         by_color = None if colors is None else ColorTable.of(colors, config.ignore_colors, void)
         if by_color is None and config.coding == "colors":
             raise DataError(
@@ -65,12 +72,33 @@ class ImageMaskFolder(DensePairs):
         turned = self.config.orientation == "image"
         return self.reader(self.truth_path(index), self.image_path(index) if turned else None)
 
+    def notes(self) -> list[str]:
+        """What has no partner, what is lost of images, and black and white masks that are void."""
+        found, config = super().notes(), self.config
+        if config.ids is None and config.ignore_index == 255 and self._is_black_and_white():
+            found.append(
+                "the first masks hold 0 and 255 alone, and 255 is ignored; if it is a class, state "
+                "ids = [0, 255]"
+            )
+        return found
+
+    def _is_black_and_white(self) -> bool:
+        seen: set[int] = set()
+        for index in range(min(_LOOKED_AT, len(self))):
+            try:
+                stored = read_mask(self.truth_path(index), self.config.max_pixels)
+            except CorruptSampleError:  # counted when it is read
+                continue
+            seen.update(np.unique(stored).tolist() if stored.ndim == 2 else [-1])
+        return seen == {0, 255}
+
     def truth_options(self) -> str:
         config, target = self.config, self.targets["mask"]
+        void = [config.ignore_index, *config.ignore, *config.ignore_colors]
         return (
-            f"masks {config.coding} {config.orientation}, offset {config.offset}, ignored "
-            f"{config.ignore_index} {list(config.ignore)} {list(config.ignore_colors)}, classes "
-            f"{target.classes or target.count}, colors {target.palette}"
+            f"masks {config.coding} {config.orientation}, ids {config.ids}, offset "
+            f"{config.offset}, ignored {void}, classes {target.classes or target.count}, colors "
+            f"{target.palette}"
         )
 
 
@@ -85,6 +113,7 @@ def _classes(
         "names of classes": None if names is None else len(names),
         "colors in palette": None if colors is None else len(colors),
         "n_classes": config.n_classes,
+        "ids": None if config.ids is None else len(config.ids),
     }
     known = {what: count for what, count in counts.items() if count is not None}
     if not known:

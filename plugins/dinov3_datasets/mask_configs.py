@@ -37,6 +37,11 @@ def _ids(value: tuple[int, ...]) -> str | None:
     return next(filter(None, map(_id, value)), None)
 
 
+def _stored_ids(value: tuple[int, ...]) -> str | None:
+    repeated = sorted({number for number in value if value.count(number) > 1})
+    return f"has {repeated} more than once" if repeated else _ids(value)
+
+
 @config
 class MaskFolderConfig(PicturesConfig):
     """Images and their masks in two folders, paired by equal paths without the endings.
@@ -74,9 +79,16 @@ class MaskFolderConfig(PicturesConfig):
         "what masks hold: ids, colors, or ids where there is one channel or a palette (auto)",
         default="auto",
     )
+    ids: tuple[int, ...] | None = option(
+        "the id in the files of each class, in their order, where these are not 0, 1, 2, ...: "
+        "[0, 255] of black and white masks",
+        default=None,
+        check=_stored_ids,
+    )
     offset: int = option(
-        "what is added to the ids in the files (but ignore_index and ignore); those that fall below "
-        "0 are ignored: with -1, ids of 1 to n are classes and 0 is none (reduce_zero_label)",
+        "what is added to the ids in the files (but ignore_index and ignore); those that fall "
+        "below 0 are ignored: with -1, ids of 1 to n are classes and 0 is none "
+        "(reduce_zero_label)",
         default=0,
         check=_id,
     )
@@ -107,10 +119,13 @@ class MaskFolderConfig(PicturesConfig):
             raise InvalidOption("n_classes", complaint)
         if self.classes is not None and self.classes_file is not None:
             raise InvalidOption("classes_file", "is given in place of classes, and both are there")
+        if self.ids is not None and self.offset:
+            raise InvalidOption("offset", "is given in place of ids, and both are there")
         counts = {
             "classes": None if self.classes is None else len(self.classes),
             "palette": None if self.palette is None else len(self.palette),
             "n_classes": self.n_classes,
+            "ids": None if self.ids is None else len(self.ids),
         }
         known = {name: count for name, count in counts.items() if count is not None}
         if len(set(known.values())) > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,9 @@ class IdTable:
     first: int
     values: np.ndarray
     known: np.ndarray  # bool
-    said: str  # which ids there may be, and what to do about others
+    said: str  # which ids there may be
+    of_bytes: bytes = b""  # the same of ids 0 to 255, where class ids are as small
+    known_bytes: bytes = b""
 
     @classmethod
     def of(cls, ids: Mapping[int, int], said: str) -> IdTable:
@@ -38,7 +40,11 @@ class IdTable:
         known = np.zeros(len(values), dtype=bool)
         for stored, number in ids.items():
             values[stored - first], known[stored - first] = number, True
-        return cls(first, values, known, said)
+        if not small:
+            return cls(first, values, known, said)
+        of_bytes = bytes(ids.get(stored, 0) for stored in range(256))
+        known_bytes = bytes(stored for stored in range(256) if stored in ids)
+        return cls(first, values, known, said, of_bytes, known_bytes)
 
     @classmethod
     def shifted(
@@ -53,15 +59,27 @@ class IdTable:
         said = f"ids are {shown} for {count} classes, and {void} to be ignored"
         return cls.of(ids, said)
 
+    @classmethod
+    def listed(cls, ids: Sequence[int], *, ignored: Collection[int], ignore_index: int) -> IdTable:
+        """The stored id of each class is given; those ``ignored`` and no class's are void."""
+        void = sorted({*ignored, ignore_index} - set(ids))
+        table = dict.fromkeys(void, ignore_index)
+        table |= {stored: number for number, stored in enumerate(ids)}
+        said = f"ids are {', '.join(map(str, ids))}"
+        return cls.of(table, f"{said}, and {first_few(void)} to be ignored" if void else said)
+
     def apply(self, path: str, stored: np.ndarray, remedy: str) -> Tensor:
         """Class ids [H, W], uint8 where they fit; raises ``WrongTargetError`` for an unknown id."""
-        wide = stored if stored.dtype == np.uint8 and not self.first else stored.astype(np.int64)
-        places = wide - self.first if self.first else wide
+        if stored.dtype == np.uint8 and self.of_bytes:
+            plain = stored.tobytes()  # takes a quarter of the time of indexing
+            if not plain.translate(None, self.known_bytes):
+                found = np.frombuffer(bytearray(plain.translate(self.of_bytes)), np.uint8)
+                return torch.from_numpy(found.reshape(stored.shape))
         last = len(self.values) - 1
-        inside = not stored.size or (int(places.min()) >= 0 and int(places.max()) <= last)
-        if not inside or not self.known[places].all():
-            clipped = places.clip(0, last)
-            wrong = stored[(clipped != places) | ~self.known[clipped]]
+        places = stored.astype(np.int64) - self.first
+        clipped = places.clip(0, last)
+        wrong = stored[(clipped != places) | ~self.known[clipped]]
+        if wrong.size:
             numbers, counts = np.unique(wrong, return_counts=True)
             listed = (f"{n} ({c:,} pixels)" for n, c in zip(numbers, counts, strict=True))
             raise WrongTargetError(path, f"holds id {first_few(listed)}; {self.said}{remedy}")

@@ -78,7 +78,7 @@ class _Parts:
 
 def blamed(part: str, error: CorruptSampleError) -> CorruptSampleError:
     """The error of a part's sample, with the name of the part."""
-    return CorruptSampleError(f"{part}: {error.name}", error.reason)
+    return type(error)(f"{part}: {error.name}", error.reason)
 
 
 def shared_targets(parts: Mapping[str, Part]) -> tuple[Mapping[str, Target], list[str]]:

@@ -12,6 +12,7 @@ from dinov3_datasets.depth_configs import NyuDepthConfig
 from dinov3_datasets.depth_values import DepthReader
 from dinov3_datasets.nyu_labeled import LABELED, NyuLabeled
 from dinov3_datasets.pairing import absent
+from dinov3_datasets.text_lines import numbered_lines
 from dinov3_framework import DataError, Target
 from dinov3_framework.errors import first_few, printable
 
@@ -66,20 +67,11 @@ class NyuFiles(DensePairs):
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """(image, depth) of each line, in the order of the sorted lines as in the reference."""
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise DataError(f"nyu_depth: cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not in UTF-8: {error.reason} at byte {error.start}") from error
-    numbered = [(line, i) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if not numbered:
-        raise DataError(f"{path} lists no images")
-    for line, number in sorted(numbered):
+    for line, number in sorted((line, number) for number, line in numbered_lines(path)):
         parts = line.split()
         if len(parts) != 3 or not _is_number(parts[2]):
             raise DataError(
-                f"{path}, line {number}: {printable(line.strip())[:120]!r} is not the paths of an "
+                f"{path}, line {number}: {printable(line)[:120]!r} is not the paths of an "
                 "image and its depth and a focal length between spaces"
             )
         yield parts[0].strip("/"), parts[1].strip("/")

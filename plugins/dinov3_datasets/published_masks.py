@@ -14,6 +14,7 @@ from dinov3_datasets.listing import image_files
 from dinov3_datasets.mask_configs import Ade20kConfig, CityscapesConfig, PascalVocConfig
 from dinov3_datasets.mask_ids import IdTable, MaskReader
 from dinov3_datasets.pairing import absent
+from dinov3_datasets.text_lines import numbered_lines
 from dinov3_framework import DataError, Target
 from dinov3_framework.errors import first_few, printable
 
@@ -55,7 +56,7 @@ def open_ade20k(config: Ade20kConfig, *, channels: int) -> PublishedMasks:
     folder = {"train": "training", "val": "validation"}[config.split]
     listed = root / f"ADE20K_object150_{config.split}.txt"
     if listed.is_file():
-        names = sorted(_lines(listed))
+        names = sorted(line for _, line in numbered_lines(listed))
     else:
         names = [f"{folder}/{name}" for name in _listing("ade20k", root, f"images/{folder}")]
     pairs = _paired(
@@ -123,7 +124,7 @@ def open_pascal_voc(config: PascalVocConfig, *, channels: int) -> PublishedMasks
 
 
 def _voc_lines(path: Path, masks: str) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in numbered_lines(path):
         parts = line.split()
         if len(parts) == 1:
             yield f"JPEGImages/{parts[0]}.jpg", f"{masks}/{parts[0]}.png"
@@ -152,19 +153,6 @@ def _listing(component: str, root: Path, folder: str) -> list[str]:
         held = f"it holds {printable(first_few(found), kept='')}" if found else "it is empty"
         raise DataError(f"{component}: {root} has no folder {folder}; {held}")
     return list(image_files(root / folder, (".jpg", ".jpeg", ".png")))
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise DataError(f"cannot read the list {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not in UTF-8: {error.reason} at byte {error.start}") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise DataError(f"{path} lists no images")
-    return lines
 
 
 def _stem(name: str) -> str:

@@ -31,6 +31,7 @@ from dinov3_framework import (
     load_recipe_backbone,
 )
 from dinov3_framework.data.loader import LabeledBatch, Layout, TransformedBatches
+from dinov3_framework.data.samples import SampleCheck, check_sample
 from dinov3_framework.data.tokens import head_features, layers_complaint
 from dinov3_framework.errors import problems_at
 from dinov3_framework.parallel.sharder import Sharder, initialize
@@ -58,6 +59,13 @@ class HeadParts:
     transform: Transform
     head: Head | None  # None where the data, which say what their targets are, are not here
     targets: Mapping[str, Target]
+    dataset: Dataset | StreamDataset | None = None
+
+    @cached_property
+    def sample(self) -> SampleCheck:
+        """What a first sample shows of the targets that the head learns."""
+        wanted = () if self.head is None else self.head.targets
+        return check_sample(self.dataset, wanted)
 
 
 class TrainHead(TrainingMethod):
@@ -98,7 +106,7 @@ class TrainHead(TrainingMethod):
                 )
         if problems:
             raise RecipeError(problems)
-        return HeadParts(backbone, transform, head, targets)
+        return HeadParts(backbone, transform, head, targets, dataset)
 
     def shardable(self, prepared: HeadParts) -> Backbone:
         return prepared.backbone
@@ -123,6 +131,8 @@ class TrainHead(TrainingMethod):
                     head_features(backbone, blank, head.needs)
             except UserError as error:
                 problems += problems_at("head", error)
+        if not self.simulated:
+            problems += [Problem("dataset", text) for text in prepared.sample.complaints]
         return problems
 
     def _coupled(self, head: Head) -> Iterator[Problem]:
@@ -155,6 +165,8 @@ class TrainHead(TrainingMethod):
                 ("layers", layers),
                 *((f"predicts {name}", str(target)) for name, target in head.targets.items()),
             ]
+        if not self.simulated and prepared.sample.rows:
+            sections["first sample"] = list(prepared.sample.rows)
         size = prepared.transform.size
         images = "of several sizes" if size is None else f"{size[0]} x {size[1]} px"
         sections["batch"] = [("images per step", f"{config.batch_size:,}, {images}")]
