@@ -13,12 +13,14 @@ import torch
 from attrs import evolve
 from PIL import Image
 
-from dinov3_framework import Constant, Cosine, ExitCode, Registry
+from dinov3_framework import Constant, Cosine, ExitCode, Registry, Target
 from dinov3_framework.cli import main
+from dinov3_framework.data.dense_config import DenseInferenceConfig
 from dinov3_framework.parallel.compiling import compiler_complaint
 from dinov3_framework.recipes.compose import compose, is_override
 from dinov3_framework.recipes.files import FORMERLY
 from dinov3_framework.recipes.structure import structure_recipe
+from dinov3_framework.schedules import OneCycle
 
 ROOT = Path(__file__).parents[1]
 FILES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.toml"))}
@@ -56,6 +58,8 @@ def test_a_recipe_passes_its_check(
     weights = getattr(config, "weights", None)
     takes = weights is not None or "[shorthand.weights]" in FILES[names[0]].read_text()
     here = [f"weights={_export(tmp_path)}"] if takes else []
+    if isinstance(getattr(config, "head", None), str):
+        here.append(f"head={_head(tmp_path)}")
     if compiler_complaint(torch.device("cpu")) and hasattr(config, "parallel"):
         here.append("parallel.compile=false")
     if getattr(config, "epochs", None) and hasattr(config.dataset, "root"):  # to count them by
@@ -96,25 +100,47 @@ def _images(folder: Path) -> Path:
     return images
 
 
+# Its patches divide the sizes of all recipes, and those of Fashion-MNIST.
+TINY = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "in_chans": 1}
+
+
 def _export(folder: Path) -> Path:
     """Weights such as an earlier recipe would have left."""
     from dinov3_framework.configs import ImagesConfig
     from dinov3_framework.weights.export import export_backbone
 
-    values = {"patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2, "in_chans": 1}
-    backbone = Registry.load().build("backbone", "vit", **values)
+    backbone = Registry.load().build("backbone", "vit", **TINY)
     backbone.init_weights()
     path = folder / "weights.safetensors"
     export_backbone(
         path,
         backbone.state_dict(),
         component="vit",
-        config=values,
+        config=TINY,
         images=ImagesConfig(channels=1, mean=(0.286,), std=(0.353,)),
         size=28,
         provenance={},
     )
     return path
+
+
+def _head(folder: Path) -> Path:
+    """A head on these weights such as an earlier recipe would have left."""
+    from dinov3_framework.configs import ImagesConfig
+    from dinov3_framework.parallel.state_dicts import full_tensors
+    from dinov3_framework.weights.export import export_tensors
+    from dinov3_framework.weights.heads import head_info
+
+    registry = Registry.load()
+    features = registry.build("backbone", "vit", **TINY).feature_info
+    targets = {"mask": Target("mask", n_classes=150, ignore_index=255)}
+    head = registry.build("head", "linear_segmentation", features=features, targets=targets)
+    images = ImagesConfig(channels=1, mean=(0.286,), std=(0.353,))
+    tensors = dict(full_tensors(head))
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    info = head_info("linear_segmentation", {}, images, 28, targets, {})
+    export_tensors(folder / "head.safetensors", specs, tensors.items(), info.to_metadata())
+    return folder / "head.safetensors"
 
 
 @pytest.mark.parametrize("path", FILES.values(), ids=FILES)
@@ -229,6 +255,36 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "students.tiny.optimizer": None,
         "students.small.optimizer": None,
         "students.large.backbone.drop_path_rate": 0.0,
+    },
+    "ade20k_linear": {
+        "iterations": 40_000,
+        "batch_size": 16,
+        "optimizer.lr": OneCycle(peak=1e-3, warmup=1500, ratio=1e-6),
+        "optimizer.weight_decay": Constant(value=1e-3),
+        "optimizer.betas": (0.9, 0.999),
+        "optimizer.clip_grad": None,
+        "transform.scale": (0.5, 2.0),
+        "transform.crop": 512,
+        "transform.crop_max_share": 0.75,
+        "transform.flip": 0.5,
+        "head.layers": (-1,),
+        "head.norm": True,
+        "head.batchnorm": True,
+        "head.class_token": False,
+        "head.dropout": 0.1,
+        "head.ce_weight": 1.0,
+        "head.dice_weight": 0.0,
+    },
+    "ade20k_m2f": {
+        "evaluations.ade20k.inference": DenseInferenceConfig(
+            resize=896,
+            mode="slide",
+            window=896,
+            stride=596,
+            scales=(0.9, 0.95, 1.0, 1.05, 1.1),
+            flip=True,
+            batch_size=1,
+        ),
     },
     "im1k_distill": {
         "batch_size": 256,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch.utils._pytree import register_pytree_node
 from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts.data import Target
 from dinov3_framework.errors import UserError
+
+if TYPE_CHECKING:
+    from dinov3_framework.contracts.training import Step
 
 
 @attrs.frozen
@@ -161,6 +164,7 @@ class FeatureNeeds:
     class_token: bool = False
     norm: bool = True  # whether the final norm is applied
     image: bool = False  # whether it looks at the normalized image, too
+    storage: bool = False  # whether it wants storage tokens, too
 
 
 @attrs.frozen
@@ -171,11 +175,12 @@ class HeadFeatures:
     cls: Sequence[Tensor]  # [B, D]; empty unless needed
     image_size: tuple[int, int]  # pixels, height and width
     image: Tensor | None = None  # [B, C, H, W], normalized; None unless needed
+    storage: Sequence[Tensor] = ()  # [B, R, D], R may be 0; empty unless needed
 
 
 def _again(parts: Iterable[Any], image_size: Any) -> HeadFeatures:
-    maps, cls, image = parts
-    return HeadFeatures(maps, cls, image_size, *image)
+    maps, cls, image, storage = parts
+    return HeadFeatures(maps, cls, image_size, image[0] if image else None, storage)
 
 
 # Sharding casts the tensors in what a network is called with, and follows their gradients.
@@ -186,6 +191,7 @@ register_pytree_node(
             list(features.maps),
             list(features.cls),
             [] if features.image is None else [features.image],
+            list(features.storage),
         ],
         features.image_size,
     ),
@@ -210,6 +216,12 @@ class Head(Shardable):
     # Whether predict_rows can be called: a head of masks or maps without it is predicted with all
     # its scores in memory at once.
     predicts_rows: bool = False
+
+    def before_step(self, step: Step) -> None:
+        """Called before each step of a training, where the head changes in the course of it.
+
+        What it changes depends on the step alone, so that a resumed run has the same.
+        """
 
     @abc.abstractmethod
     def forward(self, features: HeadFeatures) -> Any:

@@ -83,7 +83,8 @@ class DensePredictor:
     # ------------------------------------------------------------------ predictions
     def labels(self, views: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """The class of each pixel, int64 [H, W] of ``size``, on the model's device."""
-        return torch.cat([strip.argmax(0) for strip in self.strips(views, size)])
+        # On the CPU max is twice as fast as argmax along the first axis.
+        return torch.cat([strip.max(0).indices for strip in self.strips(views, size)])
 
     def values(self, views: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """The value of each pixel, float32 [H, W] of ``size``, on the model's device."""
@@ -123,7 +124,7 @@ class DensePredictor:
                         scores = scores.softmax(0)
                     total = scores if total is None else total.add_(scores)
                 if total is not None:
-                    yield total.div_(len(seen))
+                    yield total.div_(len(seen)) if len(seen) > 1 else total
 
     def _outputs(self, pixels: Tensor) -> tuple[Any, tuple[int, int]]:
         """What the head puts out for normalized pixels, and the size that they were padded to."""

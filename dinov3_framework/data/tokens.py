@@ -113,11 +113,14 @@ def head_features(backbone: Backbone, pixels: Tensor, needs: FeatureNeeds) -> He
         n=order,
         reshape=True,
         return_class_token=needs.class_token,
+        return_extra_tokens=needs.storage,
         norm=needs.norm,
     )
     parts = [found[order.index(layer)] for layer in layers]
     size = (pixels.shape[-2], pixels.shape[-1])
     image = pixels if needs.image else None
-    if not needs.class_token:
+    if not (needs.class_token or needs.storage):
         return HeadFeatures(parts, (), size, image)
-    return HeadFeatures([grid for grid, _ in parts], [cls for _, cls in parts], size, image)
+    grids, *extra = zip(*parts, strict=True)
+    storage = extra.pop() if needs.storage else ()
+    return HeadFeatures(list(grids), list(*extra), size, image, list(storage))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3_framework.runtime import collectives
@@ -19,15 +20,16 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C, H, W]; in training to be called by every process."""
         self._check_input_dim(x)
-        mean, var = self.running_mean, self.running_var
-        if self.training or mean is None or var is None:
-            mean, var = self._statistics(x.float())
+        pixels, mean, var = x.float(), self.running_mean, self.running_var
         weight, bias = (None if each is None else each.float() for each in (self.weight, self.bias))
-        scale = (var.float() + self.eps).rsqrt()
+        if not self.training and mean is not None and var is not None:
+            mean, var = mean.float(), var.float()
+            return F.batch_norm(pixels, mean, var, weight, bias, eps=self.eps).to(x.dtype)
+        mean, var = self._statistics(pixels)
+        scale = (var + self.eps).rsqrt()
         scale = scale if weight is None else scale * weight
-        shift = -mean.float() * scale
-        shift = shift if bias is None else shift + bias
-        return (x.float() * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+        normalized = (pixels - mean[:, None, None]) * scale[:, None, None]
+        return (normalized if bias is None else normalized + bias[:, None, None]).to(x.dtype)
 
     def _statistics(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance [C] of all processes' pixels [B, C, H, W], with gradient."""

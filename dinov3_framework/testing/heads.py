@@ -62,7 +62,8 @@ class HeadSuite(NetworkSuite):
         maps = [drawn(_BATCH, i.channels, height // i.stride, width // i.stride) for i in infos]
         cls = [drawn(_BATCH, i.channels) for i in infos] if needs.class_token else []
         image = drawn(_BATCH, self.channels, height, width) if needs.image else None
-        return HeadFeatures(maps, cls, self.size, image)
+        storage = [drawn(_BATCH, 2, i.channels) for i in infos] if needs.storage else []
+        return HeadFeatures(maps, cls, self.size, image, storage)
 
     # ------------------------------------------------------------------ promises
     def test_needs(self) -> None:

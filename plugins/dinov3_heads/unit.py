@@ -59,6 +59,7 @@ class HeadUnit(TrainUnit):
     def before_step(self, step: Step) -> None:
         for network in self.networks.values():
             network.train()  # an evaluation left them in eval mode
+        self.head.before_step(step)
 
     def forward(self, batch: LabeledBatch, step: Step) -> StepResult:
         images, targets = batch.samples.images, batch.samples.targets

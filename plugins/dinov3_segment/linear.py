@@ -49,7 +49,9 @@ class LinearSegmentation(Head):
         if complaint := layers_complaint(config.layers, len(features)):
             raise UserError(complaint)
         self.config, self.targets = config, {config.target: target}
-        self.needs = FeatureNeeds(config.layers, config.class_token, config.norm)
+        self.needs = FeatureNeeds(
+            layers=config.layers, class_token=config.class_token, norm=config.norm
+        )
         width = sum(features[layer].channels for layer in config.layers)
         width *= 2 if config.class_token else 1
         self.batchnorm_layer = GlobalBatchNorm2d(width) if config.batchnorm else nn.Identity()
@@ -63,6 +65,10 @@ class LinearSegmentation(Head):
             self.batchnorm_layer.reset_parameters()
         nn.init.normal_(self.conv.weight, std=_STD)
         nn.init.zeros_(self.conv.bias)
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """All of them, as in the published training."""
+        return True
 
     def forward(self, features: HeadFeatures) -> Tensor:
         grids = list(features.maps)

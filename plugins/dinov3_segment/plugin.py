@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dinov3_framework import Component, Layout, Published, hookimpl
 from dinov3_segment.components import COMPONENTS, PUBLISHED
+from dinov3_segment.configs_evaluation import SegmentationConfig
 from dinov3_segment.layouts import LAYOUTS
 
 
@@ -14,7 +15,13 @@ def dinov3_heads() -> list[Component]:
 
 @hookimpl
 def dinov3_evaluations() -> list[Component]:
-    return []
+    return [
+        Component(
+            "segmentation",
+            SegmentationConfig,
+            "dinov3_segment.evaluation:SegmentationEvaluation",
+        ),
+    ]
 
 
 @hookimpl

@@ -84,12 +84,23 @@ class JointConfig(TransformConfig):
         check=positive,
     )
     crop_at: Literal["center", "random"] = option("where the square is", default="center")
+    crop_max_share: float | None = option(
+        "share of the known pixels of a crop that no class of a mask should reach: up to 10 other "
+        "places are tried; left out, any place will do",
+        default=None,
+        check=fraction,
+    )
     flip: float = option("probability of a mirror image", default=0.0, check=fraction)
     distort: float = option(
         "probability of each change of brightness, contrast, saturation and hue, and of swapped "
         "channels; of images of 1 or 3 channels",
         default=0.0,
         check=fraction,
+    )
+    distort_as: Literal["torchvision", "mmsegmentation"] = option(
+        "whose changes these are; mmsegmentation's, of the published trainings on masks, are "
+        "stronger in hue and swap no channels",
+        default="torchvision",
     )
     shade: float = option(
         "probability of a change of gamma, brightness and color, as published for depth",
@@ -121,6 +132,8 @@ class JointConfig(TransformConfig):
             raise InvalidOption("area", "needs crop, the size of what is cut out")
         if self.area is not None and self.resize is not None:
             raise InvalidOption("area", "and resize: give one of them")
+        if self.crop_max_share is not None and (self.crop is None or self.crop_at == "center"):
+            raise InvalidOption("crop_max_share", 'needs crop, and crop_at = "random"')
         if self.crop_width is not None and self.crop is None:
             raise InvalidOption("crop_width", "needs crop, the height of what is cut out")
 

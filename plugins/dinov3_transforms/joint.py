@@ -29,9 +29,11 @@ from dinov3_framework import (
 )
 from dinov3_transforms import JointConfig
 from dinov3_transforms.changes import drawn, happens, mean_color, shaded, turned
+from dinov3_transforms.published import distorted, is_varied
 
 _IMAGE = "\0image"  # beside the targets' names
 _MAX = {torch.uint16: 2**16 - 1, torch.int16: 2**15 - 1}
+_PLACES = 10  # tried for a crop that shows more than one class
 _MIN_SIDE = 1.0  # pixels of a box that is kept
 
 
@@ -103,7 +105,7 @@ class Joint(Transform):
         typed = {name: self._typed(name, value, size) for name, value in sample.targets.items()}
         parts = self._resized(self._in_region({_IMAGE: image, **typed}))
         parts = self.flip(self._cropped(self._turned(parts)))
-        parts[_IMAGE] = self._normalized(self._shaded(self.distort(parts[_IMAGE])))
+        parts[_IMAGE] = self._normalized(self._shaded(self._distorted(parts[_IMAGE])))
         parts = self._padded(parts)
         image = parts.pop(_IMAGE).as_subclass(Tensor)
         return Sample(image, parts)
@@ -179,6 +181,11 @@ class Joint(Transform):
         }
         return self._without_objects_outside(parts)
 
+    def _distorted(self, image: Tensor) -> Tensor:
+        if self.config.distort_as == "torchvision":
+            return self.distort(image)  # type: ignore[no-any-return]
+        return distorted(image, self.config.distort)
+
     def _shaded(self, image: Tensor) -> Tensor:
         config = self.config
         if not happens(config.shade):
@@ -191,13 +198,26 @@ class Joint(Transform):
         sides = list(zip(parts[_IMAGE].shape[-2:], self.crop, strict=True))
         space = [max(length - side, 0) for length, side in sides]
         if any(space):
-            center = self.config.crop_at == "center"
-            top, left = (
-                round(each / 2) if center else int(torch.randint(each + 1, ())) for each in space
-            )
             size = [min(length, side) for length, side in sides]
-            parts = self._each(parts, tv.crop, top, left, *size)
+            parts = self._each(parts, tv.crop, *self._place(parts, space, size), *size)
         return self._without_objects_outside(parts)
+
+    def _place(self, parts: dict[str, Any], space: list[int], size: list[int]) -> list[int]:
+        """Top and left of a crop of ``size``, which may lie anywhere in ``space``."""
+        if self.config.crop_at == "center":
+            return [round(each / 2) for each in space]
+        share = self.config.crop_max_share
+        names = [name for name, target in self.targets.items() if target.kind == "mask"]
+        ignored = [self.targets[name].ignore_index for name in names]
+        for tried in range(_PLACES + 1):
+            top, left = place = [int(torch.randint(each + 1, ())) for each in space]
+            if share is None or tried == _PLACES:
+                break
+            there = (slice(top, top + size[0]), slice(left, left + size[1]))
+            masks = [parts[name].as_subclass(Tensor)[there] for name in names]
+            if is_varied(masks, ignored, share):
+                break
+        return place
 
     @staticmethod
     def _each(parts: dict[str, Any], change: Any, *args: Any, **options: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dinov3_framework import Backbone, FeatureNeeds, HeadFeatures, Registry
 from dinov3_framework.data.tokens import head_features
 
 SMALL = {
-    "vit": {"patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2},
+    "vit": {"patch_size": 8, "n_storage_tokens": 3, "embed_dim": 16, "depth": 3, "num_heads": 2},
     "convnext": {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24)},
 }
 
@@ -48,6 +48,18 @@ def test_they_are_what_the_backbone_says_of_itself(backbone: Backbone) -> None:
     assert not features(backbone).cls
 
 
+@pytest.mark.parametrize("class_token", [False, True])
+def test_storage_tokens_come_where_they_are_wanted(backbone: Backbone, class_token: bool) -> None:
+    found = features(backbone, layers=(-1, 0), class_token=class_token, storage=True)
+    count = getattr(backbone, "n_storage_tokens", 0)
+    widths = [backbone.feature_info[layer].channels for layer in (-1, 0)]
+    assert [each.shape for each in found.storage] == [(2, count, width) for width in widths]
+    assert len(found.cls) == 2 * class_token
+    plain = features(backbone, layers=(-1, 0), class_token=True)
+    assert torch.equal(found.maps[1], plain.maps[1])
+    assert not plain.storage
+
+
 def test_the_norm_is_a_choice(backbone: Backbone) -> None:
     with_norm, without = features(backbone).maps[0], features(backbone, norm=False).maps[0]
     assert not torch.allclose(with_norm, without)
@@ -57,8 +69,12 @@ def test_sharding_finds_the_tensors_in_them() -> None:
     """FSDP casts what a network is called with, by torch's trees of values."""
     from torch.utils._pytree import tree_map
 
-    given = HeadFeatures([torch.ones(1, 2, 3, 4)], [torch.ones(1, 2)], (24, 32))
-    cast = tree_map(lambda each: each.bfloat16(), given)
-    assert isinstance(cast, HeadFeatures)
-    assert cast.maps[0].dtype == cast.cls[0].dtype == torch.bfloat16
-    assert cast.image_size == (24, 32)
+    one = torch.ones(1, 2, 3)
+    for image, storage in ((None, ()), (one, ()), (None, [one]), (one, [one])):
+        given = HeadFeatures([torch.ones(1, 2, 3, 4)], [torch.ones(1, 2)], (24, 32), image, storage)
+        cast = tree_map(lambda each: each.bfloat16(), given)
+        assert isinstance(cast, HeadFeatures)
+        assert cast.maps[0].dtype == cast.cls[0].dtype == torch.bfloat16
+        assert cast.image_size == (24, 32)
+        assert (cast.image is None) == (image is None)
+        assert [each.dtype for each in cast.storage] == [torch.bfloat16] * len(storage)

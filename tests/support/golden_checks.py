@@ -20,7 +20,7 @@ from dinov3_optimizers import AdamWConfig
 from dinov3_vit.configs import VitConfig
 from dinov3_vit.transformer import VisionTransformer
 from golden_depth import check_depth_bins, check_depth_head, check_depth_numbers
-from golden_segment import check_segmentation_linear
+from golden_segment import check_mask2former, check_segmentation_linear
 from golden_support import (
     PUBLISHED,
     Case,
@@ -40,7 +40,6 @@ from dinov3_framework import Constant, StepOutputs, ViewFeatures
 
 # Kinds of cases whose networks this project does not have.
 NOT_IMPLEMENTED = {
-    "segmentation_m2f",
     "detection",
     "dinotxt",
 }
@@ -280,6 +279,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "depth_bins": check_depth_bins,
     "depth_numbers": check_depth_numbers,
     "segmentation_linear": check_segmentation_linear,
+    "segmentation_m2f": check_mask2former,
 }
 
 

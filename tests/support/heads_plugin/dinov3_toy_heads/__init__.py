@@ -46,6 +46,15 @@ class SquaresConfig(DatasetConfig):
 
 
 @config
+class ShapesConfig(DatasetConfig):
+    """Drawn shapes and a mask of their classes."""
+
+    count: int = option("images", default=10)
+    size: int = option("side in pixels", default=64)
+    seed: int = option("seed of all", default=0)
+
+
+@config
 class HeadScoreConfig(EvaluationConfig):
     """Share of right labels or pixels, in percent, as ``accuracy``."""
 
@@ -82,7 +91,10 @@ def dinov3_heads() -> list[Component]:
 
 @hookimpl
 def dinov3_datasets() -> list[Component]:
-    return [Component("squares", SquaresConfig, "dinov3_toy_heads.data:build_squares")]
+    return [
+        Component("squares", SquaresConfig, "dinov3_toy_heads.data:build_squares"),
+        Component("shapes", ShapesConfig, "dinov3_toy_heads.shapes:build_shapes"),
+    ]
 
 
 @hookimpl
