@@ -261,7 +261,6 @@ def test_processes_find_what_one_finds(processes: int, tmp_path: Path) -> None:
 def test_a_run_that_was_cut_off_goes_on_with_what_is_saved(
     formats: tuple[str, ...], tmp_path: Path
 ) -> None:
-    pytest.importorskip("dinov3_framework.data.saved_predictions")
     config = depth(OFF, save=formats)
     _, whole = evaluated(depth(OFF))
     _, first = evaluated(config, folder=tmp_path)
@@ -276,7 +275,6 @@ def test_a_run_that_was_cut_off_goes_on_with_what_is_saved(
 
 
 def test_predictions_of_other_weights_are_not_taken(tmp_path: Path) -> None:
-    pytest.importorskip("dinov3_framework.data.saved_predictions")
     config: DepthConfig = depth(OFF, save=("npy",))
     evaluated(config, folder=tmp_path)
     with pytest.raises(DataError, match="weights"):
