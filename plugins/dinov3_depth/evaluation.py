@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -20,6 +21,9 @@ from dinov3_framework.data.saved_predictions import SavedPredictions
 from dinov3_framework.errors import printable
 from dinov3_framework.parallel.state_dicts import weights_hash
 from dinov3_framework.runtime import collectives
+
+# Below the framework's logger, whose handlers write run.log.
+log = logging.getLogger("dinov3_framework.depth")
 
 _STEP, _WIDE_STEP = 0.001, 0.01  # of 16 bits, in the unit of the depth: up to 65 and 655
 
@@ -134,6 +138,13 @@ class DepthEvaluation(Evaluation):
                 scores.append(score(self.config, each.index, each.name, prediction, truth))
             except DataError as error:  # said at the end, when nobody waits for this process
                 complaints.append(f"{printable(each.name, kept='')}: {error}")
+        if saved is not None and saved.clipped:
+            log.warning(
+                "%d predictions hold values that 16-bit pictures cannot, in steps of %g: they are "
+                "clipped there; npy keeps them as they are",
+                saved.clipped,
+                saved.scale,
+            )
         shares = cast(
             "list[tuple[list[ImageScore], list[str]]]",
             collectives.all_gather_object((scores, complaints[:1])),
