@@ -120,7 +120,9 @@ def dinov3_vit7b16_dd(
     check_hash: bool = False,
     **fields: _Any,
 ) -> _Any:
-    """The published depth on ViT-7B/16: normalized images [B, 3, H, W] to meters [B, 1, H, W].
+    """The published depth on ViT-7B/16: normalized images [B, 3, H, W] to depth [B, 1, h, w].
+
+    h and w are the image's sides, padded to whole patches, and at odd numbers of patches 16 more.
 
     ``weights`` are the head's (``SYNTHMIX``, a path or a URL), ``backbone_weights`` the backbone's,
     ``fields`` change the backbone's config. A module of ``backbone`` and ``head``, in eval mode.
@@ -138,12 +140,15 @@ def dinov3_vitl16_chmv2(
     check_hash: bool = False,
     **fields: _Any,
 ) -> _Any:
-    """The published canopy height on ViT-L/16: normalized images [B, 3, H, W] to meters.
+    """The published canopy height on ViT-L/16: normalized images [B, 3, H, W] to m [B, 1, h, w].
+
+    h and w are the image's sides, padded to whole patches, and at odd numbers of patches 16 more.
 
     ``weights`` are the head's (``CHMV2``, a path or a URL), ``backbone_weights`` the backbone's
     (``SAT493M`` unless another is named), ``fields`` change the backbone's config. A module of
-    ``backbone`` and ``head``, in eval mode; satellite images have a mean and deviation of their
-    own, ``model.backbone.images``.
+    ``backbone`` and ``head``, in eval mode. Images are normalized with the mean 0.420, 0.411, 0.296
+    and the deviation 0.213, 0.156, 0.143, as its published examples do; ``backbone.images`` are
+    those of the backbone's training, with 0.430.
     """
     satellite = "SAT493M" if backbone_weights is None else backbone_weights
     given = satellite, weights, pretrained, check_hash

@@ -251,6 +251,10 @@ def test_torch_numpy_and_attrs_are_enough(tmp_path: Path, bare_python: Path) -> 
                 tokens = again.forward_features(images)["x_norm_patchtokens"]
                 layers = again.get_intermediate_layers(images, n=2, reshape=True)
             print(name, tokens.shape[1], len(layers))
+        small = dict(embed_dim=32, depth=24, num_heads=2)
+        depth = load("dinov3_vitl16_chmv2", pretrained=False, **small)
+        with torch.no_grad():
+            print("depth", *depth(images).shape[-2:])
         """
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
@@ -263,7 +267,17 @@ def test_torch_numpy_and_attrs_are_enough(tmp_path: Path, bare_python: Path) -> 
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["dinov3_vits16", "16", "2", "dinov3_convnext_tiny", "4", "2"]
+    assert done.stdout.split() == [
+        "dinov3_vits16",
+        "16",
+        "2",
+        "dinov3_convnext_tiny",
+        "4",
+        "2",
+        "depth",
+        "64",
+        "64",
+    ]
 
 
 def test_the_page_on_weights_has_them_all(hub: ModuleType) -> None:

@@ -28,7 +28,9 @@ class DepthHead(Head):
         return depth_loss(self.config, depth, targets[self.config.target])
 
     def predict(self, outputs: Tensor, size: tuple[int, int]) -> Mapping[str, Tensor]:
-        """Depth [B, H, W], bilinear between where it was predicted."""
+        """Depth [B, H, W], bilinear between where it was predicted, cut off at the range's ends."""
         depth = depth_of_scores(self.config, outputs)[:, None]
         resized = F.interpolate(depth, size, mode="bilinear", align_corners=False)
-        return {self.config.target: resized[:, 0]}
+        # Bins stay within it by themselves, regression does not.
+        within = resized[:, 0].clamp(self.config.min_depth, self.config.max_depth)
+        return {self.config.target: within}

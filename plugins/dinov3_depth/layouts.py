@@ -31,10 +31,15 @@ class DptLayout(_DepthLayout):
 
     def recognize(self, content: Content) -> DptDepthConfig | None:
         shapes = content.shapes
-        if "reassemble_blocks.projects.0.conv.weight" not in shapes:
+        known = {name for name in shapes if name.startswith("reassemble_blocks.projects.")}
+        if not known or "conv_depth.head.4.weight" not in shapes:
             return None
-        if "conv_depth.head.4.weight" not in shapes:
-            return None
+        _check_has(
+            shapes,
+            "convs.0.conv.weight",
+            "conv_depth.head.2.weight",
+            *(f"reassemble_blocks.projects.{index}.conv.weight" for index in range(4)),
+        )
         found = DptDepthConfig(
             bins=shapes["conv_depth.head.4.weight"][0],
             hidden=shapes["conv_depth.head.2.weight"][0],
@@ -65,13 +70,17 @@ class ChmV2Layout(_DepthLayout):
             return None
         if settings.get("model_type") != "chmv2":
             return None
-        _check_factors(settings)
-        backbone = settings.get("backbone_config") or {}
-        indices = backbone.get("out_indices") or (6, 12, 18, 24)
+        _check_has(
+            shapes,
+            "convs.0.weight",
+            "conv_depth.head.2.weight",
+            "conv_depth.head.4.weight",
+            *(f"reassemble_stage.layers.{index}.projection.weight" for index in range(4)),
+        )
+        _check_settings(settings)
         return DptDepthConfig(
-            # Hidden states, of which the first are the embedded patches.
-            layers=tuple(int(index) - 1 for index in indices),
-            norm=bool(backbone.get("apply_layernorm", True)),
+            layers=_layers(settings),
+            norm=True,
             batch_norm=False,
             readout=_readout("reassemble_stage.readout_projects.0.0.weight", shapes)
             if settings.get("readout_type", "project") != "add"
@@ -131,23 +140,55 @@ def _as_published(found: DptDepthConfig) -> DptDepthConfig:
     return found
 
 
+def _check_has(shapes: Mapping[str, Shape], *names: str) -> None:
+    missing = [name for name in names if name not in shapes]
+    if missing:
+        raise CheckpointError(f"looks like a DPT depth head, but lacks {', '.join(missing)}")
+
+
 def _strategy(settings: Mapping[str, Any], key: str) -> Any:
     value = settings.get(key, "chmv2_mixlog")
-    known = {"chmv2_mixlog": "mixed_log", "linear": "linear", "log": "log"}
-    if key == "norm_strategy":
-        known |= {"softmax": "softmax", "sigmoid": "sigmoid"}
-        known.pop("log")
+    known = {"chmv2_mixlog": "mixed_log", "linear": "linear"}
+    known |= {"log": "log"} if key == "bins_strategy" else {}
+    known |= {"softmax": "softmax", "sigmoid": "sigmoid"} if key == "norm_strategy" else {}
     if value not in known:
-        raise CheckpointError(f"its config.json has {key} {value!r}; known are {', '.join(known)}")
+        raise _odd(key, value, ", ".join(known))
     return known[value]
 
 
-def _check_factors(settings: Mapping[str, Any]) -> None:
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise ``CheckpointError`` for what no option here stands for."""
     factors = settings.get("reassemble_factors") or [4, 2, 1, 0.5]
     if list(factors) != [4, 2, 1, 0.5]:
+        raise _odd("reassemble_factors", factors, "[4, 2, 1, 0.5]")
+    # There each of the two has a factor of 8: with one alone, depths are an eighth or 8 times.
+    spacing, weighting = (_strategy(settings, f"{each}_strategy") for each in ("bins", "norm"))
+    if (spacing == "mixed_log") != (weighting == "mixed_log"):
         raise CheckpointError(
-            f"its config.json has reassemble_factors {factors}; known are [4, 2, 1, 0.5]"
+            "its config.json has chmv2_mixlog as bins_strategy or norm_strategy alone; they go "
+            "together"
         )
+    backbone = settings.get("backbone_config") or {}
+    if backbone.get("apply_layernorm", True) is not True:
+        # The last layer would be normalized all the same, and the others would not.
+        raise _odd("backbone_config.apply_layernorm", backbone["apply_layernorm"], "true")
+    for key, default in (("min_depth", 0.001), ("max_depth", 96.0)):
+        value = settings.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise _odd(key, value, "numbers above 0")
+
+
+def _layers(settings: Mapping[str, Any]) -> tuple[int, ...]:
+    """Layers from 0; there they are counted from 1, for the embedded patches come first."""
+    indices = (settings.get("backbone_config") or {}).get("out_indices") or [6, 12, 18, 24]
+    whole = all(isinstance(index, int) and index != 0 for index in indices)
+    if not whole or len(indices) != 4:
+        raise _odd("backbone_config.out_indices", list(indices), "four layers, from 1")
+    return tuple(index - 1 if index > 0 else index for index in indices)
+
+
+def _odd(key: str, value: Any, known: str) -> CheckpointError:
+    return CheckpointError(f"its config.json has {key} = {value!r}; known are {known}")
 
 
 def _chmv2_name(name: str) -> str:

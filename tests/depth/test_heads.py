@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from dinov3_framework import (
     CheckpointError,
     FeatureInfo,
     InvalidOption,
+    Model,
     Registry,
     Target,
     UserError,
@@ -80,6 +85,14 @@ def test_depth_is_resized_as_depth() -> None:
     assert head(drawn(head, 3, 5)).shape == (2, 5, 64, 96), "the coarsest map is rounded up"
 
 
+@torch.no_grad()
+def test_depth_by_regression_is_cut_off() -> None:
+    head = built(DptDepthConfig(**{**SMALL, "bins": 1}, min_depth=0.5, max_depth=0.6))
+    scores = torch.tensor([-1.0, 5.0]).view(1, 1, 1, 2)
+    found = head.predict(scores, (2, 4))["depth"]
+    torch.testing.assert_close(found[0, :, [0, -1]], torch.tensor([[0.5, 0.6]] * 2))
+
+
 def test_what_does_not_fit_is_said() -> None:
     with pytest.raises(UserError, match="needs four layers, and this backbone has 2"):
         built(features=FEATURES[:2])
@@ -105,11 +118,12 @@ def test_official_files_are_loaded_by_themselves(tmp_path: Path, readout: Any) -
     assert loaded.head.targets == TARGETS
     with torch.no_grad():
         torch.testing.assert_close(loaded.head(drawn(head)), head(drawn(head)), rtol=0, atol=0)
-    state = head.state_dict()
-    state.pop("convs.2.conv.weight")
-    torch.save(state, tmp_path / "head.pth")
-    with pytest.raises(CheckpointError, match=r"convs\.2\.conv\.weight"):
-        load_head(tmp_path / "head.pth", Backbone())  # type: ignore[arg-type]
+    for lost in ("convs.2.conv.weight", "convs.0.conv.weight", "conv_depth.head.2.weight"):
+        state = head.state_dict()
+        state.pop(lost)
+        torch.save(state, tmp_path / "head.pth")
+        with pytest.raises(CheckpointError, match=re.escape(lost)):
+            load_head(tmp_path / "head.pth", Backbone())  # type: ignore[arg-type]
 
 
 def test_the_published_heads_are_told_apart_by_their_shapes(tmp_path: Path) -> None:
@@ -173,9 +187,8 @@ def test_the_hub_loads_one_from_its_files(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------- transformers
-@pytest.mark.parametrize("readout", ["project", "add", "ignore"])
-def test_canopy_height_of_transformers(tmp_path: Path, readout: str) -> None:
-    """A folder of CHMv2 is a backbone and a head, and gives what transformers gives."""
+def canopy(folder: Path, **options: Any) -> Any:
+    """A small model as transformers saves it."""
     from transformers import CHMv2Config, CHMv2ForDepthEstimation
 
     backbone = {
@@ -183,39 +196,90 @@ def test_canopy_height_of_transformers(tmp_path: Path, readout: str) -> None:
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_attention_heads": 2,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 5,
         "num_register_tokens": 4,
         "key_bias": True,
-        "out_indices": [1, 2, 3, 4],
+        "out_indices": [1, 2, 4, 5],
         "reshape_hidden_states": True,
         "apply_layernorm": True,
         "return_class_token": True,
         "layer_norm_eps": 1e-5,
         "image_size": 64,
     }
-    config = CHMv2Config(
-        backbone_config=backbone,
-        post_process_channels=[4, 6, 8, 10],
-        fusion_hidden_size=8,
-        head_hidden_size=6,
-        number_output_channels=5,
-        readout_type=readout,
-    )
+    values = {
+        "backbone_config": {**backbone, **options.pop("backbone", {})},
+        "post_process_channels": [4, 6, 8, 10],
+        "fusion_hidden_size": 8,
+        "head_hidden_size": 6,
+        "number_output_channels": 5,
+    }
     torch.manual_seed(0)
-    model = CHMv2ForDepthEstimation(config).eval()
+    model = CHMv2ForDepthEstimation(CHMv2Config(**values, **options)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape))
+            fan_in = math.prod(parameter.shape[1:]) if parameter.ndim > 1 else 10
+            parameter.copy_(torch.randn(parameter.shape) * fan_in**-0.5)
         # Where all scores are cut off at almost 0, rounding decides on their shares.
         model.head.conv_depth.head[4].bias.add_(2)
-    model.save_pretrained(tmp_path / "chmv2")
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def plain_canopy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chmv2")
+    canopy(folder)
+    return folder
+
+
+LOG = {"bins_strategy": "log", "norm_strategy": "sigmoid", "max_depth": 40.0}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"readout_type": "project"},
+        {"readout_type": "add", "backbone": {"out_indices": [1, 2, -2, -1]}},
+        {"readout_type": "ignore"},
+        {**LOG, "readout_type": "project"},
+    ],
+)
+def test_canopy_height_of_transformers(tmp_path: Path, options: dict[str, Any]) -> None:
+    """A folder of CHMv2 is a backbone and a head, and gives what transformers gives."""
+    model = canopy(tmp_path / "chmv2", **options)
     ours = load_backbone(tmp_path / "chmv2")
     head = load_head(tmp_path / "chmv2", ours.backbone)
-    from dinov3_framework import Model
-
     images = torch.randn(2, 3, 64, 96)
     found = predict(Model(ours.backbone, WEB_IMAGES, head.head), images)["depth"]
     with torch.no_grad():
         expected = model(images).predicted_depth
     assert expected.shape == found.shape
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"bins_strategy": "linear"}, "go together"),
+        ({"norm_strategy": "softmax"}, "go together"),
+        ({"bins_strategy": "sid"}, "bins_strategy = 'sid'"),
+        ({"reassemble_factors": [2, 1, 1, 0.5]}, "reassemble_factors"),
+        ({"max_depth": "far"}, "max_depth = 'far'"),
+        ({"backbone_config.out_indices": [0, 1, 2, 3]}, "out_indices"),
+        ({"backbone_config.out_indices": [3, 4, 5]}, "out_indices"),
+        ({"backbone_config.apply_layernorm": False}, "apply_layernorm"),
+    ],
+)
+def test_what_config_json_says_and_is_not_known(
+    tmp_path: Path, plain_canopy: Path, values: dict[str, Any], message: str
+) -> None:
+    """Refused, rather than taken for something else."""
+    backbone = load_backbone(plain_canopy).backbone
+    folder = shutil.copytree(plain_canopy, tmp_path / "chmv2")
+    said = json.loads((folder / "config.json").read_text("utf-8"))
+    for name, value in values.items():
+        *outer, last = name.split(".")
+        (said[outer[0]] if outer else said)[last] = value
+    (folder / "config.json").write_text(json.dumps(said), "utf-8")
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        load_head(folder, backbone)
