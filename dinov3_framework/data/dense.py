@@ -55,7 +55,8 @@ class DensePredictor:
     def views(self, image: Tensor) -> list[Tensor]:
         """A raw image [C, H, W] as the model looks at it, float32 [C, h, w] for each scale.
 
-        To be called in a loader worker. Raises ``DataError`` for another number of channels.
+        To be called in a loader worker. Raises ``DataError`` for another number of channels, and
+        for images so thin that they would be resized to millions of pixels.
         """
         return resized_views(image, self.model.images, self.config)
 

@@ -93,8 +93,7 @@ def sample(
     """
     samples, _, heads, width = values.shape
     length, points = offsets.shape[1], offsets.shape[4]
-    total: Tensor | None = None
-    start = 0
+    parts, start = [], 0
     for level, (height, across) in enumerate(sizes):
         stop = start + height * across
         grid = values[:, start:stop].permute(0, 2, 3, 1).float()
@@ -106,9 +105,7 @@ def sample(
         seen = F.grid_sample(
             grid, where, mode="bilinear", padding_mode="zeros", align_corners=False
         )  # [B * H, d, N, K]
-        share = weights[:, :, :, level].transpose(1, 2).reshape(-1, 1, length, points)
-        part = (seen * share).sum(-1)
-        total = part if total is None else total + part
-    if total is None:
-        raise ValueError("there are no levels")
+        parts.append(seen)
+    shares = weights.transpose(1, 2).reshape(samples * heads, 1, length, -1)
+    total = (torch.cat(parts, -1) * shares).sum(-1)
     return total.view(samples, heads * width, length).transpose(1, 2)
