@@ -228,7 +228,9 @@ def test_an_estimate_is_of_a_step_without_the_backbone(tmp_path: Path) -> None:
     step = re.search(rf"steps +100.0% of steps: {work}", once)
     extraction = re.search(rf"extraction, once +10.0% of steps: {work}", once)
     usual = re.search(r"FLOPs of a process +([0-9.]+) M", anew)
-    assert step and extraction and usual
+    assert step
+    assert extraction
+    assert usual
     assert float(step[1]) < 0.1 * float(usual[1])
     # Twenty images at once, and not eight.
     assert float(extraction[1]) == pytest.approx(2.5 * float(usual[1]), rel=0.02)
