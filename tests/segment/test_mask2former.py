@@ -109,6 +109,12 @@ def test_the_official_file_is_loaded_by_itself(tmp_path: Path) -> None:
         found, expected = loaded.head(features), head(features)
     assert torch.equal(found["pred_masks"], expected["pred_masks"])
     state = head.state_dict()
+    beside = {"segmentation_model.0.backbone.cls_token": torch.zeros(1, 1, 32)}
+    torch.save(state | beside, tmp_path / "head.pth")  # as the whole network saves itself
+    load_head(tmp_path / "head.pth", Backbone())  # type: ignore[arg-type]
+    torch.save(state | {"segmentation_model.0.other": torch.zeros(1)}, tmp_path / "head.pth")
+    with pytest.raises(CheckpointError, match=r"segmentation_model\.0\.other"):
+        load_head(tmp_path / "head.pth", Backbone())  # type: ignore[arg-type]
     state.pop("segmentation_model.0.level_embed")
     torch.save(state, tmp_path / "head.pth")
     with pytest.raises(CheckpointError, match=r"segmentation_model\.0\.level_embed"):
