@@ -91,6 +91,35 @@ def dinov3_vit7b16_lc(
     return Classifier(backbone, head).eval()
 
 
+def dinov3_vit7b16_ms(
+    *,
+    pretrained: bool = True,
+    weights: str | _Path | None = None,
+    backbone_weights: str | _Path | None = None,
+    check_hash: bool = False,
+    classes: int = 150,
+    **fields: _Any,
+) -> _Any:
+    """The published segmenter on ViT-7B/16: normalized images [B, 3, H, W] to masks and classes.
+
+    ``weights`` are the segmenter's (``ADE20K``, a path or a URL), ``backbone_weights`` the
+    backbone's, ``fields`` change the backbone's config. A module of ``backbone`` and ``head``, in
+    eval mode, with ``predict(images, rescale_to=(512, 512))`` and ``scores(images)``.
+    """
+    from dinov3_segment.segmentor import Segmentor
+
+    from dinov3_framework.contracts.data import Target
+
+    known = {"pretrained": pretrained, "check_hash": check_hash}
+    backbone = _load_published(
+        _CATALOG, "dinov3_vit7b16", weights=backbone_weights, **known, **fields
+    )
+    targets = {"mask": Target("mask", n_classes=classes)}
+    runtime = {"features": backbone.feature_info, "targets": targets}
+    head = _load_published(_CATALOG, "dinov3_vit7b16_ms", weights=weights, runtime=runtime, **known)
+    return Segmentor(backbone, head).eval()
+
+
 def _depther(
     name: str,
     backbone_name: str,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 from torch import Tensor, nn
@@ -16,9 +16,6 @@ from torch.utils._pytree import register_pytree_node
 from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts.data import Target
 from dinov3_framework.errors import UserError
-
-if TYPE_CHECKING:
-    from dinov3_framework.contracts.training import Step
 
 
 @attrs.frozen
@@ -217,10 +214,10 @@ class Head(Shardable):
     # its scores in memory at once.
     predicts_rows: bool = False
 
-    def before_step(self, step: Step) -> None:
-        """Called before each step of a training, where the head changes in the course of it.
+    def before_step(self, iteration: int, total: int) -> None:
+        """Called before each iteration, from 0, of a training of ``total``.
 
-        What it changes depends on the step alone, so that a resumed run has the same.
+        What it changes in the head depends on these alone, so that a resumed run has the same.
         """
 
     @abc.abstractmethod

@@ -62,7 +62,7 @@ class HeadUnit(TrainUnit):
     def before_step(self, step: Step) -> None:
         for network in self.networks.values():
             network.train()  # an evaluation left them in eval mode
-        self.head.before_step(step)
+        self.head.before_step(step.iteration, step.total)
 
     def forward(self, batch: LabeledBatch | FeatureBatch, step: Step) -> StepResult:
         if isinstance(batch, FeatureBatch):

@@ -7,7 +7,9 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dinov3_framework import DataError, Dataset, Sample
+from dinov3_framework import CorruptSampleError, DataError, Dataset, Sample
+from dinov3_framework.data.dense_config import DenseInferenceConfig
+from dinov3_framework.data.dense_views import view_sizes
 from dinov3_framework.data.pictures import MAX_PIXELS, lost, read_image
 
 _ENDINGS = (
@@ -63,6 +65,34 @@ class Images(Dataset):
         return lost(
             [str(path) for path in self.paths[:_LOOKED_AT]], self.channels, MAX_PIXELS, None
         )
+
+
+class Resizable(Dataset):
+    """The samples of a dataset; one too thin to be resized counts as one that cannot be read."""
+
+    def __init__(self, dataset: Dataset, inference: DenseInferenceConfig) -> None:
+        self.dataset, self.inference = dataset, inference
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.dataset[index]
+        height, width = sample.image.shape[-2:]
+        try:
+            view_sizes(height, width, self.inference)
+        except DataError as error:
+            raise CorruptSampleError(self.name(index), str(error)) from error
+        return sample
+
+    def name(self, index: int) -> str:
+        return self.dataset.name(index)
+
+    def describe(self) -> str:
+        return self.dataset.describe()
+
+    def notes(self) -> Sequence[str]:
+        return self.dataset.notes()
 
 
 def _common(paths: Sequence[Path]) -> str:

@@ -31,7 +31,7 @@ from dinov3_framework.parallel.state_dicts import weights_hash
 from dinov3_framework.runtime.agreement import OwnErrors
 from dinov3_predict import PredictConfig
 from dinov3_predict.drawing import ClassDrawing, Drawing, MapDrawing, MaskDrawing
-from dinov3_predict.images import Images
+from dinov3_predict.images import Images, Resizable
 from dinov3_predict.model import LoadedModel, describe, load
 from dinov3_predict.outputs import OVERLAYS, PAGE, PREDICTIONS, TABLE, Outputs, Seen
 from dinov3_predict.walk import Walk
@@ -60,7 +60,7 @@ class Predict(Task):
         images: list[tuple[str, str]] = []
         dataset = None
         try:
-            dataset = self.dataset(loaded.model)
+            dataset = self.dataset(loaded.model, target)
         except DataError as error:
             missing.append(str(error))
         else:
@@ -123,15 +123,16 @@ class Predict(Task):
             raise RecipeError([Problem("colormap", message, "take turbo, viridis or gray")])
         return MapDrawing(target, self.config.colormap)
 
-    def dataset(self, model: Model) -> Dataset:
+    def dataset(self, model: Model, target: Target) -> Dataset:
         """The images; raises ``DataError`` where there are none."""
         channels = model.images.channels
         if self.config.dataset is None:
-            return Images(self.config.images or "", channels=channels)
-        dataset: Dataset = self.registry.build(self.config.dataset, channels=channels)
+            dataset: Dataset = Images(self.config.images or "", channels=channels)
+        else:
+            dataset = self.registry.build(self.config.dataset, channels=channels)
         if len(dataset) == 0:
             raise DataError(f"{dataset.describe()}: holds no images")
-        return dataset
+        return dataset if target.kind == "class" else Resizable(dataset, self.inference(model))
 
     def _files(self, target: Target, drawing: Drawing) -> list[tuple[str, str]]:
         config, found = self.config, []
@@ -155,7 +156,7 @@ class Predict(Task):
         config, loaded = self.config, load(self.config, self.registry)
         model = loaded.model
         name, target = self.target(loaded)
-        dataset = (plan and plan.prepared) or self.dataset(model)
+        dataset = (plan and plan.prepared) or self.dataset(model, target)
         drawing = self._drawing(target)
         protocol = _described(self.inference(model), model, target)
         weights = weights_hash(model.backbone, cast(Any, model.head))
@@ -197,8 +198,8 @@ def predicted_images(config: PredictConfig) -> Iterator[tuple[str, Tensor]]:
     """(name, prediction) of each image, without files; see ``dinov3_predict.predict``."""
     registry = Registry.load()
     task, loaded = Predict(config, registry=registry), load(config, registry)
-    name, _ = task.target(loaded)
-    dataset = task.dataset(loaded.model)
+    name, target = task.target(loaded)
+    dataset = task.dataset(loaded.model, target)
     for each in task.walk(loaded.model, dataset, name)():
         yield dataset.name(each.index), each.prediction
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dinov3_framework import Component, Published
+from dinov3_framework import Component, Published, PublishedFile
 from dinov3_segment.configs_linear import LinearSegmentationConfig
 from dinov3_segment.configs_mask2former import Mask2FormerConfig
 from dinov3_segment.configs_plain import PlainMaskTransformerConfig
@@ -19,4 +19,20 @@ COMPONENTS: list[Component] = [
     ),
 ]
 
-PUBLISHED: list[Published] = []
+_FILE = "dinov3_vit7b16_ade20k_m2f_head-bf307cb1.pth"
+
+PUBLISHED: list[Published] = [
+    # On the LVD-1689M weights of ViT-7B/16, trained on ADE20K.
+    Published(
+        "dinov3_vit7b16_ms",
+        {
+            "ADE20K": PublishedFile(
+                _FILE,
+                Mask2FormerConfig(),
+                size=896,
+                url=f"https://dl.fbaipublicfiles.com/dinov3/dinov3_vit7b16/{_FILE}",
+            )
+        },
+        kind="head",
+    )
+]

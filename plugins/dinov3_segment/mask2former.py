@@ -20,6 +20,7 @@ from dinov3_segment.mask_head import MaskHead
 from dinov3_segment.pixel_decoder import PixelDecoder
 
 _COARSEST = 32  # pixels of the coarsest map's stride, of which sides of images are multiples
+_FINEST = 4  # pixels of the stride of masks
 _GROUPS = 32
 
 
@@ -112,7 +113,11 @@ class Mask2Former(MaskHead):
 
     def forward(self, features: HeadFeatures) -> dict[str, Any]:
         _, segmenter = self._parts()
-        *earlier, last = segmenter(self.maps(features))
+        outputs = segmenter(self.maps(features))
+        height, width = (-(-side // _FINEST) for side in features.image_size)
+        for each in outputs:  # what images were filled up with is cut off again
+            each["pred_masks"] = each["pred_masks"][..., :height, :width]
+        *earlier, last = outputs
         # Whoever predicts keeps outputs of many windows, and has no use for the earlier layers.
         return {**last, "aux_outputs": earlier} if self.training else dict(last)
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from dinov3_framework.contracts.data import Target
 from dinov3_framework.contracts.networks import FeatureInfo, FeatureNeeds, HeadFeatures
-from dinov3_framework.contracts.training import Step
 from dinov3_framework.errors import UserError
 from dinov3_framework.parallel.batch_norm import GlobalBatchNorm2d
 from dinov3_segment.configs_plain import PlainMaskTransformerConfig
@@ -171,11 +170,11 @@ class PlainMaskTransformer(MaskHead):
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         return True  # all of them, as published
 
-    def before_step(self, step: Step) -> None:
+    def before_step(self, iteration: int, total: int) -> None:
         config, blocks = self.config, self.config.blocks
         begins = config.unmask_from or spread(_UNMASK_FROM, blocks)
         ends = config.unmask_until or spread(_UNMASK_UNTIL, blocks)
-        done = step.iteration / step.total
+        done = iteration / total
         left = [
             1.0 if done < begin else max((end - done) / max(end - begin, 1e-9), 0.0)
             for begin, end in zip(begins, ends, strict=True)
@@ -184,6 +183,8 @@ class PlainMaskTransformer(MaskHead):
         self.decoder.attn_mask_probs.copy_(chances)
 
     def forward(self, features: HeadFeatures) -> dict[str, Any]:
+        if len(features.storage) < len(features.maps):
+            raise ValueError("the decoder takes storage tokens, too, and they are not there")
         grid = (features.maps[0].shape[-2], features.maps[0].shape[-1])
         dtype = self.decoder.class_head.weight.dtype
         levels = []
@@ -197,7 +198,7 @@ class PlainMaskTransformer(MaskHead):
                 channels = self.bn[index](channels[..., None])[..., 0]
             levels.append(channels.transpose(1, 2))
         *earlier, last = self.decoder(levels, grid)
-        return {**last, "aux_outputs": earlier}
+        return {**last, "aux_outputs": earlier} if self.training else last
 
 
 def _quarters(count: int) -> tuple[int, ...]:

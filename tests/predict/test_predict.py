@@ -239,6 +239,19 @@ def test_what_cannot_be_read_is_left_out_and_named(
     assert "none of 3 samples can be decoded" in said
 
 
+def test_an_image_too_thin_to_be_resized_is_left_out(
+    mask: Path, images: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "good.jpg").write_bytes((images / NAMES[0]).read_bytes())
+    Image.new("RGB", (5000, 2), "red").save(folder / "thin.png")
+    ran(tmp_path / "out", f"weights={mask}", f"images={folder}")
+    (row,) = table(tmp_path / "out", "skipped.csv")
+    assert row["image"] == "thin.png"
+    assert "2 x 5000 pixels would be resized to 32 x 80000" in row["reason"]
+
+
 @pytest.mark.parametrize(
     ("place", "complaint"),
     [
