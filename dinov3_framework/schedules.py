@@ -180,8 +180,9 @@ class WarmupCosine(Schedule):
 class OneCycle(Schedule):
     """Half a cosine over the whole run, under a factor that grows from 0 to 1 in the warm-up.
 
-    The schedule of the published linear evaluation on NYU Depth: the cosine begins with the run,
-    not after the warm-up, where it includes its end point and tends to 0.
+    The schedule of the published linear evaluations on NYU Depth and ADE20K: the cosine begins with
+    the run, not after the warm-up, where it includes its end point and tends to 0. With ``ratio``,
+    as on ADE20K, the factor grows from it, under a straight line from 1 to 0 over the run.
     """
 
     use: ClassVar[str] = "one_cycle"
@@ -189,9 +190,13 @@ class OneCycle(Schedule):
     peak: float = field(metadata=_doc("value that the cosine comes from"))
     end: float = field(default=0.0, metadata=_doc("value at the last iteration"))
     warmup: Span = field(default=0, metadata=_doc("iterations of warm-up"))
+    ratio: float = field(default=0.0, metadata=_doc("the factor at iteration 0; 0 as on NYU Depth"))
 
     def at(self, iteration: int, total: int) -> float:
         warmup = iterations_of(self.warmup, total)
+        if iteration < warmup and self.ratio:
+            factor = 1 - (1 - iteration / warmup) * (1 - self.ratio)
+            return self.start + self.peak * factor * (1 - iteration / total)
         if iteration < warmup:
             level = (1 + math.cos(math.pi * iteration / total)) / 2
             return self.start + self.peak * level * iteration / warmup

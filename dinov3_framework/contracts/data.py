@@ -205,6 +205,12 @@ class Transform(abc.ABC):
 
     targets: Mapping[str, Target] = {}
     size: tuple[int, int] | None = None  # height and width of images, where all have the same
+    # Whether it may draw anything. Of one that says False, what becomes of a sample may be kept.
+    random: bool = True
+
+    def random_options(self) -> Sequence[str]:
+        """The options that make it ``random``, for messages, where there are some to name."""
+        return ()
 
     @abc.abstractmethod
     def __call__(self, sample: Sample) -> Sample:

@@ -79,6 +79,12 @@ class BatchMaker(abc.ABC, Generic[Item, B]):
     def collate(self, items: Sequence[Item], step: int, micro: int, corrupt: tuple[str, ...]) -> B:
         """A batch of prepared samples; ``corrupt`` names those that others stand in for."""
 
+    def read(self, index: int) -> Any:
+        """What ``prepare`` gets of a dataset with an index: by default its sample."""
+        if isinstance(self.dataset, StreamDataset):
+            raise TypeError("a stream has no index")
+        return self.dataset[index]
+
     def describe_item(self) -> str:
         """What a sample becomes, in a few words, for messages."""
         return ""
@@ -120,14 +126,14 @@ class BatchMaker(abc.ABC, Generic[Item, B]):
         except StopIteration:
             raise DataError(f"{self.dataset.describe()}: a stream ended, and must not") from None
 
-    def _read(self, place: int, corrupt: list[str]) -> Sample:
+    def _read(self, place: int, corrupt: list[str]) -> Any:
         if self.stream is None or isinstance(self.dataset, StreamDataset):
             raise TypeError("a stream has no places")
         index = self.stream[place]
         for attempt in range(_SUBSTITUTES):
             self.reading.note(index)
             try:
-                return self.dataset[index]
+                return self.read(index)
             except CorruptSampleError as error:
                 corrupt.append(str(error))
                 substitute = keyed_rng(self.seed, "substitute", place, attempt)
@@ -145,6 +151,9 @@ class LabeledBatch:
     samples: SampleBatch
     corrupt: tuple[str, ...] = ()
 
+    def __len__(self) -> int:
+        return len(self.samples)
+
     def to(self, device: torch.device) -> LabeledBatch:
         return self.changed(lambda tensor: tensor.to(device, non_blocking=True))
 
@@ -154,19 +163,20 @@ class LabeledBatch:
     def changed(self, change: Callable[[Tensor], Tensor]) -> LabeledBatch:
         """The same with every tensor changed."""
         samples = SampleBatch(
-            _changed(self.samples.images, change), _changed(self.samples.targets, change)
+            changed_tensors(self.samples.images, change),
+            changed_tensors(self.samples.targets, change),
         )
         return evolve(self, samples=samples)
 
 
-def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def changed_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same nested value with every tensor changed."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
-        return {name: _changed(each, change) for name, each in value.items()}
+        return {name: changed_tensors(each, change) for name, each in value.items()}
     if isinstance(value, list):
-        return [_changed(each, change) for each in value]
+        return [changed_tensors(each, change) for each in value]
     return value
 
 

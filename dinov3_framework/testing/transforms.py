@@ -50,10 +50,12 @@ class TransformSuite(Suite):
         channels = self.images.channels
         return [made_up_sample(self.schema, size, channels, n) for n, size in enumerate(self.sizes)]
 
-    def transformed(self, sample: Sample, transform: Transform | None = None) -> Sample:
+    def transformed(
+        self, sample: Sample, transform: Transform | None = None, seed: int = 3
+    ) -> Sample:
         """What becomes of a sample with one state of torch's global generator."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(3)
+            torch.manual_seed(seed)
             return (transform or self.transform)(sample)
 
     # ------------------------------------------------------------------ promises
@@ -97,6 +99,20 @@ class TransformSuite(Suite):
             for other in (self.transform, copied):
                 again = self.transformed(sample, other).image
                 assert torch.equal(first, again), "gives another image for the same seed"
+
+    def test_what_is_not_random(self) -> None:
+        """A transform that says it is not random makes the same of a sample whatever the seed."""
+        if self.transform.random:
+            return
+        for sample in self.samples():
+            first, other = (self.transformed(sample, seed=seed) for seed in (3, 4))
+            assert torch.equal(first.image, other.image), "another image for another seed"
+            for name in self.schema:
+                one, two = first.targets[name], other.targets[name]
+                if isinstance(one, Tensor) and one.is_floating_point():  # unknown is NaN
+                    one, two = one.nan_to_num(), two.nan_to_num()
+                same = torch.equal(one, two) if isinstance(one, Tensor) else one == two
+                assert same, f"another target {name!r} for another seed"
 
     def test_batches(self) -> None:
         """A batch has images of one size in one tensor, and targets per object in lists."""

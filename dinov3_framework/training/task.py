@@ -164,6 +164,9 @@ class TrainingMethod(abc.ABC):
     def begin(self, trainer: Trainer, prepared: Any) -> None:
         """Called before the first step of a run that has no checkpoint of its own."""
 
+    def before_training(self, trainer: Trainer, prepared: Any) -> None:
+        """Called before the first step of each start, once what a checkpoint has is loaded."""
+
     def first_iteration(self) -> int:
         """The iteration that a new run goes on after."""
         return 0
@@ -347,6 +350,7 @@ class TrainingTask(Task):
         try:
             if not self.coordinator.resume(trainer):
                 self.method.begin(trainer, prepared)
+            self.method.before_training(trainer, prepared)
             trainer.train()
             self._finish(trainer, prepared, started)
         except BaseException as error:

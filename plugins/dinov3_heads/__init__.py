@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from dinov3_framework import (
     BackboneConfig,
@@ -21,8 +21,6 @@ from dinov3_framework import (
 )
 from dinov3_framework.kinds import name_of_source
 from dinov3_framework.training import TrainingConfig
-
-FINGERPRINT = "fingerprint of the backbone"  # in the provenance of a head
 
 
 @config
@@ -53,9 +51,24 @@ class TrainHeadConfig(TrainingConfig):
         "train the backbone, too; layer-wise decay of the learning rate is the optimizer's",
         default=False,
     )
+    reuse_features: Literal["auto", "always", "never"] = option(
+        "extract the features of each sample once, where neither the backbone changes nor the "
+        "transform draws anything at random; auto: where they fit and the run makes two passes or "
+        "more over the data",
+        default="auto",
+    )
+    feature_memory: float = option(
+        "GiB of memory that such features may take in each process; with feature_cache they are in "
+        "files instead",
+        default=4.0,
+        check=positive,
+    )
+    feature_dtype: Literal["exact", "bf16", "fp16"] = option(
+        "what such features are kept in; exact: as the backbone computes them", default="exact"
+    )
     feature_cache: str | None = option(
-        "folder where evaluations keep features of a frozen backbone for other runs; left out, "
-        "this run's evaluations extract them once",
+        "folder where features of a frozen backbone are kept for other runs, those of evaluations "
+        "and those that training reuses; left out, this run extracts them once",
         default=None,
     )
 

@@ -42,10 +42,13 @@ from dinov3_framework.training.simulation import SimulatedBatch, made_up_sample
 from dinov3_framework.training.task import InitialState, TrainingMethod
 from dinov3_framework.training.trainer import Trainer
 from dinov3_framework.weights.export import export_gathered
-from dinov3_framework.weights.heads import head_info
+from dinov3_framework.weights.heads import FINGERPRINT, TRAINED_ON, head_info
 from dinov3_framework.weights.info import ComponentInfo
 from dinov3_framework.weights.locations import HEAD, TUNED
-from dinov3_heads import FINGERPRINT, TrainHeadConfig
+from dinov3_heads import TrainHeadConfig
+from dinov3_heads.feature_chunks import DTYPES
+from dinov3_heads.reuse import Reuse, open_store, plan_reuse, reuse_problem
+from dinov3_heads.reused_batches import FeatureBatch, ReusedBatches, blank_batch, fill
 from dinov3_heads.unit import HeadUnit
 
 _SIZE = 224  # pixels that an exported backbone is taken for, where nothing tells
@@ -59,7 +62,8 @@ class HeadParts:
     transform: Transform
     head: Head | None  # None where the data, which say what their targets are, are not here
     targets: Mapping[str, Target]
-    dataset: Dataset | StreamDataset | None = None
+    dataset: Dataset | StreamDataset | None
+    reuse: Reuse
 
     @cached_property
     def sample(self) -> SampleCheck:
@@ -106,7 +110,8 @@ class TrainHead(TrainingMethod):
                 )
         if problems:
             raise RecipeError(problems)
-        return HeadParts(backbone, transform, head, targets, dataset)
+        reuse = plan_reuse(self.config, backbone, head, transform, dataset)
+        return HeadParts(backbone, transform, head, targets, dataset, reuse)
 
     def shardable(self, prepared: HeadParts) -> Backbone:
         return prepared.backbone
@@ -121,6 +126,7 @@ class TrainHead(TrainingMethod):
             problems.append(Problem("transform", f"{message} {patch} of the backbone", hint))
         if head is None:
             return problems
+        problems += reuse_problem(self.config, prepared.reuse, prepared.dataset)
         problems += self._coupled(head)
         if complaint := layers_complaint(head.needs.layers, backbone.n_layers):
             problems.append(Problem("head", complaint))
@@ -169,7 +175,10 @@ class TrainHead(TrainingMethod):
             sections["first sample"] = list(prepared.sample.rows)
         size = prepared.transform.size
         images = "of several sizes" if size is None else f"{size[0]} x {size[1]} px"
-        sections["batch"] = [("images per step", f"{config.batch_size:,}, {images}")]
+        sections["batch"] = [
+            ("images per step", f"{config.batch_size:,}, {images}"),
+            *prepared.reuse.rows(world_size),
+        ]
         return {**sections, "schedule": optimizer_rows(config)}
 
     def _size(self, prepared: HeadParts) -> int | None:
@@ -218,7 +227,7 @@ class TrainHead(TrainingMethod):
 
     def _head_info(self, prepared: HeadParts, made: Mapping[str, str]) -> ComponentInfo:
         component, values = self.registry.values_of(self.config.head)
-        known = {**made, "trained on": self.described.name}
+        known = {**made, TRAINED_ON: self.described.name}
         size, targets = self._size(prepared), self._head(prepared).targets
         return head_info(component, values, self.images(), size, targets, known)
 
@@ -244,13 +253,39 @@ class TrainHead(TrainingMethod):
 
     def batches(
         self, prepared: HeadParts, dataset: Dataset | StreamDataset, layout: Layout
-    ) -> TransformedBatches:
-        config = self.config
-        return TransformedBatches(
-            dataset, prepared.transform, layout, config.seed, config.loader.workers
+    ) -> TransformedBatches | ReusedBatches:
+        config, reuse, workers = self.config, prepared.reuse, self.config.loader.workers
+        batches = TransformedBatches(dataset, prepared.transform, layout, config.seed, workers)
+        return ReusedBatches(batches, workers) if reuse.is_on else batches
+
+    def before_training(self, trainer: Trainer, prepared: HeadParts) -> None:
+        """Extract what is to be reused, or find it in the folder."""
+        batches, unit, config = trainer.maker, trainer.unit, self.config
+        if not isinstance(batches, ReusedBatches) or trainer.done >= config.iterations:
+            return
+        batches.store = open_store(
+            prepared.reuse,
+            unit.backbone,
+            batches.dataset,
+            self._head(prepared).needs,
+            transform=self.registry.values_of(config.transform),
+            images=self.images(),
+            dtypes=(config.parallel.param_dtype, config.feature_dtype),
+        )
+        fill(
+            batches.store,
+            unit.backbone,
+            self._head(prepared).needs,
+            batches.transformed,
+            shape=prepared.reuse.shape,
+            dtype=DTYPES.get(config.feature_dtype),
+            device=trainer.device,
+            workers=config.loader.workers,
         )
 
     def image_bytes(self, prepared: HeadParts) -> int:
+        if prepared.reuse.is_on:
+            return prepared.reuse.sample_bytes
         height, width = prepared.transform.size or (0, 0)
         return 4 * self.images().channels * height * width
 
@@ -261,13 +296,19 @@ class TrainHead(TrainingMethod):
                 "images of several sizes cannot be estimated; let the transform crop them to one"
             )
         self._head(prepared)
-        made_up = made_up_sample(prepared.targets, size, self.images().channels)
-        batch = LabeledBatch(prepared.transform.collate([prepared.transform(made_up)] * count))
-
-        def empty() -> LabeledBatch:
-            return batch.changed(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
-
-        yield SimulatedBatch(make=empty, rows=[("images of a micro-batch", f"{count:,}")])
+        reuse = prepared.reuse
+        sample = prepared.transform(made_up_sample(prepared.targets, size, self.images().channels))
+        images = LabeledBatch(prepared.transform.collate([sample] * count))
+        if reuse.blank is None:
+            yield _simulated(images, "", 1.0)
+            return
+        dtype = DTYPES.get(self.config.feature_dtype)
+        yield _simulated(blank_batch(reuse.blank, images.samples.targets, count, dtype), "steps", 1)
+        # Beside the steps: it takes the most memory, and has its time.
+        calls = -(-reuse.count // (reuse.chunk_size * layout.world_size))
+        share = calls / (self.config.iterations * layout.accumulation_steps)
+        chunk = LabeledBatch(prepared.transform.collate([sample] * reuse.chunk_size))
+        yield _simulated(chunk, "extraction, once", share)
 
     # ------------------------------------------------------------------ exporting
     def export(self, trainer: Trainer, prepared: HeadParts) -> Path:
@@ -307,3 +348,11 @@ class TrainHead(TrainingMethod):
 
 def _count(network: nn.Module) -> str:
     return f"{sum(parameter.numel() for parameter in network.parameters()):,}"
+
+
+def _simulated(batch: LabeledBatch | FeatureBatch, name: str, share: float) -> SimulatedBatch:
+    def empty() -> LabeledBatch | FeatureBatch:
+        return batch.changed(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+
+    rows = [("images of a micro-batch", f"{len(batch):,}")]
+    return SimulatedBatch(make=empty, name=name, share=share, rows=rows)

@@ -13,6 +13,7 @@ from dinov3_framework import (
     Backbone,
     DataError,
     Head,
+    HeadFeatures,
     ImagesConfig,
     Model,
     Step,
@@ -24,14 +25,16 @@ from dinov3_framework.data.loader import LabeledBatch
 from dinov3_framework.data.tokens import head_features
 from dinov3_framework.parallel.sharder import state_of, tensors_of
 from dinov3_framework.parallel.state_dicts import require_same
+from dinov3_heads.reused_batches import FeatureBatch
 
 
 class HeadUnit(TrainUnit):
     """Trains a head on the features of a backbone, which is frozen unless ``tuned``.
 
     ``notes`` are what checkpoints keep; ``fingerprint`` is that of a frozen backbone, which no
-    checkpoint holds. ``initial`` makes the model as it was before the first iteration. Features
-    that evaluations extract of a frozen backbone are kept, in ``feature_cache`` if it is given.
+    checkpoint holds. Batches are of images or of features, for which no backbone is called.
+    ``initial`` makes the model as it was before the first iteration. Features that evaluations
+    extract of a frozen backbone are kept, in ``feature_cache`` if it is given.
     """
 
     def __init__(
@@ -61,17 +64,23 @@ class HeadUnit(TrainUnit):
             network.train()  # an evaluation left them in eval mode
         self.head.before_step(step.iteration, step.total)
 
-    def forward(self, batch: LabeledBatch, step: Step) -> StepResult:
-        images, targets = batch.samples.images, batch.samples.targets
+    def forward(self, batch: LabeledBatch | FeatureBatch, step: Step) -> StepResult:
+        if isinstance(batch, FeatureBatch):
+            features, targets = batch.as_computed(), batch.targets
+        else:
+            features, targets = self._features(batch, step), batch.samples.targets
+        with step.phase("head"):
+            result = self.head.loss(self.head(features), targets)
+        return StepResult(result.loss, {"head": result.loss.detach()}, result.metrics)
+
+    def _features(self, batch: LabeledBatch, step: Step) -> HeadFeatures:
+        images = batch.samples.images
         if not isinstance(images, Tensor):
             raise DataError(
                 "images of a batch differ in size; let the transform crop or pad them to one"
             )
         with step.phase("backbone"), torch.set_grad_enabled(self.tuned):
-            features = head_features(self.backbone, images, self.head.needs)
-        with step.phase("head"):
-            result = self.head.loss(self.head(features), targets)
-        return StepResult(result.loss, {"head": result.loss.detach()}, result.metrics)
+            return head_features(self.backbone, images, self.head.needs)
 
     # ------------------------------------------------------------------ state
     def state(self) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,18 +18,17 @@ from dinov3_framework import (
     Problem,
     RecipeError,
     Target,
+    UserError,
 )
 from dinov3_framework.contracts.data import target_complaints
 from dinov3_framework.contracts.running import Build, Details
 from dinov3_framework.data.dense import DensePrediction, dense_predictions, dense_problems
+from dinov3_framework.data.saved_predictions import SavedPredictions
 from dinov3_framework.errors import problems_at
 from dinov3_framework.parallel.state_dicts import weights_hash
 from dinov3_framework.runtime import collectives
 from dinov3_segment.areas import Areas, Counts, ImageAreas, confusion_of, miou_interval
 from dinov3_segment.configs_evaluation import SegmentationConfig
-
-if TYPE_CHECKING:
-    from dinov3_framework.data.saved_predictions import SavedPredictions
 
 
 class SegmentationEvaluation(Evaluation):
@@ -78,9 +77,9 @@ class SegmentationEvaluation(Evaluation):
             skip=None if saved is None else saved.has,
         ):
             try:
-                predicted = self._prediction(seen, saved, target)
+                predicted = _prediction(seen, saved, target)
                 cells = confusion_of(predicted, seen.targets[config.target], count, ignored)
-            except DataError as error:
+            except UserError as error:
                 wrong.append(f"sample {seen.index} ({seen.name}): {error}")
                 continue
             confusion += cells
@@ -96,22 +95,10 @@ class SegmentationEvaluation(Evaluation):
         """Where predictions are left, if they are to be."""
         if not self.config.save or self.folder is None:
             return None
-        from dinov3_framework.data.saved_predictions import SavedPredictions
-
         modules = [model.backbone] if model.head is None else [model.backbone, model.head]
         key = {"weights": weights_hash(*modules), "data": self.data(), **self._switches(model)}
-        return SavedPredictions(self.folder, key, self.config.save)
-
-    def _prediction(
-        self, seen: DensePrediction, saved: SavedPredictions | None, target: Target
-    ) -> Tensor:
-        if seen.prediction is None:
-            if saved is None:
-                raise DataError("was not predicted")
-            return saved.read(seen.name)
-        if saved is not None:
-            saved.write(seen.name, seen.prediction, target)
-        return seen.prediction
+        names = (self.dataset.name(index) for index in range(len(self.dataset)))
+        return SavedPredictions(self.folder, key, self.config.save, names=names)
 
     def _findings(
         self, confusion: Counts, images: list[ImageAreas], target: Target
@@ -158,6 +145,17 @@ class SegmentationEvaluation(Evaluation):
 
     def data(self) -> str:
         return self.dataset.describe()
+
+
+def _prediction(seen: DensePrediction, saved: SavedPredictions | None, target: Target) -> Tensor:
+    """What was predicted, now or in a run before; kept where predictions are to be."""
+    if seen.prediction is None:
+        if saved is None:
+            raise DataError("was not predicted")
+        return saved.read(seen.name)
+    if saved is not None:
+        saved.write(seen.name, seen.prediction, target)
+    return seen.prediction
 
 
 def _raise_everywhere(wrong: list[str]) -> None:

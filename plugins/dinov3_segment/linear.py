@@ -66,6 +66,10 @@ class LinearSegmentation(Head):
         nn.init.normal_(self.conv.weight, std=_STD)
         nn.init.zeros_(self.conv.bias)
 
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """All of them, as in the published training."""
+        return True
+
     def forward(self, features: HeadFeatures) -> Tensor:
         grids = list(features.maps)
         if self.config.class_token:

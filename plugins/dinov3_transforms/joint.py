@@ -46,6 +46,7 @@ class Joint(Transform):
         self.config, self.images, self.targets = config, images, dict(targets)
         if problems := self._problems():
             raise RecipeError(problems)
+        self.random = bool(self.random_options())
         self.interpolation = InterpolationMode(config.interpolation)
         self.flip = v2.RandomHorizontalFlip(config.flip)
         self.distort = v2.RandomPhotometricDistort(p=config.distort)
@@ -58,6 +59,19 @@ class Joint(Transform):
             self.part = _RandomPart(
                 self.crop, config.area, config.aspect, self.interpolation, antialias=True
             )
+
+    def random_options(self) -> list[str]:
+        config = self.config
+        drawn = {
+            "scale": config.scale[0] != config.scale[1],
+            "area": config.area is not None,
+            "turn": config.turn > 0,
+            "crop_at": config.crop is not None and config.crop_at == "random",
+            "flip": config.flip > 0,
+            "distort": config.distort > 0,
+            "shade": config.shade > 0,
+        }
+        return [name for name, is_drawn in drawn.items() if is_drawn]
 
     def _problems(self) -> list[Problem]:
         problems, config = [], self.config

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import string
 from typing import Any
 
 import pytest
 import torch
 from dense_support import Drawn, pixel_model, straightforward
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dinov3_framework.data.bilinear import bilinear_rows
 from dinov3_framework.data.dense import DensePredictor, dense_predictions, dense_problems
@@ -75,6 +78,33 @@ def test_scores_are_those_of_whole_accumulators(
             assert predicted.dtype == torch.int64
             chosen = wanted.gather(0, predicted[None])[0]
             torch.testing.assert_close(chosen, wanted.amax(0), rtol=1e-5, atol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that is made."""
+
+    values = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        made = [each.numel() for each in tree_leaves(found) if isinstance(each, torch.Tensor)]
+        self.values = max([self.values, *made])
+        return found
+
+
+@pytest.mark.parametrize("options", [SLIDE, {"scales": (1.0, 1.5), "flip": True}], ids=str)
+def test_scores_of_a_whole_image_are_never_there(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No tensor is nearly as large as all classes at the size of the image."""
+    monkeypatch.setattr("dinov3_framework.data.dense._STRIP", 2**14)
+    model = pixel_model(classes=string.ascii_letters)
+    predictor = DensePredictor(model, DenseInferenceConfig(**options), "it")
+    image, size = IMAGE.repeat(1, 4, 4), (180, 280)
+    views = predictor.views(image)
+    with Largest() as largest:
+        predictor.labels(views, size)
+    assert largest.values < len(string.ascii_letters) * size[0] * size[1] / 4
 
 
 def test_some_rows_of_a_resize() -> None:
@@ -174,6 +204,9 @@ def test_mistakes_are_named() -> None:
     assert problem.where == "target"
     with pytest.raises(DataError, match="channels"):
         DensePredictor(pixel_model(), DenseInferenceConfig(), "it").views(IMAGE[:2])
+    thin = DenseInferenceConfig(resize=512)
+    with pytest.raises(DataError, match="2 x 560 pixels would be resized to 512 x 143360"):
+        DensePredictor(pixel_model(), thin, "it").views(IMAGE[:, :2].repeat(1, 1, 8))
     for wrong in ({"window": 4}, {"mode": "slide", "window": 4, "stride": 5}, {"scales": ()}):
         with pytest.raises(ValueError, match=r"window|stride|scales"):
             DenseInferenceConfig(**wrong)  # type: ignore[arg-type]

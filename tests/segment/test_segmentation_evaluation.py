@@ -11,6 +11,7 @@ import pytest
 import torch
 from dense_support import CLASSES, Drawn, pixel_model
 from dinov3_segment.areas import Areas, confusion_of
+from PIL import Image
 from process_groups import run_processes
 from segment_processes import SIZES, SLIDE, measure, prepared
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, jaccard_score
@@ -167,3 +168,52 @@ def test_the_protocol_names_every_switch() -> None:
         changed = prepared(Drawn(SIZES), inference=DenseInferenceConfig(**options))
         assert changed.protocol(model) != plain, options
         plain = changed.protocol(model)
+
+
+# --------------------------------------------------------------------------- files
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def measured(folder: Path, dataset: Drawn | None = None, **options: Any) -> tuple[Any, int]:
+    """Metrics, and how often the network was called."""
+    evaluation = prepared(dataset or Painted(SIZES), save=("png", "npy"), **options)
+    model = pixel_model()
+    evaluation.folder = folder
+    return evaluation.run(model), model.backbone.n_calls
+
+
+def test_saved_predictions_are_those_that_were_counted(tmp_path: Path) -> None:
+    metrics, calls = measured(tmp_path)
+    assert calls == len(SIZES)
+    for index, each in enumerate(
+        dense_predictions(pixel_model(), Drawn(SIZES), DenseInferenceConfig(), "it")
+    ):
+        with Image.open(tmp_path / f"folder/{index}.png") as picture:
+            np.testing.assert_array_equal(np.array(picture), each.prediction)
+        np.testing.assert_array_equal(np.load(tmp_path / f"folder/{index}.npy"), each.prediction)
+    assert prepared(Painted(SIZES)).run(pixel_model()) == metrics
+
+
+def test_a_run_goes_on_from_what_is_saved(tmp_path: Path) -> None:
+    metrics, _ = measured(tmp_path)
+    before = files(tmp_path)
+    (tmp_path / "folder" / "2.npy").unlink()
+    assert measured(tmp_path) == (metrics, 1)
+    assert files(tmp_path) == before
+
+
+def test_what_was_saved_of_another_protocol_is_refused(tmp_path: Path) -> None:
+    measured(tmp_path)
+    with pytest.raises(DataError, match="holds other predictions"):
+        measured(tmp_path, inference=DenseInferenceConfig(flip=True))
+
+
+def test_nothing_is_saved_while_training() -> None:
+    evaluation = prepared(Drawn(SIZES), save=("png",))
+    assert evaluation.folder is None
+    evaluation.run(pixel_model())

@@ -88,10 +88,12 @@ class PixelHead(Head):
         return self._squeezed(bilinear_rows(outputs, size, start, stop))
 
 
-def pixel_model(kind: str = "mask", rows: bool = True, size: int | None = 16) -> Model:
+def pixel_model(
+    kind: str = "mask", rows: bool = True, size: int | None = 16, classes: str = "abcde"
+) -> Model:
     target = Target("map", unit="m")
     if kind == "mask":
-        target = Target("mask", classes=tuple("abcde")[:CLASSES], ignore_index=255)
+        target = Target("mask", classes=tuple(classes), ignore_index=255)
     return Model(Patches().eval(), ImagesConfig(), PixelHead(target, rows).eval(), size)
 
 

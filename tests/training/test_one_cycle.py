@@ -36,3 +36,14 @@ def test_a_larger_batch_scales_all_of_it() -> None:
 def test_a_warm_up_that_is_longer_than_the_run() -> None:
     assert "warmup" in NYU.problems(10_000)[0]
     assert not OneCycle(peak=1.0, warmup=Share(0.5)).problems(10)
+
+
+def test_the_warm_up_of_the_published_linear_segmentation() -> None:
+    """From a millionth of the rate, under a line that falls over the run; then the same cosine."""
+    ade20k = OneCycle(peak=1e-3, warmup=1500, ratio=1e-6)
+    assert ade20k.at(0, 40_000) == pytest.approx(1e-9, rel=1e-9)
+    halfway = 1e-3 * (0.5 + 0.5e-6) * (1 - 750 / 40_000)
+    assert ade20k.at(750, 40_000) == pytest.approx(halfway, rel=1e-12)
+    later = 1e-3 * (1 + math.cos(math.pi * 20_001 / 40_000)) / 2
+    assert ade20k.at(20_000, 40_000) == pytest.approx(later, rel=1e-12)
+    assert ade20k.at(39_999, 40_000) == pytest.approx(0.0, abs=1e-15)

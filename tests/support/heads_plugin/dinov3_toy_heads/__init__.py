@@ -42,6 +42,7 @@ class SquaresConfig(DatasetConfig):
     ragged: bool = option("whether sizes differ", default=False)
     classes: int = option("classes of the mask", default=2)
     there: bool = option("whether this machine has it", default=True)
+    versioned: bool = option("whether they can be told from others", default=False)
     corrupt: tuple[int, ...] = option("images that cannot be decoded", default=())
 
 

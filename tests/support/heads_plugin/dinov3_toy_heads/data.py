@@ -65,6 +65,9 @@ class Squares(Dataset):
     def describe(self) -> str:
         return f"{len(self)} squares"
 
+    def version(self) -> str | None:
+        return str(self.config) if self.config.versioned else None
+
 
 class SquareStream(StreamDataset):
     """Every ``parts``-th square, over and over."""
