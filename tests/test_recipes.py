@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from attrs import evolve
+from dinov3_depth.configs_evaluation import DepthConfig
 from PIL import Image
 
 from dinov3_framework import Constant, Cosine, ExitCode, Registry, Target
@@ -59,7 +60,10 @@ def test_a_recipe_passes_its_check(
     takes = weights is not None or "[shorthand.weights]" in FILES[names[0]].read_text()
     here = [f"weights={_export(tmp_path)}"] if takes else []
     if isinstance(getattr(config, "head", None), str):
-        here.append(f"head={_head(tmp_path)}")
+        here.append(f"head={_head(tmp_path, config)}")
+    if names == ("predict",):  # its weights are a head's
+        here = [f"backbone={_export(tmp_path)}", f"weights={_head(tmp_path, config)}"]
+        here.append(f"images={_images(tmp_path)}")
     if compiler_complaint(torch.device("cpu")) and hasattr(config, "parallel"):
         here.append("parallel.compile=false")
     if getattr(config, "epochs", None) and hasattr(config.dataset, "root"):  # to count them by
@@ -124,7 +128,7 @@ def _export(folder: Path) -> Path:
     return path
 
 
-def _head(folder: Path) -> Path:
+def _head(folder: Path, config: Any) -> Path:
     """A head on these weights such as an earlier recipe would have left."""
     from dinov3_framework.configs import ImagesConfig
     from dinov3_framework.parallel.state_dicts import full_tensors
@@ -133,12 +137,15 @@ def _head(folder: Path) -> Path:
 
     registry = Registry.load()
     features = registry.build("backbone", "vit", **TINY).feature_info
+    component = "linear_segmentation"
     targets = {"mask": Target("mask", n_classes=150, ignore_index=255)}
-    head = registry.build("head", "linear_segmentation", features=features, targets=targets)
+    if any(isinstance(each, DepthConfig) for each in getattr(config, "evaluations", {}).values()):
+        component, targets = "linear_depth", {"depth": Target("map", unit="m")}
+    head = registry.build("head", component, features=features, targets=targets)
     images = ImagesConfig(channels=1, mean=(0.286,), std=(0.353,))
     tensors = dict(full_tensors(head))
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    info = head_info("linear_segmentation", {}, images, 28, targets, {})
+    info = head_info(component, {}, images, 28, targets, {})
     export_tensors(folder / "head.safetensors", specs, tensors.items(), info.to_metadata())
     return folder / "head.safetensors"
 
@@ -275,6 +282,40 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "head.ce_weight": 1.0,
         "head.dice_weight": 0.0,
     },
+    "nyu_linear": {
+        "batch_size": 2 * 8,
+        "iterations": 38_400,
+        "optimizer.lr": OneCycle(start=3e-7, peak=3e-4, end=1.2e-8, warmup=12_800),
+        "optimizer.betas": (0.9, 0.99),
+        "optimizer.weight_decay": Constant(value=1e-4),
+        "optimizer.clip_grad": 35.0,
+        "transform.crop": 416,
+        "transform.crop_width": 544,
+        "transform.turn_by": 2.5,
+        "transform.gamma": (0.9, 1.1),
+        "transform.brightness": (0.75, 1.25),
+        "transform.color": (0.9, 1.1),
+        "head.bins": 256,
+        "head.min_depth": 0.001,
+        "head.max_depth": 10.0,
+        "head.layers": (-1,),
+        "head.norm": True,
+        "head.batch_norm": True,
+        "head.class_token": False,
+        "head.sigma": 1.0,
+        "head.gradient_log": 0.0,
+        "head.together": 2,
+        "observers.val.evaluations.nyu.least": 0.001,
+        "observers.val.evaluations.nyu.most": 10.0,
+        "observers.val.evaluations.nyu.crop": "nyu_eigen",
+        "observers.val.evaluations.nyu.align": "none",
+        "observers.val.evaluations.nyu.inference": DenseInferenceConfig(flip=True),
+    },
+    "nyu_dpt": {
+        "evaluations.nyu.align": "scale_shift",
+        "evaluations.nyu.crop": "nyu_eigen",
+        "evaluations.nyu.inference": DenseInferenceConfig(resize=768, flip=True),
+    },
     "ade20k_m2f": {
         "evaluations.ade20k.inference": DenseInferenceConfig(
             resize=896,
@@ -285,6 +326,24 @@ PUBLISHED: dict[str, dict[str, Any]] = {
             flip=True,
             batch_size=1,
         ),
+    },
+    "pmt_vitl": {
+        "iterations": 16 * (20_210 // 16),
+        "batch_size": 16,
+        "optimizer.lr": Cosine(start=0.0, peak=2e-4, end=1e-9, warmup=6000),
+        "optimizer.weight_decay": Constant(value=0.05),
+        "optimizer.clip_grad": 0.01,
+        "transform.scale": (0.5, 2.0),
+        "transform.crop": 512,
+        "head.queries": 100,
+        "head.blocks": 6,
+        "head.class_weight": 2.0,
+        "head.mask_weight": 5.0,
+        "head.dice_weight": 5.0,
+        "head.no_object_weight": 0.1,
+        "head.points": 12544,
+        "head.oversample": 3.0,
+        "head.importance": 0.75,
     },
     "im1k_distill": {
         "batch_size": 256,

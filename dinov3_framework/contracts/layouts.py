@@ -192,6 +192,8 @@ class Layout(abc.ABC):
     # Whether its files hold nothing else, and nothing stands before its names: for names so plain
     # that parts of others have them, too.
     alone: ClassVar[bool] = False
+    # Names and patterns with ``*`` of what its files may hold of another component.
+    others: ClassVar[Sequence[str]] = ()
 
     @property
     def kind(self) -> str:

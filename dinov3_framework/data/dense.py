@@ -155,10 +155,9 @@ class _View:
         self.predictor, self.view = predictor, view
         self.windows = predictor.windows(view)
         self.height, self.width = view.shape[-2:]
-        self.counts = (
-            coverage(self.height, self.windows.height, self.windows.tops),
-            coverage(self.width, self.windows.width, self.windows.lefts),
-        )
+        device = next(predictor.model.backbone.parameters()).device
+        self.down = coverage(self.height, self.windows.height, self.windows.tops).to(device)
+        self.across = coverage(self.width, self.windows.width, self.windows.lefts).to(device)
         self.kept: list[_Batch] | None = None
 
     def keep(self) -> None:
@@ -197,8 +196,7 @@ class _View:
                 band[:, first - start : last - start, left : left + windows.width] += each
         if band is None:
             raise AssertionError("windows leave gaps")
-        down, across = (count.to(band.device) for count in self.counts)
-        return band.mul_(1 / (down[start:stop, None] * across))
+        return band.mul_(1 / (self.down[start:stop, None] * self.across))
 
     def _scores(self, batch: _Batch, start: int, stop: int) -> Tensor:
         """float32 [windows, channels, stop - start, w] of rows of windows."""

@@ -42,6 +42,18 @@ def view_size(
     return (side, other) if (height == fixed) else (other, side)
 
 
+def view_sizes(height: int, width: int, config: DenseInferenceConfig) -> list[tuple[int, int]]:
+    """The size of an image at each scale; ``DataError`` for one too thin to be resized."""
+    sizes = [view_size(height, width, config, scale) for scale in config.scales]
+    if max(map(max, sizes)) > _LONGEST:
+        tall, wide = max(sizes)
+        raise DataError(
+            f"an image of {height} x {width} pixels would be resized to {tall} x {wide}; resize "
+            'its longer side (side = "longer"), or leave it out'
+        )
+    return sizes
+
+
 def resized_views(
     image: Tensor, images: ImagesConfig, config: DenseInferenceConfig
 ) -> list[Tensor]:
@@ -60,13 +72,7 @@ def resized_views(
     elif image.dtype != torch.uint8:
         image = image.float()
     height, width = image.shape[1:]
-    sizes = [view_size(height, width, config, scale) for scale in config.scales]
-    if max(map(max, sizes)) > _LONGEST:
-        tall, wide = max(sizes)
-        raise DataError(
-            f"an image of {height} x {width} pixels would be resized to {tall} x {wide}; resize "
-            'its longer side (side = "longer"), or leave it out'
-        )
+    sizes = view_sizes(height, width, config)
     return [_normalized(_resized(image, size, config.interpolation), images) for size in sizes]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +16,18 @@ from dinov3_framework.configs import ImagesConfig
 from dinov3_framework.contracts.data import Target
 from dinov3_framework.contracts.networks import Backbone, Head
 from dinov3_framework.errors import CheckpointError
+from dinov3_framework.parallel.state_dicts import fingerprint, is_same
 from dinov3_framework.registry import Registry
+from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.durable import parse_json
 from dinov3_framework.weights.info import ComponentInfo
+from dinov3_framework.weights.loaded import LoadedBackbone
 from dinov3_framework.weights.source import WeightSource
+
+log = logging.getLogger(__name__)
+
+FINGERPRINT = "fingerprint of the backbone"  # in the provenance of a head
+TRAINED_ON = "trained on"  # the name of that backbone's weights there
 
 
 @attrs.frozen
@@ -32,6 +41,12 @@ class LoadedHead:
     name: str  # what it was loaded from
     component: str
     config: Mapping[str, Any]  # plain values, as in a recipe
+
+    @property
+    def rows(self) -> list[tuple[str, str]]:
+        """What to tell a person of it, (label, value)."""
+        known = [(key, value) for key, value in self.provenance.items() if key != FINGERPRINT]
+        return [("head", self.name), *known]
 
 
 def load_head(
@@ -78,6 +93,14 @@ def _loaded(
         component=component,
         config=values,
     )
+
+
+def warn_of_another_backbone(head: LoadedHead, backbone: LoadedBackbone) -> None:
+    """Log a warning where the head was trained on other weights; to be called by every process."""
+    before, now = head.provenance.get(FINGERPRINT), fingerprint(backbone.backbone)
+    if before is not None and not is_same(float(before), now) and collectives.is_main():
+        trained_on = head.provenance.get(TRAINED_ON, "unknown")
+        log.warning("%s was trained on %s, not on %s", head.name, trained_on, backbone.name)
 
 
 @contextmanager

@@ -223,10 +223,11 @@ class WeightSource:
         stored = [rule.stored(shapes[rule.official]) for rule in rules]
         wanted = {name: tuple(shape) for each in stored for name, shape in each.items()}
         given = self._content.shapes
+        allowed = self.unused if self.layout is None else (*self.unused, *self.layout.others)
         beside = {
             name
             for name in given.keys() - wanted.keys()
-            if matches(name, self.unused) or (self.layout is not None and _is_beside(name))
+            if matches(name, allowed) or (self.layout is not None and _is_beside(name))
         }
         extra = given.keys() - wanted.keys() - beside
         lacking = {

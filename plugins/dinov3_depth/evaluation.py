@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,12 +17,15 @@ from dinov3_framework import DataError, Dataset, Evaluation, ImagesConfig, Model
 from dinov3_framework.contracts.data import Target, target_complaints
 from dinov3_framework.contracts.running import Build, Details
 from dinov3_framework.data.dense import DensePrediction, dense_predictions, dense_problems
+from dinov3_framework.data.saved_predictions import SavedPredictions
 from dinov3_framework.errors import printable
 from dinov3_framework.parallel.state_dicts import weights_hash
 from dinov3_framework.runtime import collectives
 
-if TYPE_CHECKING:
-    from dinov3_framework.data.saved_predictions import SavedPredictions
+# Below the framework's logger, whose handlers write run.log.
+log = logging.getLogger("dinov3_framework.depth")
+
+_STEP, _WIDE_STEP = 0.001, 0.01  # of 16 bits, in the unit of the depth: up to 65 and 655
 
 
 class DepthEvaluation(Evaluation):
@@ -134,6 +138,13 @@ class DepthEvaluation(Evaluation):
                 scores.append(score(self.config, each.index, each.name, prediction, truth))
             except DataError as error:  # said at the end, when nobody waits for this process
                 complaints.append(f"{printable(each.name, kept='')}: {error}")
+        if saved is not None and saved.clipped:
+            log.warning(
+                "%d predictions hold values that 16-bit pictures cannot, in steps of %g: they are "
+                "clipped there; npy keeps them as they are",
+                saved.clipped,
+                saved.scale,
+            )
         shares = cast(
             "list[tuple[list[ImageScore], list[str]]]",
             collectives.all_gather_object((scores, complaints[:1])),
@@ -156,12 +167,17 @@ class DepthEvaluation(Evaluation):
     def _saved(self, model: Model) -> SavedPredictions | None:
         if self.folder is None or not self.config.save or model.head is None:
             return None
-        from dinov3_framework.data.saved_predictions import SavedPredictions
-
         key = {
             "weights": weights_hash(model.backbone, model.head),
             "target": self.config.target,
             "data": self.dataset.version() or self.dataset.digest(),
             **self._seen(model),
         }
-        return SavedPredictions(self.folder, key, self.config.save)
+        most = self.config.most
+        return SavedPredictions(
+            self.folder,
+            key,
+            self.config.save,
+            names=map(self.dataset.name, range(len(self.dataset))),
+            scale=_STEP if most is not None and most < _STEP * 2**16 else _WIDE_STEP,
+        )

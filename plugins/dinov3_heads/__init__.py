@@ -22,8 +22,6 @@ from dinov3_framework import (
 from dinov3_framework.kinds import name_of_source
 from dinov3_framework.training import TrainingConfig
 
-FINGERPRINT = "fingerprint of the backbone"  # in the provenance of a head
-
 
 @config
 class TrainHeadConfig(TrainingConfig):

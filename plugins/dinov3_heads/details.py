@@ -15,8 +15,7 @@ from dinov3_framework.runtime.environment import software
 from dinov3_framework.runtime.output import output_file
 from dinov3_framework.runtime.results import tabulated, write_csv
 from dinov3_framework.weights.export import export_tensors
-from dinov3_framework.weights.heads import head_info
-from dinov3_heads import FINGERPRINT
+from dinov3_framework.weights.heads import FINGERPRINT, head_info
 
 
 def write_details(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,17 @@ from dinov3_framework import (
     load_recipe_backbone,
 )
 from dinov3_framework.data.feature_cache import FeatureCache
-from dinov3_framework.parallel.state_dicts import fingerprint, is_same
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.results import Record, print_results, write_results
-from dinov3_framework.weights.heads import LoadedHead, describe_head, load_head
-from dinov3_heads import FINGERPRINT, EvaluateConfig
+from dinov3_framework.weights.heads import (
+    LoadedHead,
+    describe_head,
+    load_head,
+    warn_of_another_backbone,
+)
+from dinov3_heads import EvaluateConfig
 from dinov3_heads.details import write_details
 from dinov3_heads.evaluations import Evaluations, label_of
-
-# Below the framework's logger, whose handlers write run.log.
-log = logging.getLogger("dinov3_framework.heads")
 
 
 class Evaluate(Task):
@@ -53,7 +53,7 @@ class Evaluate(Task):
         parameters = sum(parameter.numel() for parameter in loaded.backbone.parameters())
         sections = {"backbone": [*loaded.origin, ("parameters", f"{parameters:,}")]}
         if head is not None:
-            sections["head"] = _rows(head)
+            sections["head"] = head.rows
         measured = evaluations.described(model)
         sections["evaluations"] = [*measured, ("processes", str(world_size))]
         return Plan(sections, missing, None if missing else evaluations)
@@ -64,7 +64,7 @@ class Evaluate(Task):
         if config.head is not None:
             device = next(loaded.backbone.parameters()).device
             head = load_head(config.head, loaded.backbone, device=device, registry=self.registry)
-            _warn_of_another_backbone(head, loaded)
+            warn_of_another_backbone(head, loaded)
         model = _model(loaded, head)
         evaluations = plan.prepared if plan is not None else None
         if evaluations is None:
@@ -87,7 +87,7 @@ class Evaluate(Task):
         tables = evaluations.rows(measured, label_of(model))
         results: dict[str, Any] = {"task": "evaluate", "backbone": dict(loaded.origin)}
         if head is not None:
-            results["head"] = dict(_rows(head))
+            results["head"] = dict(head.rows)
         results |= {"evaluations": tables, "records": records}
         write_results(output_dir, results | {"files": files})
         for name, rows in tables.items():
@@ -99,15 +99,3 @@ def _model(loaded: LoadedBackbone, head: LoadedHead | None) -> Model:
         return Model(loaded.backbone, loaded.images, size=loaded.size, name=loaded.name)
     size = head.size or loaded.size
     return Model(loaded.backbone, loaded.images, head.head, size, head.name)
-
-
-def _rows(head: LoadedHead) -> list[tuple[str, str]]:
-    known = [(key, value) for key, value in head.provenance.items() if key != FINGERPRINT]
-    return [("head", head.name), *known]
-
-
-def _warn_of_another_backbone(head: LoadedHead, loaded: LoadedBackbone) -> None:
-    before, now = head.provenance.get(FINGERPRINT), fingerprint(loaded.backbone)
-    if before is not None and not is_same(float(before), now) and collectives.is_main():
-        trained_on = head.provenance.get("trained on", "unknown")
-        log.warning("%s was trained on %s, not on %s", head.name, trained_on, loaded.name)

@@ -42,10 +42,10 @@ from dinov3_framework.training.simulation import SimulatedBatch, made_up_sample
 from dinov3_framework.training.task import InitialState, TrainingMethod
 from dinov3_framework.training.trainer import Trainer
 from dinov3_framework.weights.export import export_gathered
-from dinov3_framework.weights.heads import head_info
+from dinov3_framework.weights.heads import FINGERPRINT, TRAINED_ON, head_info
 from dinov3_framework.weights.info import ComponentInfo
 from dinov3_framework.weights.locations import HEAD, TUNED
-from dinov3_heads import FINGERPRINT, TrainHeadConfig
+from dinov3_heads import TrainHeadConfig
 from dinov3_heads.feature_chunks import DTYPES
 from dinov3_heads.reuse import Reuse, open_store, plan_reuse, reuse_problem
 from dinov3_heads.reused_batches import FeatureBatch, ReusedBatches, blank_batch, fill
@@ -227,7 +227,7 @@ class TrainHead(TrainingMethod):
 
     def _head_info(self, prepared: HeadParts, made: Mapping[str, str]) -> ComponentInfo:
         component, values = self.registry.values_of(self.config.head)
-        known = {**made, "trained on": self.described.name}
+        known = {**made, TRAINED_ON: self.described.name}
         size, targets = self._size(prepared), self._head(prepared).targets
         return head_info(component, values, self.images(), size, targets, known)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dinov3_framework import (
     Component,
@@ -18,6 +19,9 @@ from dinov3_framework import (
 from dinov3_framework.data.dense_config import DenseInferenceConfig
 from dinov3_framework.kinds import TaskConfig, name_of_source
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 def _forms(value: tuple[str, ...]) -> str | None:
     if value and len(set(value)) == len(value):
@@ -29,8 +33,8 @@ def _forms(value: tuple[str, ...]) -> str | None:
 class PredictConfig(TaskConfig):
     """What a head says of images: a mask or depth of each, or its class.
 
-    Leaves ``predictions``, ``overlays``, ``predictions.csv`` and ``report.html``. A run that was
-    stopped goes on when it is started again.
+    Leaves ``predictions.csv`` and ``report.html``, of masks and maps ``predictions`` and
+    ``overlays``, too. A run that was stopped goes on when it is started again.
     """
 
     weights: str = option(
@@ -41,7 +45,8 @@ class PredictConfig(TaskConfig):
         default=None,
     )
     images: str | None = option(
-        "a folder of images and those below it, one image, or a pattern such as photos/*.jpg",
+        "a folder of images and those below it, one image, a pattern such as photos/*.jpg, or a "
+        ".txt file with a path a line",
         default=None,
     )
     dataset: DatasetConfig | None = option("a dataset, in place of images", default=None)
@@ -49,8 +54,8 @@ class PredictConfig(TaskConfig):
         "which of the head's targets is predicted, where it has several", default=None
     )
     inference: DenseInferenceConfig | None = option(
-        "how pixels are predicted; left out, images are resized to the shorter side of the head's "
-        "training, and looked at in windows of that size",
+        "how pixels are predicted; left out, the shorter side is resized to the size of the head's "
+        "training, and the image looked at in windows of that size",
         default=None,
     )
     formats: tuple[Literal["png", "npy"], ...] = option(
@@ -77,15 +82,28 @@ class PredictConfig(TaskConfig):
         "predictions/predictions.json",
         "overlays/**/*.jpg",
         "predictions.csv",
+        "skipped.csv",
         "report.html",
     )
 
     def __attrs_post_init__(self) -> None:
-        if (self.images is None) == (self.dataset is None):
-            raise InvalidOption("images", "or dataset: give one of them")
+        if self.images is not None and self.dataset is not None:
+            raise InvalidOption("dataset", "has no effect where images are given")
 
     def run_name(self, recipe: str) -> str:
         return "-".join([recipe, *name_of_source(self.weights)])
+
+
+def predict(weights: str, images: str, **options: Any) -> Iterator[tuple[str, Tensor]]:
+    """(name, prediction) of each image, and no file of it.
+
+    Class ids int64 [H, W] of a mask, float32 [H, W] of a map, both at the size of the image; of
+    classes probabilities [classes]. ``options`` are those of the task: ``backbone``, ``target``,
+    ``inference``, ``batch_size``, ``workers``. Images that cannot be read are left out.
+    """
+    from dinov3_predict.task import predicted_images
+
+    return predicted_images(PredictConfig(weights=weights, images=images, **options))
 
 
 @hookimpl

@@ -1,4 +1,4 @@
-"""Predictions as pictures, and in a few words.
+"""Predictions as pictures and in a few words; a class for each kind of target.
 
 Pixels are uint8 [H, W, 3] throughout.
 """
@@ -6,8 +6,8 @@ Pixels are uint8 [H, W, 3] throughout.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,132 +15,201 @@ from torch import Tensor
 
 from dinov3_framework import Target
 from dinov3_framework.data.palettes import palette
+from dinov3_predict.canvas import Color, Pixels, beside, color_bar, color_list
 
-Pixels = np.ndarray[Any, Any]
+Row = Mapping[str, Any]
 
-_BAR = 14  # pixels wide
-_ROOM = 64  # beside the bar, for its numbers
-_IGNORED = (0, 0, 0)
+_FIRST = 5  # classes that are named in one line
 
 
 class Drawing(abc.ABC):
-    """How the predictions of one kind of target are shown."""
+    """How the predictions of one kind of target are shown, and what a table says of them."""
+
+    has_files: ClassVar[bool] = True  # whether predictions are files, and can be drawn
+    absent: ClassVar[Any] = ""  # what a column that a row lacks stands for
 
     @abc.abstractmethod
-    def over(self, image: Pixels, prediction: Tensor) -> Pixels:
-        """A prediction drawn over its image."""
+    def picture(self, image: Pixels, prediction: Tensor) -> Pixels:
+        """A prediction, to be seen beside its image."""
 
     @abc.abstractmethod
-    def words(self, prediction: Tensor) -> Mapping[str, Any]:
-        """What a table says of it: flat, by column."""
+    def sheet(self, image: Pixels, prediction: Tensor) -> Pixels:
+        """A prediction and its image, with all that explains the picture."""
 
-    def legend(self) -> Mapping[str, tuple[int, int, int]]:
-        """Colors, by what they stand for."""
+    @abc.abstractmethod
+    def row(self, prediction: Tensor) -> Row:
+        """What a table says of it, by column."""
+
+    @abc.abstractmethod
+    def columns(self) -> Sequence[str]:
+        """All columns that there may be, in their order."""
+
+    @abc.abstractmethod
+    def caption(self, row: Row) -> str:
+        """A row in one line."""
+
+    def legend(self, rows: Sequence[Row]) -> Mapping[str, Color]:
+        """What colors stand for, in pictures of predictions with these rows."""
         return {}
+
+    def notes(self) -> Sequence[str]:
+        """What else there is to know of the pictures, a line each."""
+        return ()
+
+    def resized(self, prediction: Tensor, height: int, width: int) -> Tensor:
+        """A prediction [H, W] for a smaller picture."""
+        rows = torch.arange(height) * prediction.shape[0] // height
+        columns = torch.arange(width) * prediction.shape[1] // width
+        return prediction[rows][:, columns]
 
 
 class MaskDrawing(Drawing):
-    """Colors of classes over the image, more so along their borders."""
+    """Colors of classes over the image, and lines between them."""
+
+    absent = 0
 
     def __init__(self, target: Target, alpha: float) -> None:
-        self.count, self.alpha = target.count or 0, alpha
-        self.names = target.classes or tuple(f"class {index}" for index in range(self.count))
-        self.colors = np.array(
-            (target.palette or palette(self.count))[: self.count], dtype=np.float32
-        )
-        self.seen = np.zeros(self.count, dtype=np.int64)  # pixels of each class
+        self.alpha, self.names = alpha, _names(target)
+        colors = [*(target.palette or ())][: len(self.names)]
+        colors += palette(len(self.names))[len(colors) :]
+        self.colors = np.array(colors, dtype=np.uint8)
 
-    def over(self, image: Pixels, prediction: Tensor) -> Pixels:
+    def picture(self, image: Pixels, prediction: Tensor) -> Pixels:
         ids = prediction.numpy()
-        inside = ids < self.count
-        colors = np.where(inside[..., None], self.colors[np.where(inside, ids, 0)], _IGNORED)
+        colors = self.colors[ids.clip(0, len(self.colors) - 1)]
+        blended = image + (colors.astype(np.float32) - image) * np.float32(self.alpha)
         border = np.zeros(ids.shape, dtype=bool)
         border[:-1] |= ids[:-1] != ids[1:]
         border[:, :-1] |= ids[:, :-1] != ids[:, 1:]
-        share = np.where(border, min(1.0, self.alpha + 0.4), self.alpha)[..., None]
-        return (image * (1 - share) + colors * share).round().astype(np.uint8)
+        return np.where(border[..., None], colors, blended.round().astype(np.uint8))
 
-    def words(self, prediction: Tensor) -> Mapping[str, Any]:
-        counts = torch.bincount(prediction.flatten(), minlength=self.count)[: self.count]
-        self.seen += counts.numpy()
-        order = counts.argsort(descending=True, stable=True)[:5].tolist()
-        shares = [
-            f"{self.names[i]} {100 * float(counts[i]) / prediction.numel():.1f} %"
-            for i in order
-            if counts[i]
+    def sheet(self, image: Pixels, prediction: Tensor) -> Pixels:
+        row = self.row(prediction)
+        legend = self.legend([row])
+        lines = [
+            (color, f"{name} {_percent(row[_column(name)])}") for name, color in legend.items()
         ]
-        return {"classes": ", ".join(shares)}
+        over = self.picture(image, prediction)
+        return beside(over, color_list(lines, over.shape[0]))
 
-    def legend(self) -> Mapping[str, tuple[int, int, int]]:
-        """Those of the classes that were seen, the largest first."""
-        order = [index for index in np.argsort(-self.seen, kind="stable") if self.seen[index]]
+    def row(self, prediction: Tensor) -> Row:
+        count = len(self.names)
+        counts = torch.bincount(prediction.flatten(), minlength=count)[:count].tolist()
         return {
-            self.names[index]: tuple(int(c) for c in self.colors[index])  # type: ignore[misc]
-            for index in order
+            _column(name): round(pixels / prediction.numel(), 6)
+            for name, pixels in zip(self.names, counts, strict=True)
+            if pixels
         }
+
+    def columns(self) -> Sequence[str]:
+        return [_column(name) for name in self.names]
+
+    def caption(self, row: Row) -> str:
+        shares = [(row[_column(name)], name) for name in self.names if _column(name) in row]
+        shares.sort(key=lambda each: -each[0])
+        return ", ".join(f"{name} {_percent(share)}" for share, name in shares[:_FIRST])
+
+    def legend(self, rows: Sequence[Row]) -> Mapping[str, Color]:
+        """Those of the classes that there are, the largest first."""
+        sums = [sum(row.get(_column(name), 0) for row in rows) for name in self.names]
+        order = sorted(range(len(sums)), key=lambda index: -sums[index])
+        colors = self.colors.tolist()
+        return {self.names[i]: tuple(colors[i]) for i in order if sums[i]}
 
 
 class MapDrawing(Drawing):
-    """A color map beside the image, from the 2nd to the 98th percentile, with a bar."""
+    """A color map, from the 2nd to the 98th percentile of each image, with a bar.
+
+    Black is where nothing is known.
+    """
 
     def __init__(self, target: Target, colormap: str) -> None:
         import matplotlib
 
         self.colors, self.unit = matplotlib.colormaps[colormap], target.unit
 
-    def over(self, image: Pixels, prediction: Tensor) -> Pixels:
+    def picture(self, image: Pixels, prediction: Tensor) -> Pixels:
         values = prediction.numpy()
         known = np.isfinite(values)
         low, high = np.percentile(values[known], (2, 98)) if known.any() else (0.0, 1.0)
         high = max(high, low + 1e-6)
-        shares = np.where(known, (values - low) / (high - low), 0)
-        drawn = self.colors(shares.clip(0, 1))[..., :3] * 255
-        drawn = np.where(known[..., None], drawn, 0).round().astype(np.uint8)
-        return np.concatenate([image, drawn, self._bar(len(image), low, high)], 1)
+        shares = np.where(known, (values - low) / (high - low), 0).clip(0, 1)
+        drawn = self.colors(shares, bytes=True)[..., :3] * known[..., None]
+        strip = self.colors(np.linspace(1, 0, 256), bytes=True)[:, :3]
+        ticks = [f"{value:.3g} {self.unit}".strip() for value in np.linspace(high, low, 3)]
+        return beside(drawn.astype(np.uint8), color_bar(strip, ticks, len(drawn)))
 
-    def _bar(self, height: int, low: float, high: float) -> Pixels:
-        from PIL import Image, ImageDraw
+    def sheet(self, image: Pixels, prediction: Tensor) -> Pixels:
+        return beside(image, self.picture(image, prediction))
 
-        strip = self.colors(np.linspace(1, 0, height))[:, None, :3]
-        found = np.full((height, _BAR + _ROOM, 3), 255, dtype=np.uint8)
-        found[:, 4 : 4 + _BAR] = (strip * 255).round().astype(np.uint8)
-        picture = Image.fromarray(found)
-        draw = ImageDraw.Draw(picture)
-        for place, value in ((0, high), (max(height - 12, 0), low)):
-            draw.text((8 + _BAR, place), f"{value:.3g} {self.unit}".strip(), fill=(31, 35, 40))
-        return np.array(picture)
+    def notes(self) -> Sequence[str]:
+        return ["Colors reach from the 2nd to the 98th percentile of each image."]
 
-    def words(self, prediction: Tensor) -> Mapping[str, Any]:
-        known = prediction[prediction.isfinite()]
+    def row(self, prediction: Tensor) -> Row:
+        known = prediction[prediction.isfinite()].double()
         if not len(known):
-            return {"least": "", "mean": "", "largest": ""}
-        found = {"least": known.min(), "mean": known.mean(), "largest": known.max()}
-        return {name: round(float(value), 4) for name, value in found.items()}
+            return {}
+        found = (known.min(), known.mean(), known.max())
+        values = (float(f"{float(value):.6g}") for value in found)
+        return dict(zip(self.columns(), values, strict=True))
+
+    def columns(self) -> Sequence[str]:
+        unit = f" ({self.unit})" if self.unit else ""
+        return [f"{name}{unit}" for name in ("min", "mean", "max")]
+
+    def caption(self, row: Row) -> str:
+        if not row:
+            return "nothing is known"
+        low, mean, high = (f"{value:.3g}" for value in row.values())
+        return f"{low} to {high} {self.unit}, mean {mean} {self.unit}".replace(" ,", ",").strip()
 
 
 class ClassDrawing(Drawing):
-    """The image as it is; the surest classes in words. A prediction is probabilities [K]."""
+    """The image as it is, and the likeliest classes. A prediction is probabilities [classes]."""
+
+    has_files = False
 
     def __init__(self, target: Target) -> None:
-        self.names = target.classes or tuple(f"class {i}" for i in range(target.count or 0))
+        self.names = _names(target)
 
-    def over(self, image: Pixels, prediction: Tensor) -> Pixels:
+    def picture(self, image: Pixels, prediction: Tensor) -> Pixels:
         return image
 
-    def words(self, prediction: Tensor) -> Mapping[str, Any]:
-        shares, order = prediction.topk(min(5, len(prediction)))
-        pairs = zip(order.tolist(), shares.tolist(), strict=True)
-        named = [f"{self.names[index]} {100 * share:.1f} %" for index, share in pairs]
-        return {"class": self.names[int(order[0])], "classes": ", ".join(named)}
+    def sheet(self, image: Pixels, prediction: Tensor) -> Pixels:
+        return image
+
+    def row(self, prediction: Tensor) -> Row:
+        scores, order = prediction.topk(min(_FIRST, len(prediction)))
+        found = zip(self._pairs(), order.tolist(), scores.tolist(), strict=False)
+        named = [((name, self.names[i]), (key, round(s, 6))) for (name, key), i, s in found]
+        return dict(pair for pairs in named for pair in pairs)
+
+    def columns(self) -> Sequence[str]:
+        return [column for pair in self._pairs() for column in pair]
+
+    def caption(self, row: Row) -> str:
+        pairs = [pair for pair in self._pairs() if pair[0] in row]
+        return ", ".join(f"{row[name]} {_percent(row[score])}" for name, score in pairs)
+
+    def resized(self, prediction: Tensor, height: int, width: int) -> Tensor:
+        return prediction
+
+    @staticmethod
+    def _pairs() -> list[tuple[str, str]]:
+        return [(f"class {place}", f"probability {place}") for place in range(1, _FIRST + 1)]
 
 
-def as_pixels(image: Tensor) -> Pixels:
-    """An image [C, H, W] as it can be seen: of more than three channels the first three."""
-    values = image.float()
-    if image.dtype == torch.uint16 or image.dtype == torch.int16:
-        values = values / (2**16 - 1 if image.dtype == torch.uint16 else 2**15 - 1) * 255
-    elif image.is_floating_point():
-        values = values * 255
-    shown = values[:3] if len(values) >= 3 else values[:1].expand(3, -1, -1)
-    found: Pixels = shown.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-    return found
+def _names(target: Target) -> tuple[str, ...]:
+    """A name of its own for each class."""
+    names = target.classes or tuple(f"class {index}" for index in range(target.count or 0))
+    if len(set(names)) == len(names):
+        return names
+    return tuple(f"{name} ({index})" for index, name in enumerate(names))
+
+
+def _column(name: str) -> str:
+    return f"share of {name}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-from attrs import evolve, frozen
 from torch import Tensor
 
 from dinov3_framework import (
+    CorruptSampleError,
     DataError,
     Dataset,
     Model,
@@ -19,49 +18,28 @@ from dinov3_framework import (
     Problem,
     RecipeError,
     Registry,
-    Sample,
     Target,
     Task,
-    Transform,
     collectives,
-    normalize,
 )
-from dinov3_framework.data.dense import dense_predictions, dense_problems
+from dinov3_framework.data.dense import dense_problems
 from dinov3_framework.data.dense_config import DenseInferenceConfig
-from dinov3_framework.data.images import ImageFit
 from dinov3_framework.data.inference import ProgressLines
-from dinov3_framework.data.predictions import predictions
 from dinov3_framework.data.saved_predictions import SavedPredictions
-from dinov3_framework.errors import problems_at
+from dinov3_framework.errors import printable, problems_at
 from dinov3_framework.parallel.state_dicts import weights_hash
 from dinov3_framework.runtime.agreement import OwnErrors
-from dinov3_framework.runtime.output import output_file
-from dinov3_framework.runtime.results import write_csv, write_results
 from dinov3_predict import PredictConfig
-from dinov3_predict.drawing import (
-    ClassDrawing,
-    Drawing,
-    MapDrawing,
-    MaskDrawing,
-    Pixels,
-    as_pixels,
-)
-from dinov3_predict.images import Images
-from dinov3_predict.model import Loaded, describe, load
-from dinov3_predict.report import Shown, thumbnail, write_page
+from dinov3_predict.drawing import ClassDrawing, Drawing, MapDrawing, MaskDrawing
+from dinov3_predict.images import Images, Resizable
+from dinov3_predict.model import LoadedModel, describe, load
+from dinov3_predict.outputs import OVERLAYS, PAGE, PREDICTIONS, TABLE, Outputs, Seen
+from dinov3_predict.walk import Walk
 
+# Below the framework's logger, whose handlers write run.log.
 log = logging.getLogger("dinov3_framework.predict")
 
-_QUALITY = 90  # of JPEG
-
-
-@frozen
-class _Seen:
-    """What became of one image."""
-
-    index: int
-    row: Mapping[str, Any]
-    shown: Shown | None  # of those that the report shows
+KINDS = ("mask", "map", "class")
 
 
 class Predict(Task):
@@ -72,34 +50,33 @@ class Predict(Task):
 
     # ------------------------------------------------------------------ checking
     def check(self, world_size: int) -> Plan:
-        config = self.config
-        loaded = describe(config, self.registry)
-        name, target = self._target(loaded)
-        inference = self._inference(loaded.model)
-        if target.kind in ("mask", "map"):
-            problems = dense_problems(loaded.model, inference, name)
-            if problems:
-                raise RecipeError(problems_at("inference", RecipeError(problems)))
-        self._drawing(target)
+        if self.config.images is None and self.config.dataset is None:
+            raise RecipeError([Problem("images", "are missing", "give images=FOLDER")])
+        loaded = describe(self.config, self.registry)
+        name, target = self.target(loaded)
+        drawing = self._drawing(target)
+        self._check_inference(loaded.model, name, target)
         missing: list[str] = []
         images: list[tuple[str, str]] = []
         dataset = None
         try:
-            dataset = self._dataset(loaded.model)
+            dataset = self.dataset(loaded.model, target)
         except DataError as error:
             missing.append(str(error))
         else:
-            images = [("images", dataset.describe())]
+            images = [("images", dataset.describe()), ("first", _first_size(dataset))]
             images += [("note", note) for note in dataset.notes()]
-        asked = [("target", f"{name} ({target})"), *_described(inference, loaded.model, target)]
+        protocol = _described(self.inference(loaded.model), loaded.model, target)
         sections = {
             "model": loaded.rows,
             "images": [*images, ("processes", str(world_size))],
-            "predictions": asked,
+            "predictions": [("target", f"{name}, a {target}"), *protocol.items()],
+            "files": self._files(target, drawing),
         }
         return Plan(sections, missing, dataset)
 
-    def _target(self, loaded: Loaded) -> tuple[str, Target]:
+    def target(self, loaded: LoadedModel) -> tuple[str, Target]:
+        """The target that is predicted; raises ``RecipeError``."""
         targets = loaded.head.head.targets
         known = ", ".join(f"{name} ({each})" for name, each in targets.items())
         name = self.config.target
@@ -110,17 +87,29 @@ class Predict(Task):
             (name,) = targets
         if name not in targets:
             raise RecipeError([Problem("target", f"is {name!r}; the head predicts {known}")])
-        if targets[name].kind not in ("mask", "map", "class"):
-            message = f"{name} is of kind {targets[name].kind}, of which there are no pictures"
-            raise RecipeError([Problem("target", message)])
-        return name, targets[name]
+        target = targets[name]
+        if target.kind not in KINDS or target.per_object:
+            message = f"{name} is a {target}, which is not drawn"
+            raise RecipeError([Problem("target", message, f"drawn are {', '.join(KINDS)}")])
+        return name, target
 
-    def _inference(self, model: Model) -> DenseInferenceConfig:
-        if self.config.inference is not None:
-            return self.config.inference
-        if model.size is None:
-            return DenseInferenceConfig()
-        return DenseInferenceConfig(resize=model.size, mode="slide", window=model.size)
+    def inference(self, model: Model) -> DenseInferenceConfig:
+        """How pixels are predicted."""
+        if self.config.inference is not None or model.size is None:
+            return self.config.inference or DenseInferenceConfig()
+        patch = model.backbone.patch_size
+        size = max(model.size // patch, 1) * patch
+        return DenseInferenceConfig(resize=size, mode="slide", window=size)
+
+    def _check_inference(self, model: Model, name: str, target: Target) -> None:
+        if target.kind == "class":
+            if self.config.inference is not None:
+                message = "is for masks and maps, and the head predicts classes"
+                raise RecipeError([Problem("inference", message, "leave it out")])
+            if model.size is None:
+                raise DataError("nothing says how large the images of the head's training were")
+        elif problems := dense_problems(model, self.inference(model), name):
+            raise RecipeError(problems_at("inference", RecipeError(problems)))
 
     def _drawing(self, target: Target) -> Drawing:
         if target.kind == "mask":
@@ -134,230 +123,111 @@ class Predict(Task):
             raise RecipeError([Problem("colormap", message, "take turbo, viridis or gray")])
         return MapDrawing(target, self.config.colormap)
 
-    def _dataset(self, model: Model) -> Dataset:
+    def dataset(self, model: Model, target: Target) -> Dataset:
+        """The images; raises ``DataError`` where there are none."""
         channels = model.images.channels
         if self.config.dataset is None:
-            return Images(self.config.images or "", channels=channels)
-        dataset: Dataset = self.registry.build(self.config.dataset, channels=channels)
+            dataset: Dataset = Images(self.config.images or "", channels=channels)
+        else:
+            dataset = self.registry.build(self.config.dataset, channels=channels)
         if len(dataset) == 0:
             raise DataError(f"{dataset.describe()}: holds no images")
-        return dataset
+        return dataset if target.kind == "class" else Resizable(dataset, self.inference(model))
+
+    def _files(self, target: Target, drawing: Drawing) -> list[tuple[str, str]]:
+        config, found = self.config, []
+        if drawing.has_files:
+            bits = 8 if (target.count or 0) <= 256 else 16
+            what = f"class ids, {bits} bits" + (", with colors" if bits == 8 else "")
+            if target.kind == "map":
+                step, most = config.png_scale, 65_535 * config.png_scale
+                what = f"16 bits, steps of {step:g} {target.unit} up to {most:g} {target.unit}"
+            texts = {"png": f"NAME.png, {what}", "npy": "NAME.npy, exact"}
+            found = [(PREDICTIONS, texts[form]) for form in config.formats]
+            found += [(OVERLAYS, "NAME.jpg")] if config.overlays else []
+        return [*found, ("table", TABLE), ("report", f"{PAGE}, of {config.report_images} images")]
 
     # ------------------------------------------------------------------ running
     def run(self, output_dir: Path, plan: Plan | None = None) -> None:
         with OwnErrors():
-            loaded = load(self.config, self.registry)
-            model = loaded.model
-            dataset = (plan and plan.prepared) or self._dataset(model)
-            self._run(output_dir, loaded, dataset)
+            self._run(output_dir, plan)
 
-    def _run(self, output_dir: Path, loaded: Loaded, dataset: Dataset) -> None:
+    def _run(self, output_dir: Path, plan: Plan | None) -> None:
+        config, loaded = self.config, load(self.config, self.registry)
         model = loaded.model
-        name, target = self._target(loaded)
+        name, target = self.target(loaded)
+        dataset = (plan and plan.prepared) or self.dataset(model, target)
         drawing = self._drawing(target)
-        protocol = dict(_described(self._inference(model), model, target))
-        hashed = weights_hash(model.backbone, cast(Any, model.head))
-        found: list[_Seen] = []
+        protocol = _described(self.inference(model), model, target)
+        weights = weights_hash(model.backbone, cast(Any, model.head))
+        names = [dataset.name(index) for index in range(len(dataset))]
+        saved = None
+        if drawing.has_files:
+            key = {"weights": weights, "target": name, **protocol}
+            folder, scale = output_dir / PREDICTIONS, config.png_scale
+            saved = SavedPredictions(folder, key, config.formats, names=names, scale=scale)
+        outputs = Outputs(config, drawing, output_dir, names, saved)
         progress = ProgressLines(-(-len(dataset) // collectives.world_size()), log)
-        walked = (
-            self._classes(model, dataset, name)
-            if target.kind == "class"
-            else self._pixels(output_dir, model, dataset, name, target, hashed, protocol)
-        )
-        for index, prediction in walked:
-            found.append(self._show(output_dir, dataset, index, prediction, drawing))
+        seen: list[Seen] = []
+        for each in self.walk(model, dataset, name)(saved, outputs.wants_image):
+            seen.append(outputs.seen(each))
             progress.add(1)
-        shares = collectives.all_gather_object((found, drawing))
+        clipped = 0 if saved is None else saved.clipped
+        gathered = collectives.all_gather_object((seen, clipped))
         if not collectives.is_main():
             return
-        gathered = cast("list[tuple[list[_Seen], Drawing]]", shares)
-        seen = sorted((each for share, _ in gathered for each in share), key=lambda s: s.index)
-        legends = [each.legend() for _, each in gathered]
-        self._conclude(output_dir, loaded, dataset, seen, legends, protocol, hashed)
-
-    def _pixels(
-        self,
-        output_dir: Path,
-        model: Model,
-        dataset: Dataset,
-        name: str,
-        target: Target,
-        hashed: str,
-        protocol: Mapping[str, str],
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Predictions of masks and maps; those that are there from before are read."""
-        key = {"weights": hashed, "target": name, "classes": target.count, **protocol}
-        names = (dataset.name(index) for index in range(len(dataset)))
-        saved = SavedPredictions(
-            output_dir / "predictions",
-            key,
-            self.config.formats,
-            names,
-            target,
-            scale=self.config.png_scale,
-        )
-        for each in dense_predictions(
-            model,
-            _Unlabeled(dataset),
-            self._inference(model),
-            name,
-            workers=self.config.workers,
-            skip=saved.has,
-        ):
-            prediction = each.prediction
-            if prediction is None:
-                prediction = saved.read(each.name)
-            else:
-                saved.write(each.name, prediction)
-            yield each.index, prediction
-        if saved.clipped:
-            most = 65535 * self.config.png_scale
-            log.warning(
-                "Values of %d images are beyond the %g %s that a 16-bit PNG holds; set png_scale",
-                saved.clipped,
-                most,
-                target.unit,
+        shares = cast("list[tuple[list[Seen], int]]", gathered)
+        notes = []
+        if clipped := sum(count for _, count in shares):
+            most = f"{65_535 * config.png_scale:g} {target.unit}".strip()
+            notes.append(
+                f"PNG files of {clipped:,} images are cut off at 0 or {most}; set png_scale"
             )
+            log.warning("%s", notes[0])
+        facts = {"images": dataset.describe(), **dict(loaded.rows)}
+        facts |= {"hash of the weights": weights, "target": f"{name}, a {target}", **protocol}
+        outputs.conclude(dataset, [each for seen, _ in shares for each in seen], facts, notes)
 
-    def _classes(self, model: Model, dataset: Dataset, name: str) -> Iterator[tuple[int, Tensor]]:
-        if model.size is None:
-            raise DataError("nothing says how large the head's images were")
-        shown = ImageFit(model.images, 1, "crop", model.size)
-        config = self.config
-        for predicted, targets in predictions(
-            model,
-            _Numbered(dataset),
-            _Cropped(shown),
-            batch_size=config.batch_size,
-            workers=config.workers,
-        ):
-            scores = predicted[name].float().softmax(-1).cpu()
-            yield from zip(targets["index"].tolist(), scores, strict=True)
-
-    def _show(
-        self, output_dir: Path, dataset: Dataset, index: int, prediction: Tensor, drawing: Drawing
-    ) -> _Seen:
-        name = dataset.name(index)
-        words = drawing.words(prediction)
-        row = {"image": name}
-        shown = None
-        if self.config.overlays or index < self.config.report_images:
-            image = as_pixels(dataset[index].image)
-            row |= {"width": image.shape[1], "height": image.shape[0]}
-            over = drawing.over(image, prediction)
-            if self.config.overlays and not isinstance(drawing, ClassDrawing):
-                self._save(output_dir / "overlays" / _jpeg(name), over)
-            if index < self.config.report_images:
-                shown = Shown(name, thumbnail(image), thumbnail(over), dict(words))
-        return _Seen(index, {**row, **words}, shown)
-
-    @staticmethod
-    def _save(path: Path, pixels: Pixels) -> None:
-        from PIL import Image
-
-        if path.is_file():
-            return
-        with output_file(path) as aside:
-            Image.fromarray(np.ascontiguousarray(pixels)).save(
-                aside, format="JPEG", quality=_QUALITY
-            )
-
-    def _conclude(
-        self,
-        output_dir: Path,
-        loaded: Loaded,
-        dataset: Dataset,
-        seen: list[_Seen],
-        legends: list[Mapping[str, tuple[int, int, int]]],
-        protocol: Mapping[str, str],
-        hashed: str,
-    ) -> None:
-        columns = list(dict.fromkeys(key for each in seen for key in each.row))
-        with output_file(output_dir / "predictions.csv") as aside:
-            write_csv(aside, columns, ([s.row.get(c, "") for c in columns] for s in seen))
-        skipped = len(dataset) - len(seen)
-        facts = {
-            **dict(loaded.rows),
-            "images": dataset.describe(),
-            **({"unreadable": str(skipped)} if skipped else {}),
-            **protocol,
-            "hash of the weights": hashed,
-        }
-        shown = [each.shown for each in seen if each.shown is not None]
-        legend = {name: color for each in legends for name, color in each.items()}
-        write_page(
-            output_dir / "report.html", facts, shown, legend, left_out=len(seen) - len(shown)
-        )
-        write_results(
-            output_dir,
-            {
-                "task": "predict",
-                "model": dict(loaded.rows),
-                "weights": hashed,
-                "protocol": dict(protocol),
-                "images": len(seen),
-                "skipped": skipped,
-                "files": ["predictions.csv", "report.html"],
-            },
-        )
-        log.info("Predictions of %d images: %s", len(seen), output_dir / "report.html")
+    def walk(self, model: Model, dataset: Dataset, target: str) -> Walk:
+        """What predicts the images."""
+        config, inference = self.config, self.inference(model)
+        return Walk(model, dataset, target, inference, config.batch_size, config.workers)
 
 
-# --------------------------------------------------------------------------- parts
-def _described(
-    inference: DenseInferenceConfig, model: Model, target: Target
-) -> list[tuple[str, str]]:
+def predicted_images(config: PredictConfig) -> Iterator[tuple[str, Tensor]]:
+    """(name, prediction) of each image, without files; see ``dinov3_predict.predict``."""
+    registry = Registry.load()
+    task, loaded = Predict(config, registry=registry), load(config, registry)
+    name, target = task.target(loaded)
+    dataset = task.dataset(loaded.model, target)
+    for each in task.walk(loaded.model, dataset, name)():
+        yield dataset.name(each.index), each.prediction
+
+
+# --------------------------------------------------------------------------- words
+def _described(inference: DenseInferenceConfig, model: Model, target: Target) -> dict[str, str]:
+    """All that changes a prediction, for a person and to know it again."""
     if target.kind == "class":
-        return [("seen", f"the middle, {model.size} px")]
-    size = (
-        "their own size"
-        if inference.resize is None
-        else (f"{inference.side} side {inference.resize} px, {inference.interpolation}")
-    )
-    found = [("resized to", size), ("mode", inference.mode)]
+        return {"seen": f"the middle, {model.size} x {model.size} px"}
+    found = {"resized to": "their own size"}
+    if inference.resize is not None:
+        size = f"{inference.resize} px, {inference.interpolation}"
+        found["resized to"] = f"{inference.side} side {size}".replace("both side", "both sides")
     if inference.mode == "slide":
         window = inference.window or model.size or 0
-        stride = inference.stride or window * 2 // 3
-        found.append(("windows", f"{window} px, every {stride} px"))
-    scales = ", ".join(f"{scale:g}" for scale in inference.scales)
-    return [*found, ("scales", scales), ("mirrored, too", "yes" if inference.flip else "no")]
+        found["windows"] = f"{window} px, every {inference.stride or window * 2 // 3} px"
+    else:
+        found["windows"] = "none, the whole image at once"
+    found["scales"] = ", ".join(f"{scale:g}" for scale in inference.scales)
+    return {**found, "mirror images": "averaged with" if inference.flip else "not looked at"}
 
 
-def _jpeg(name: str) -> Path:
-    parts = [part for part in Path(name).parts if part not in ("/", "..")]
-    *folders, last = parts or ["image"]
-    return Path(*folders, f"{last}.jpg")
-
-
-class _Unlabeled(Dataset):
-    """A dataset whose predictions are at the size of the image, whatever it knows of it."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Sample:
-        return evolve(self.dataset[index], targets={})
-
-    def name(self, index: int) -> str:
-        return self.dataset.name(index)
-
-    def describe(self) -> str:
-        return self.dataset.describe()
-
-
-class _Numbered(_Unlabeled):
-    """Whose samples say which they are."""
-
-    def __getitem__(self, index: int) -> Sample:
-        return evolve(self.dataset[index], targets={"index": index})
-
-
-class _Cropped(Transform):
-    def __init__(self, fit: ImageFit) -> None:
-        self.fit, self.size = fit, (fit.size or 0, fit.size or 0)
-
-    def __call__(self, sample: Sample) -> Sample:
-        return Sample(normalize(self.fit(sample.image), self.fit.images), sample.targets)
+def _first_size(dataset: Dataset) -> str:
+    """The size of the first of some images that can be read."""
+    for index in range(min(len(dataset), 5)):
+        try:
+            height, width = dataset[index].image.shape[-2:]
+        except CorruptSampleError:
+            continue
+        return f"{printable(dataset.name(index))}, {width} x {height} px"
+    return "none of the first can be read"

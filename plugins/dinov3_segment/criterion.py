@@ -117,7 +117,11 @@ class MaskCriterion:
             logits, truth, pairs, generators, strict=True
         ):
             if len(segments):
-                chosen = Segments(segments.classes, segments.masks[masks], segments.ignored)
+                queries = queries[masks.argsort()]  # in the order of the masks, which are larger
+                known = segments.masks
+                if len(masks) < len(segments):  # there are too few queries
+                    known = known[masks.sort().values]
+                chosen = Segments(segments.classes, known, segments.ignored)
                 entropy, dice = self._compare(given[queries], chosen, generator)
                 entropies.append(entropy)
                 dices.append(dice)

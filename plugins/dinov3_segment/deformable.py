@@ -74,7 +74,7 @@ class DeformableAttention(nn.Module):
         """Queries [B, N, D] at places [N, 2] (x, y from 0 to 1), values [B, S, D]: [B, N, D]."""
         samples, length, _ = queries.shape
         inside = self.value_proj(values)
-        heads = inside.view(samples, -1, self.heads, inside.shape[-1] // self.heads)
+        heads = inside.unflatten(-1, (self.heads, inside.shape[-1] // self.heads))
         shape = (samples, length, self.heads, self.levels, self.points)
         offsets = self.sampling_offsets(queries).view(*shape, 2).float()
         weights = self.attention_weights(queries).view(*shape[:3], -1).float()
@@ -89,23 +89,29 @@ def sample(
     """Weighed sums of values at places: [B, N, H * d].
 
     values [B, S, H, d]; places [N, 2]; offsets [B, N, H, L, K, 2] in positions of their level;
-    weights [B, N, H, L, K]. Bilinear between the centers of positions, 0 beyond the edge.
+    weights [B, N, H, L, K], in whose precision all is computed. Bilinear between the centers of
+    positions, 0 beyond the edge.
     """
     samples, _, heads, width = values.shape
     length, points = offsets.shape[1], offsets.shape[4]
-    parts, start = [], 0
+    dtype = weights.dtype
+    # Level by level: what all levels' points see would be the largest tensor of a step.
+    total, start = None, 0
     for level, (height, across) in enumerate(sizes):
         stop = start + height * across
-        grid = values[:, start:stop].permute(0, 2, 3, 1).float()
+        grid = values[:, start:stop].permute(0, 2, 3, 1).to(dtype)
         grid = grid.reshape(samples * heads, width, height, across)
         start = stop
-        pixels = torch.tensor([across, height], dtype=torch.float32, device=values.device)
-        where = places[:, None, None] + offsets[:, :, :, level] / pixels  # [B, N, H, K, 2]
-        where = (2 * where - 1).transpose(1, 2).reshape(samples * heads, length, points, 2)
+        x, y = offsets[:, :, :, level].unbind(-1)
+        step = torch.stack([x / across, y / height], -1)  # [B, N, H, K, 2]
+        where = 2 * (places[:, None, None].to(dtype) + step) - 1
+        where = where.transpose(1, 2).reshape(samples * heads, length, points, 2)
         seen = F.grid_sample(
             grid, where, mode="bilinear", padding_mode="zeros", align_corners=False
         )  # [B * H, d, N, K]
-        parts.append(seen)
-    shares = weights.transpose(1, 2).reshape(samples * heads, 1, length, -1)
-    total = (torch.cat(parts, -1) * shares).sum(-1)
+        shares = weights[:, :, :, level].transpose(1, 2).reshape(samples * heads, 1, length, points)
+        found = (seen * shares).sum(-1)
+        total = found if total is None else total + found
+    if total is None:
+        raise ValueError("there is no level to sample")
     return total.view(samples, heads * width, length).transpose(1, 2)

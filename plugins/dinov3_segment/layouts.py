@@ -23,11 +23,15 @@ _LEVELS = 3
 
 
 class Mask2FormerLayout(Layout):
-    """The published segmenter: an adapter and Mask2Former, without the backbone between them."""
+    """The published segmenter: an adapter and Mask2Former.
+
+    The backbone may be in its file, below the adapter; it has a file of its own and is left out.
+    """
 
     format = "meta"
     config = Mask2FormerConfig
     unsaid = "which layers of the backbone it looks at"
+    others = (f"{_ADAPTER}backbone.*",)
 
     def recognize(self, content: Content) -> Mask2FormerConfig | None:
         shapes = content.shapes

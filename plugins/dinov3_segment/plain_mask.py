@@ -183,6 +183,8 @@ class PlainMaskTransformer(MaskHead):
         self.decoder.attn_mask_probs.copy_(chances)
 
     def forward(self, features: HeadFeatures) -> dict[str, Any]:
+        if len(features.storage) < len(features.maps):
+            raise ValueError("the decoder takes storage tokens, too, and they are not there")
         grid = (features.maps[0].shape[-2], features.maps[0].shape[-1])
         dtype = self.decoder.class_head.weight.dtype
         levels = []

@@ -38,13 +38,11 @@ def turned(part: Any, angle: float, fill: Any) -> Any:
         return tv.rotate(part, angle)
     if not isinstance(part, tv_tensors.Mask):
         return tv.rotate(part, angle, interpolation=InterpolationMode.BILINEAR, fill=fill)
-    # torchvision turns masks in float32, whose integers end at 2^24.
+    # In float32, as torchvision does it: ids are right up to 2^24.
     plain = part.as_subclass(Tensor)
     planes = plain.reshape(-1, *plain.shape[-2:])
-    if planes.dtype == torch.bool:
-        planes = planes.to(torch.uint8)
     found = tv.rotate(planes, angle, interpolation=InterpolationMode.NEAREST, fill=fill)
-    return tv_tensors.wrap(found.to(plain.dtype).reshape(plain.shape), like=part)
+    return tv_tensors.wrap(found.reshape(plain.shape), like=part)
 
 
 def shaded(

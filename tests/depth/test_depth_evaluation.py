@@ -22,6 +22,7 @@ from depth_support import (
 )
 from dinov3_depth.configs_evaluation import DepthConfig
 from dinov3_depth.scoring import cropped
+from PIL import Image
 from process_groups import run_processes
 
 from dinov3_framework import DataError, InvalidOption
@@ -261,7 +262,6 @@ def test_processes_find_what_one_finds(processes: int, tmp_path: Path) -> None:
 def test_a_run_that_was_cut_off_goes_on_with_what_is_saved(
     formats: tuple[str, ...], tmp_path: Path
 ) -> None:
-    pytest.importorskip("dinov3_framework.data.saved_predictions")
     config = depth(OFF, save=formats)
     _, whole = evaluated(depth(OFF))
     _, first = evaluated(config, folder=tmp_path)
@@ -276,8 +276,22 @@ def test_a_run_that_was_cut_off_goes_on_with_what_is_saved(
 
 
 def test_predictions_of_other_weights_are_not_taken(tmp_path: Path) -> None:
-    pytest.importorskip("dinov3_framework.data.saved_predictions")
     config: DepthConfig = depth(OFF, save=("npy",))
     evaluated(config, folder=tmp_path)
     with pytest.raises(DataError, match="weights"):
         evaluated(config, Brightness(factor=2.0), folder=tmp_path)
+
+
+def test_pictures_of_depth_are_in_millimeters_and_clipping_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluated(depth(OFF, save=("png",)), folder=tmp_path / "near")
+    with Image.open(tmp_path / "near" / "rooms" / "0.png") as picture:
+        stored = np.asarray(picture)
+    expected = Scenes(depth(OFF).data).image(0)[0].double().numpy() / 255 * 8
+    assert np.abs(stored / 1000 - expected).max() < 6e-4
+    assert not caplog.records
+    far = depth(OFF | {"shift": 1000.0}, most=None, save=("png",))
+    _, metrics = evaluated(far, Brightness(shift=1000.0), folder=tmp_path / "far")
+    assert metrics["rmse"] > 500  # of what was predicted, not of the picture
+    assert "clipped" in caplog.text

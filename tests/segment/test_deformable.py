@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from dinov3_segment.deformable import DeformableAttention, centers, sample
 from torch import Tensor
@@ -11,12 +12,12 @@ from torch import Tensor
 SIZES = [(3, 4), (2, 2)]
 
 
-def drawn(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def drawn() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Values [2, 16, 2, 3], places [5, 2], offsets [2, 5, 2, 2, 3, 2], weights [2, 5, 2, 2, 3]."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     weights = normal(2, 5, 2, 6).softmax(-1).view(2, 5, 2, 2, 3)
     return normal(2, 16, 2, 3), normal(5, 2).sigmoid(), 2 * normal(2, 5, 2, 2, 3, 2), weights
@@ -39,6 +40,8 @@ def test_it_is_the_definition() -> None:
                         y = float(places[query, 1]) * height + dy - 0.5
                         share = weights[image, query, head, level, point]
                         expected[image, query, head] += share * bilinear(grid, y, x)
+    found = sample(values, places, offsets, weights, SIZES)
+    torch.testing.assert_close(found.view(2, 5, 2, 3), expected, rtol=1e-10, atol=1e-12)
     found = sample(values.float(), places.float(), offsets.float(), weights.float(), SIZES)
     torch.testing.assert_close(found.view(2, 5, 2, 3).double(), expected, rtol=1e-4, atol=1e-5)
 
@@ -53,26 +56,10 @@ def bilinear(grid: Tensor, y: float, x: float) -> Tensor:
     return found
 
 
-def test_gradients_reach_values_places_offsets_and_weights() -> None:
-    """By differences; float32 alone is sampled, so that steps are not too small."""
-    values, places, offsets, weights = drawn(torch.float32)
-    given = [values, offsets, weights]
-    for tensor in given:
-        tensor.requires_grad_()
-    sample(values, places, offsets, weights, SIZES).square().sum().backward()
-    generator, step = torch.Generator().manual_seed(1), 1e-2
-    for tensor in given:
-        assert tensor.grad is not None
-        way = torch.randn(tensor.shape, generator=generator)
-        way /= way.norm()
-        with torch.no_grad():
-            ends = []
-            for sign in (step, -step):
-                tensor += sign * way
-                ends.append(sample(values, places, offsets, weights, SIZES).square().sum())
-                tensor -= sign * way
-        slope = float(ends[0] - ends[1]) / (2 * step)
-        torch.testing.assert_close(float((tensor.grad * way).sum()), slope, rtol=0.05, atol=0.02)
+def test_gradients_are_those_of_differences() -> None:
+    """For values, places, offsets and weights."""
+    given = [tensor.requires_grad_() for tensor in drawn()]
+    assert torch.autograd.gradcheck(lambda *tensors: sample(*tensors, SIZES), given)
 
 
 def test_centers_lie_between_the_edges() -> None:
@@ -101,3 +88,26 @@ def test_half_precision_is_sampled_in_single() -> None:
     half = attention.bfloat16()(queries.bfloat16(), places, values.bfloat16(), SIZES)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), whole, rtol=0.1, atol=0.05)
+
+
+@pytest.mark.slow  # imports transformers
+def test_it_is_that_of_transformers() -> None:
+    """The encoder's attention of its Mask2Former, which has the same names."""
+    pytest.importorskip("transformers")
+    from transformers.models.mask2former import modeling_mask2former
+
+    name = "Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention"
+    theirs = getattr(modeling_mask2former, name)(16, num_heads=4, n_levels=2, n_points=3)
+    ours = DeformableAttention(16, levels=2, heads=4, points=3)
+    torch.manual_seed(0)
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    theirs.load_state_dict(ours.state_dict())
+    queries, values, places = torch.randn(2, 5, 16), torch.randn(2, 16, 16), torch.rand(5, 2)
+    expected, _ = theirs(
+        queries,
+        encoder_hidden_states=values,
+        reference_points=places[None, :, None].expand(2, -1, 2, -1),
+        spatial_shapes_list=SIZES,
+    )
+    torch.testing.assert_close(ours(queries, places, values, SIZES), expected, rtol=1e-4, atol=1e-5)
