@@ -25,7 +25,8 @@ _LEVELS = 3
 class Mask2FormerLayout(Layout):
     """The published segmenter: an adapter and Mask2Former.
 
-    The backbone may be in its file, below the adapter; it is left out, for it has a file of its own.
+    The backbone may be in its file, below the adapter; it is left out, since it has a file of its
+    own.
     """
 
     format = "meta"
