@@ -259,6 +259,9 @@ def test_torch_numpy_and_attrs_are_enough(tmp_path: Path, bare_python: Path) -> 
         depth = load("dinov3_vitl16_chmv2", pretrained=False, **small)
         with torch.no_grad():
             print("depth", *depth(images).shape[-2:])
+        with torch.device("meta"):
+            segmenter = load("dinov3_vit7b16_ms", pretrained=False)
+            print("masks", *segmenter.predict(images.to("meta"))["pred_masks"].shape[-3:])
         """
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
@@ -281,6 +284,10 @@ def test_torch_numpy_and_attrs_are_enough(tmp_path: Path, bare_python: Path) -> 
         "depth",
         "64",
         "64",
+        "masks",
+        "100",
+        "512",
+        "512",
     ]
 
 

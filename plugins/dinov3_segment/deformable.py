@@ -74,7 +74,7 @@ class DeformableAttention(nn.Module):
         """Queries [B, N, D] at places [N, 2] (x, y from 0 to 1), values [B, S, D]: [B, N, D]."""
         samples, length, _ = queries.shape
         inside = self.value_proj(values)
-        heads = inside.view(samples, -1, self.heads, inside.shape[-1] // self.heads)
+        heads = inside.unflatten(-1, (self.heads, inside.shape[-1] // self.heads))
         shape = (samples, length, self.heads, self.levels, self.points)
         offsets = self.sampling_offsets(queries).view(*shape, 2).float()
         weights = self.attention_weights(queries).view(*shape[:3], -1).float()

@@ -25,8 +25,7 @@ _LEVELS = 3
 class Mask2FormerLayout(Layout):
     """The published segmenter: an adapter and Mask2Former.
 
-    The backbone may be in its file, below the adapter; it is left out, since it has a file of its
-    own.
+    The backbone may be in its file, below the adapter; it has a file of its own and is left out.
     """
 
     format = "meta"

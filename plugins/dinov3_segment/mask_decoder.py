@@ -143,7 +143,7 @@ class MaskDecoder(nn.Module):
             for each, embedded in zip(levels, self.level_embed.weight, strict=True)
         ]
         positions = [sine_positions(size, dim, device).to(features.dtype) for size in sizes]
-        queries = self.query_feat.weight.expand(len(features), -1, -1)
+        queries = self.query_feat.weight.expand(features.shape[0], -1, -1)
         at = self.query_embed.weight
         outputs = [self._outputs(queries, features)]
         layers = zip(

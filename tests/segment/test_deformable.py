@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from dinov3_segment.deformable import DeformableAttention, centers, sample
 from torch import Tensor
@@ -87,3 +88,26 @@ def test_half_precision_is_sampled_in_single() -> None:
     half = attention.bfloat16()(queries.bfloat16(), places, values.bfloat16(), SIZES)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), whole, rtol=0.1, atol=0.05)
+
+
+@pytest.mark.slow  # imports transformers
+def test_it_is_that_of_transformers() -> None:
+    """The encoder's attention of its Mask2Former, which has the same names."""
+    pytest.importorskip("transformers")
+    from transformers.models.mask2former import modeling_mask2former
+
+    name = "Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention"
+    theirs = getattr(modeling_mask2former, name)(16, num_heads=4, n_levels=2, n_points=3)
+    ours = DeformableAttention(16, levels=2, heads=4, points=3)
+    torch.manual_seed(0)
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    theirs.load_state_dict(ours.state_dict())
+    queries, values, places = torch.randn(2, 5, 16), torch.randn(2, 16, 16), torch.rand(5, 2)
+    expected, _ = theirs(
+        queries,
+        encoder_hidden_states=values,
+        reference_points=places[None, :, None].expand(2, -1, 2, -1),
+        spatial_shapes_list=SIZES,
+    )
+    torch.testing.assert_close(ours(queries, places, values, SIZES), expected, rtol=1e-4, atol=1e-5)
