@@ -22,6 +22,7 @@ from dinov3_framework.runtime.durable import no_room, open_file, parse_json, wri
 from dinov3_heads.plain_targets import pack, unpack
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PARTS = ("maps", "cls", "storage")  # of HeadFeatures: those that are kept
 _OPEN = 1024  # files that stay mapped
 _CONTENT = "content"
 
@@ -32,7 +33,8 @@ class StoredSample:
 
     maps: Sequence[Tensor]  # [D, h, w]
     cls: Sequence[Tensor]  # [D]
-    dtypes: Sequence[torch.dtype]  # in which maps, then class tokens were computed
+    storage: Sequence[Tensor]  # [R, D]
+    dtype: torch.dtype  # that they were computed in
     image_size: tuple[int, int]  # pixels, height and width
     targets: Mapping[str, Any]
 
@@ -41,7 +43,8 @@ class StoredSample:
 class Chunk:
     """Samples that follow each other in a dataset; rows are those that could be read.
 
-    ``tensors`` are ``maps.N`` [rows, D, h, w] and ``cls.N`` [rows, D], and those of targets;
+    ``tensors`` are ``maps.N`` [rows, D, h, w], ``cls.N`` [rows, D] and ``storage.N`` [rows, R, D],
+    and those of targets;
     ``content`` says the rest, as JSON holds it. Maps whose channels lie together are [rows, h, w,
     D]: convolutions sum another order of their input in another order, and give other bits.
     """
@@ -75,12 +78,15 @@ class Chunk:
             ],
         }
         if features is not None:
-            found = {f"maps.{number}": each for number, each in enumerate(features.maps)}
-            last = [name for name, each in found.items() if each.stride(1) == 1]
+            found = {
+                f"{part}.{number}": each
+                for part in PARTS
+                for number, each in enumerate(getattr(features, part))
+            }
+            last = [name for name, each in found.items() if each.ndim == 4 and each.stride(1) == 1]
             found |= {name: found[name].permute(0, 2, 3, 1) for name in last}
-            found |= {f"cls.{number}": each for number, each in enumerate(features.cls)}
-            dtypes = {name: str(each.dtype).removeprefix("torch.") for name, each in found.items()}
-            content |= {"size": list(features.image_size), "last": last, "dtypes": dtypes}
+            computed = str(features.maps[0].dtype).removeprefix("torch.")
+            content |= {"size": list(features.image_size), "last": last, "dtype": computed}
             for name, each in found.items():
                 tensors[name] = _kept(name, each.detach()[: len(samples)], dtype)
         return cls(tensors, content)
@@ -93,9 +99,8 @@ class Chunk:
         height, width = self.content["size"]
         targets = self.content["targets"][row]
         return StoredSample(
-            maps=self._rows("maps", row),
-            cls=self._rows("cls", row),
-            dtypes=[getattr(torch, name) for name in self.content["dtypes"].values()],
+            **{part: self._rows(part, row) for part in PARTS},
+            dtype=getattr(torch, self.content["dtype"]),
             image_size=(height, width),
             targets={name: unpack(each, self.tensors) for name, each in targets.items()},
         )

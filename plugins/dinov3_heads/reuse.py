@@ -34,6 +34,7 @@ from dinov3_framework.runtime.durable import written_aside
 from dinov3_framework.training.simulation import made_up_sample
 from dinov3_heads import TrainHeadConfig
 from dinov3_heads.feature_chunks import DTYPES, Chunk, ChunkFolder, ChunkStore
+from dinov3_heads.reused_batches import changed_features
 
 _FORMAT = 1  # of the files; another one is another folder
 _GIB = 2**30
@@ -106,8 +107,7 @@ def plan_reuse(
     try:
         with torch.no_grad():
             found = head_features(backbone, torch.empty(1, *shape, device="meta"), head.needs)
-            maps, cls = ([each.to(dtype) for each in parts] for parts in (found.maps, found.cls))
-            blank = HeadFeatures(maps, cls, found.image_size)
+            blank = changed_features(found, lambda each: each.to(dtype))
     except (UserError, IndexError):
         return Reuse(refusal="the backbone does not give the features")  # told elsewhere
     reuse = Reuse(
@@ -167,7 +167,7 @@ def _sample_bytes(
     shape: tuple[int, int, int],
 ) -> int:
     """Of one sample: its features, and its targets as far as a made-up one tells."""
-    features = [*blank.maps, *blank.cls]
+    features = [*blank.maps, *blank.cls, *blank.storage]
     kept = [DTYPES.get(config.feature_dtype, each.dtype) for each in features]
     size = sum(each.numel() * dtype.itemsize for each, dtype in zip(features, kept, strict=True))
     with torch.random.fork_rng(devices=[]):

@@ -23,7 +23,7 @@ from dinov3_framework.data.loader import BatchMaker, TransformedBatches, changed
 from dinov3_framework.data.tokens import head_features
 from dinov3_framework.runtime import collectives
 from dinov3_framework.runtime.agreement import OwnErrors, broadcast_from_rank0, run_on_all_ranks
-from dinov3_heads.feature_chunks import Chunk, ChunkStore, StoredSample
+from dinov3_heads.feature_chunks import PARTS, Chunk, ChunkStore, StoredSample
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +32,11 @@ log = logging.getLogger(__name__)
 class FeatureBatch:
     """Features and targets of a batch; a ``contracts.training.Batch``.
 
-    ``dtypes`` are those that maps, then class tokens were computed in.
+    ``dtype`` is the one that the features were computed in.
     """
 
     features: HeadFeatures
-    dtypes: Sequence[torch.dtype]
+    dtype: torch.dtype
     targets: Mapping[str, Any]
     corrupt: tuple[str, ...] = ()
 
@@ -50,26 +50,19 @@ class FeatureBatch:
         return self.changed(Tensor.pin_memory)
 
     def as_computed(self) -> HeadFeatures:
-        """The features in the dtypes that a backbone gives."""
-        count = len(self.features.maps)
-        return HeadFeatures(
-            [m.to(dtype) for m, dtype in zip(self.features.maps, self.dtypes, strict=False)],
-            [c.to(dtype) for c, dtype in zip(self.features.cls, self.dtypes[count:], strict=True)],
-            self.features.image_size,
-        )
+        """The features in the dtype that the backbone gives."""
+        return changed_features(self.features, lambda tensor: tensor.to(self.dtype))
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> FeatureBatch:
         """The same with every tensor changed."""
-        features = self.features
-        return evolve(
-            self,
-            features=HeadFeatures(
-                changed_tensors(list(features.maps), change),
-                changed_tensors(list(features.cls), change),
-                features.image_size,
-            ),
-            targets=changed_tensors(self.targets, change),
-        )
+        features = changed_features(self.features, change)
+        return evolve(self, features=features, targets=changed_tensors(self.targets, change))
+
+
+def changed_features(features: HeadFeatures, change: Callable[[Tensor], Tensor]) -> HeadFeatures:
+    """The same with every tensor changed, without an image."""
+    parts = {part: [change(each) for each in getattr(features, part)] for part in PARTS}
+    return HeadFeatures(**parts, image_size=features.image_size)
 
 
 class ReusedBatches(BatchMaker[StoredSample, FeatureBatch]):
@@ -92,35 +85,34 @@ class ReusedBatches(BatchMaker[StoredSample, FeatureBatch]):
     ) -> FeatureBatch:
         no_image = torch.empty(0)
         samples = [Sample(no_image, item.targets) for item in items]
-        features = HeadFeatures(
-            [_stacked(each) for each in zip(*(item.maps for item in items), strict=True)],
-            [torch.stack(each) for each in zip(*(item.cls for item in items), strict=True)],
-            items[0].image_size,
-        )
+        parts = {
+            part: [_stacked(each) for each in zip(*(getattr(i, part) for i in items), strict=True)]
+            for part in PARTS
+        }
+        features = HeadFeatures(**parts, image_size=items[0].image_size)
         targets = self.transformed.transform.collate(samples).targets
-        return FeatureBatch(features, items[0].dtypes, targets, corrupt)
+        return FeatureBatch(features, items[0].dtype, targets, corrupt)
 
     def first_samples(self, count: int) -> Mapping[str, Tensor]:
         return self.transformed.first_samples(count)
 
 
-def _stacked(maps: Sequence[Tensor]) -> Tensor:
-    """[B, D, h, w], whose channels lie together where those of ``maps`` do."""
-    if maps[0].stride(0) == 1:
-        return torch.stack([each.permute(1, 2, 0) for each in maps]).permute(0, 3, 1, 2)
-    return torch.stack(list(maps))
+def _stacked(rows: Sequence[Tensor]) -> Tensor:
+    """A batch of features; maps whose channels lie together lie so in [B, D, h, w], too."""
+    if rows[0].ndim == 3 and rows[0].stride(0) == 1:
+        return torch.stack([each.permute(1, 2, 0) for each in rows]).permute(0, 3, 1, 2)
+    return torch.stack(list(rows))
 
 
 def blank_batch(
     one: HeadFeatures, targets: Mapping[str, Any], count: int, dtype: torch.dtype | None
 ) -> FeatureBatch:
     """A batch of ``count`` times the shapes of features of one image, for an estimate."""
-    features = [
-        [torch.empty(count, *each.shape[1:], dtype=dtype or each.dtype) for each in parts]
-        for parts in (one.maps, one.cls)
-    ]
-    dtypes = [each.dtype for each in (*one.maps, *one.cls)]
-    return FeatureBatch(HeadFeatures(*features, one.image_size), dtypes, targets)
+
+    def empty(each: Tensor) -> Tensor:
+        return torch.empty(count, *each.shape[1:], dtype=dtype or each.dtype)
+
+    return FeatureBatch(changed_features(one, empty), one.maps[0].dtype, targets)
 
 
 # --------------------------------------------------------------------------- extraction

@@ -165,7 +165,8 @@ def test_targets_of_all_kinds_come_back(tmp_path: Path) -> None:
     sample = made_up_sample(SCHEMA, (12, 9))
     nested = {"a": [1, 2.5, None, (True, "x")], "b": torch.tensor([-1, 70000])}
     targets = {**sample.targets, "nested": nested}
-    features = HeadFeatures([torch.randn(2, 3, 4, 5)], [torch.randn(2, 3)], (12, 9))
+    grid, tokens = torch.randn(2, 3, 4, 5), torch.randn(2, 2, 3)
+    features = HeadFeatures([grid], [torch.randn(2, 3)], (12, 9), storage=[tokens])
     samples = {7: Sample(sample.image, targets), 9: Sample(sample.image, sample.targets)}
     corrupt = {8: CorruptSampleError("b.png", "cut")}
     written = Chunk.of(features, samples, corrupt, None)
@@ -175,6 +176,7 @@ def test_targets_of_all_kinds_come_back(tmp_path: Path) -> None:
         found = chunk[7]
         assert torch.equal(found.maps[0], features.maps[0][0])
         assert torch.equal(found.cls[0], features.cls[0][0])
+        assert torch.equal(found.storage[0], tokens[0])
         assert found.targets.keys() == targets.keys()
         for name, value in sample.targets.items():
             assert type(found.targets[name]) is type(value)
@@ -228,9 +230,9 @@ def test_an_estimate_is_of_a_step_without_the_backbone(tmp_path: Path) -> None:
     step = re.search(rf"steps +100.0% of steps: {work}", once)
     extraction = re.search(rf"extraction, once +10.0% of steps: {work}", once)
     usual = re.search(r"FLOPs of a process +([0-9.]+) M", anew)
-    assert step
-    assert extraction
-    assert usual
+    assert step is not None
+    assert extraction is not None
+    assert usual is not None
     assert float(step[1]) < 0.1 * float(usual[1])
     # Twenty images at once, and not eight.
     assert float(extraction[1]) == pytest.approx(2.5 * float(usual[1]), rel=0.02)
