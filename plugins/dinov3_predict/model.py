@@ -61,9 +61,8 @@ def describe(config: PredictConfig, registry: Registry) -> LoadedModel:
     source = _backbone(config, registry)
     with _naming_the_key(config):
         backbone = describe_backbone(source, registry=registry)
-    return LoadedModel(
-        backbone, describe_head(config.weights, backbone.backbone, registry=registry)
-    )
+    head = describe_head(config.weights, backbone.backbone, registry=registry)
+    return LoadedModel(backbone, head, _images(config, backbone, head, registry))
 
 
 def load(config: PredictConfig, registry: Registry) -> LoadedModel:
