@@ -73,12 +73,11 @@ def convert_backbone(
     - what plugins write, such as ``onnx``: a network that runs by itself (``.onnx``);
 
     by default what ``target``'s suffix stands for. ``dtype`` is that of the parameters, by default
-    the source's. ``head`` is a head that was trained on the backbone, a file or the folder of a run,
-    for a format that holds both, such as ``onnx``: what is written then gives predictions. Tensors
-    pass one at a time, but for ``meta``, ``reference``, ``checkpoint`` and
-    the formats of plugins, which need all of them in memory. What was written is read back and
-    compared, tensor by tensor, before it gets its name; what is not read back is compared by the
-    plugin that wrote it.
+    the source's. ``head`` is a head trained on the backbone, a file or the folder of a run, for a
+    format that holds both, such as ``onnx``: what is written then gives predictions. Tensors pass
+    one at a time, but for ``meta``, ``reference``, ``checkpoint`` and the formats of plugins, which
+    need all of them in memory. What was written is read back and compared, tensor by tensor, before
+    it gets its name; what is not read back is compared by the plugin that wrote it.
 
     Raises ``CheckpointError`` where the source cannot be used, the format cannot hold such a
     backbone or head, the head was trained on another backbone, ``target`` exists (unless

@@ -21,7 +21,7 @@ from dinov3_framework.runtime.durable import no_room, written_aside
 from dinov3_framework.weights.heads import LoadedHead
 from dinov3_framework.weights.info import ComponentInfo
 from dinov3_framework.weights.tensors import initial_tensors, not_finite
-from dinov3_onnx.compare import compare, data_of
+from dinov3_onnx.compare import Differs, compare, data_of
 from dinov3_onnx.graph import Freedom, Untraceable, backbone_graph, graph_of
 from dinov3_onnx.networks import Exportable, Predictions, Tokens
 
@@ -98,37 +98,35 @@ def export_predictions(
     network = Predictions(backbone, head.head)
     network.eval()
     _check_values(path, network.state_dict())
-    model, freedom = _freest(network, head.size or _USUAL, opset)
     schema = {name: attrs.asdict(target) for name, target in head.head.targets.items()}
-    also = {
+    metadata = {
+        **info.to_metadata(),
         "head": json.dumps({"use": head.component, **head.config}, sort_keys=True),
         "head_provenance": json.dumps(dict(head.provenance), sort_keys=True),
         "targets": json.dumps(schema),
-        "takes": str(freedom),
     }
-    _describe(model, f"{info.component} {head.component}", {**info.to_metadata(), **also})
-    compared = _write(path, network, model, freedom, _PREDICTIONS_APART)
-    return f"takes {freedom}; {compared}"
-
-
-def _freest(network: Predictions, size: int, opset: int | None) -> tuple[Any, Freedom]:
-    """The graph for most images that torch.export follows the network for."""
-    patch = network.backbone.patch_size
-    multiples = [Freedom(patch * factor) for factor in (1, 2, 4)]
-    whole = max(round(size / (4 * patch)), 1) * 4 * patch
-    fixed = [Freedom(patch, (whole, whole)), Freedom(patch, (whole, whole), batch=1)]
     reasons = []
-    for freedom in (*multiples, *fixed):
+    for freedom in _freedoms(backbone.patch_size, head.size or _USUAL):
         try:
-            return graph_of(network, freedom, opset), freedom
-        except Untraceable as error:
+            model = graph_of(network, freedom, opset)
+            _describe(model, f"{info.component} {head.component}", metadata)
+            model.metadata_props.add(key="takes", value=str(freedom))
+            compared = _write(path, network, model, freedom, _PREDICTIONS_APART)
+            return f"takes {freedom}; {compared}"
+        except (Untraceable, Differs) as error:
             log.debug("%s: %s", freedom, error)
             reasons.append(str(error))
-    name = type(network.head).__name__
     raise CheckpointError(
-        f"{name} cannot be written as ONNX: torch.export does not follow it even for one image of "
-        f"{whole} x {whole} px: {reasons[-1]}"
+        f"the head {head.component} cannot be written as ONNX, even for one image of a fixed size: "
+        f"{reasons[-1]}"
     )
+
+
+def _freedoms(patch: int, size: int) -> list[Freedom]:
+    """The images that a graph may be for, from most to fewest."""
+    whole = max(round(size / (4 * patch)), 1) * 4 * patch
+    fixed = [Freedom(patch, (whole, whole)), Freedom(patch, (whole, whole), batch=1)]
+    return [*(Freedom(patch * factor) for factor in (1, 2, 4)), *fixed]
 
 
 def _check_name(path: Path) -> None:

@@ -1,7 +1,7 @@
 """Trace a network into a graph of ONNX operators, its weights left out.
 
-The graph follows from the network's structure alone, so it is traced on the meta device: nothing
-is computed and no weight is copied, whatever the network's size, precision and device.
+The graph follows from the network's structure alone, so it is traced without values: nothing is
+computed and no weight is copied, whatever the network's size, precision and device.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Freedom:
             return f"{batch}, images of {self.size[0]} x {self.size[1]} px"
         return f"{batch}, sides that are multiples of {self.multiple} px"
 
-    def images(self, channels: int) -> Tensor:
-        """A sample on the meta device."""
+    def images(self, channels: int, device: str) -> Tensor:
+        """A sample without values."""
         height, width = self.size or (_ROWS * self.multiple, _COLUMNS * self.multiple)
         batch = _BATCH if self.batch is None else self.batch
-        return torch.empty(batch, channels, height, width, device="meta")
+        return torch.empty(batch, channels, height, width, device=device)
 
     def dims(self) -> dict[int, Any]:
         """The free axes of images, as torch.export takes them."""
@@ -95,6 +95,7 @@ def graph_of(network: Exportable, freedom: Freedom, opset: int | None) -> Any:
     try:
         with _quiet(), torch.no_grad():
             model = _traced(_without_weights(network), freedom, opset)
+            _divide_as_python(model)
             _widen(model)
             _simplify(model)
     except Exception as error:  # whatever torch.export stumbles over
@@ -122,11 +123,14 @@ def _check(opset: int | None) -> None:
 
 
 def _without_weights(network: Exportable) -> Exportable:
-    """A twin in eval mode whose tensors are float32 on the meta device."""
+    """A twin in eval mode whose tensors are float32 and hold nothing, nor take memory.
+
+    On the CPU they have addresses, which nobody writes to.
+    """
 
     def bare(tensor: Tensor) -> Tensor:
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-        return torch.empty_like(tensor, dtype=dtype, device="meta")
+        return torch.empty_like(tensor, dtype=dtype, device=network.traced_on)
 
     # Found in the memo, tensors are not copied.
     memo: dict[int, Any] = {id(t): nn.Parameter(bare(t), False) for t in network.parameters()}
@@ -137,7 +141,7 @@ def _without_weights(network: Exportable) -> Exportable:
 # --------------------------------------------------------------------------- tracing
 def _traced(network: Exportable, freedom: Freedom, opset: int | None) -> Any:
     """An ``onnx_ir.Model`` whose inputs are the images and every tensor of the network."""
-    images = freedom.images(network.backbone.in_chans)
+    images = freedom.images(network.backbone.in_chans, network.traced_on)
     traced = torch.export.export(network, (images,), dynamic_shapes={INPUT: freedom.dims()})
     # Simplified here rather than by the exporter, which would fold and merge weights.
     program = torch.onnx.export(
@@ -172,6 +176,28 @@ def _name_values(model: Any, network: Exportable) -> None:
         graph.inputs.append(value)
     for value, name in zip([graph.inputs[0], *graph.outputs], [INPUT, *outputs], strict=True):
         value.name = name
+
+
+def _divide_as_python(model: Any) -> None:
+    """Round quotients of sizes down, as ``//`` does.
+
+    torch 2.14 writes ``//`` of sizes as ONNX's Div, which rounds towards 0: of ``-(-side // 16)``
+    one patch would be missing. Without its remainder a number is divided alike by both.
+    """
+    import onnx_ir as ir
+
+    graph = model.graph
+    for node in list(graph.all_nodes()):
+        origin = node.metadata_props.get("pkg.torch.onnx.fx_node", "")
+        if node.op_type != "Div" or "target=operator.floordiv" not in origin:
+            continue
+        value, divisor = node.inputs
+        remainder = ir.Node("", "Mod", [value, divisor])
+        whole = ir.Node("", "Sub", [value, remainder.outputs[0]])
+        for new in (remainder, whole):
+            new.outputs[0].dtype, new.outputs[0].shape = value.dtype, value.shape
+            graph.insert_before(node, new)
+        node.replace_input_with(0, whole.outputs[0])
 
 
 def _widen(model: Any) -> None:

@@ -29,6 +29,7 @@ class Exportable(nn.Module, abc.ABC):
 
     backbone: Backbone
     outputs: Mapping[str, tuple[str, ...]]  # names of axes by name, in order; the last may lack
+    traced_on = "meta"
 
     def file_name(self, name: str) -> str:
         """What a tensor of this module is called in the file."""
@@ -62,6 +63,8 @@ class Predictions(Exportable):
 
     Raises ``CheckpointError`` for a head that predicts what is no tensor.
     """
+
+    traced_on = "cpu"  # constants that a head makes on the way must have values
 
     def __init__(self, backbone: Backbone, head: Head) -> None:
         super().__init__()

@@ -30,7 +30,8 @@ def rotation(grid: tuple[int, int], width: int, base: float, device: torch.devic
 def rotate(tokens: Tensor, by: Rotation) -> Tensor:
     """Rotate the patches, which are the last P of the tokens [B, heads, N, d]."""
     cos, sin = (part.to(tokens.dtype) for part in by)
-    others, patches = tokens.split((tokens.shape[2] - len(cos), len(cos)), dim=2)
+    count = cos.shape[0]
+    others, patches = tokens.split((tokens.shape[2] - count, count), dim=2)
     first, second = patches.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return torch.cat([others, patches * cos + turned * sin], dim=2)

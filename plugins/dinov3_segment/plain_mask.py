@@ -53,6 +53,7 @@ class PlainDecoder(nn.Module):
         self.config, self.head_width = config, width // heads
         # How likely it is of each block that a query is masked.
         self.register_buffer("attn_mask_probs", torch.empty(config.blocks))
+        self._settled: list[float] | None = None
         if config.lateral != "none":
             self.lateral_projections = nn.ModuleList(
                 _lateral(config.lateral == "mlp", width) for _ in range(levels)
@@ -99,9 +100,16 @@ class PlainDecoder(nn.Module):
         if not self.config.masked_attention:
             return [0.0] * len(self.blocks)
         if is_simulated(self.attn_mask_probs):
-            return [1.0] * len(self.blocks)
+            return self._settled or [1.0] * len(self.blocks)
         chances = [float(each) for each in self.attn_mask_probs.tolist()]
         return chances if self.training else [float(round(each)) for each in chances]
+
+    def train(self, mode: bool = True) -> PlainDecoder:
+        """As of any module; in eval mode a copy without values knows what this one does."""
+        super().train(mode)
+        if not is_simulated(self.attn_mask_probs):
+            self._settled = None if mode else self._chances()
+        return self
 
     def _lateral(self, level: int, tokens: Tensor) -> Tensor:
         if self.config.lateral != "none":

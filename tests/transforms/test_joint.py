@@ -272,3 +272,32 @@ def test_what_the_data_do_not_allow(options: dict[str, Any], message: str) -> No
 def test_a_mask_that_is_never_padded_needs_no_class_for_it() -> None:
     transform = joint({"mask": Target("mask", 2)}, resize=16, crop=16, scale=(1.0, 2.0))
     assert transform.size == (16, 16)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": (0.5, 2.0), "resize": 40},
+        {"area": (0.2, 0.9), "crop": 24},
+        {"turn": 0.5},
+        {"crop": 24, "crop_at": "random"},
+        {"flip": 0.5},
+        {"distort": 0.5},
+        {"shade": 0.5},
+    ],
+)
+def test_what_draws_at_random_is_named(options: dict[str, Any]) -> None:
+    """By its option: the one of these without which nothing is drawn."""
+    images = ImagesConfig()
+    transform = Joint(JointConfig(**options), images=images, targets={})
+    assert transform.random
+    (name,) = transform.random_options()
+    assert name in options
+    still = {key: value for key, value in options.items() if key != name}
+    assert not Joint(JointConfig(**still), images=images, targets={}).random
+    sample = Sample(torch.randint(256, (3, 40, 48), dtype=torch.uint8), {})
+    seen = []
+    for seed in range(12):
+        torch.manual_seed(seed)
+        seen.append(transform(sample).image)
+    assert any(not torch.equal(seen[0], other) for other in seen)
