@@ -139,11 +139,19 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--way", choices=WAYS)
+    parser.add_argument("--part", choices=("windows", "training", "all"), default="all")
     parser.add_argument("--labels", default="")
     options = parser.parse_args()
     if options.way:
         measure(options)
         return
+    if options.part != "training":
+        measure_windows()
+    if options.part != "windows":
+        subprocess.run([sys.executable, Path(__file__).with_name("dense_training.py")], check=True)
+
+
+def measure_windows() -> None:
     found, labels = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for way in WAYS:

@@ -34,13 +34,17 @@ class SampleCheck:
 
 
 def check_sample(
-    dataset: Dataset | StreamDataset | None, names: Collection[str] | None = None
+    dataset: Dataset | StreamDataset | None,
+    names: Collection[str] | None = None,
+    *,
+    same_size: bool = True,
 ) -> SampleCheck:
     """What the first sample that can be read shows of its targets by pixel.
 
     ``names`` are the targets that matter, by default all. Nothing is read for others, nor of a
-    stream. Samples that cannot be read, and those without any truth, are passed over, as long as
-    one of a few that are spread over the data is better.
+    stream. ``same_size`` wants targets to be as large as images, as transforms do; evaluations do
+    not need it. Samples that cannot be read, and those without any truth, are passed over, as long
+    as one of a few that are spread over the data is better.
     """
     if not isinstance(dataset, Dataset):
         return SampleCheck()
@@ -63,7 +67,9 @@ def check_sample(
             failed.append(str(error))
             continue
         name = printable(dataset.name(index), kept="")
-        complaints = [text for key in wanted for text in _complaints(key, wanted[key], sample)]
+        complaints = [
+            text for key in wanted for text in _complaints(key, wanted[key], sample, same_size)
+        ]
         if complaints:
             return SampleCheck((), tuple(f"{name}: {text}" for text in complaints))
         rows = [("sample", name), *(_row(k, wanted[k], sample.targets[k]) for k in wanted)]
@@ -79,10 +85,13 @@ def check_sample(
 
 
 def sample_complaints(
-    dataset: Dataset | StreamDataset | None, names: Collection[str] | None = None
+    dataset: Dataset | StreamDataset | None,
+    names: Collection[str] | None = None,
+    *,
+    same_size: bool = True,
 ) -> tuple[str, ...]:
     """The complaints of :func:`check_sample` alone."""
-    return check_sample(dataset, names).complaints
+    return check_sample(dataset, names, same_size=same_size).complaints
 
 
 def _spread(count: int) -> list[int]:
@@ -95,7 +104,7 @@ def _kinds(wanted: dict[str, Target]) -> set[str]:
     return {target.kind for target in wanted.values()}
 
 
-def _complaints(name: str, target: Target, sample: Sample) -> list[str]:
+def _complaints(name: str, target: Target, sample: Sample, same_size: bool) -> list[str]:
     """What is wrong with one target of a sample."""
     value: Any = sample.targets.get(name)
     if not isinstance(value, Tensor) or value.ndim != 2:
@@ -106,7 +115,7 @@ def _complaints(name: str, target: Target, sample: Sample) -> list[str]:
         return [f"the {name} holds {value.dtype}, not {'float32' if is_map else 'integers'}"]
     found = []
     height, width = sample.image.shape[-2:]
-    if value.shape != (height, width):
+    if same_size and value.shape != (height, width):
         rows, columns = value.shape
         found.append(f"the {name} is {columns} x {rows} pixels, the image {width} x {height}")
     if target.kind == "mask" and target.count is not None:

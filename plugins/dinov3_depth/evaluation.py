@@ -17,6 +17,7 @@ from dinov3_framework import DataError, Dataset, Evaluation, ImagesConfig, Model
 from dinov3_framework.contracts.data import Target, target_complaints
 from dinov3_framework.contracts.running import Build, Details
 from dinov3_framework.data.dense import DensePrediction, dense_predictions, dense_problems
+from dinov3_framework.data.samples import sample_complaints
 from dinov3_framework.data.saved_predictions import SavedPredictions
 from dinov3_framework.errors import printable
 from dinov3_framework.parallel.state_dicts import weights_hash
@@ -57,6 +58,9 @@ class DepthEvaluation(Evaluation):
             elif given.unit and learned.unit and given.unit != learned.unit:
                 message = f"are in {given.unit!r}, the head predicts {learned.unit!r}"
                 found.append(Problem("data", message, "data in the same unit"))
+        if not found:
+            complaints = sample_complaints(self.dataset, {self.config.target}, same_size=False)
+            found += [Problem("data", each) for each in complaints]
         return found
 
     def run(self, model: Model) -> Mapping[str, float]:

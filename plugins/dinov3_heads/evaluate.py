@@ -44,8 +44,8 @@ class Evaluate(Task):
         if config.head is not None:
             head = describe_head(config.head, loaded.backbone, registry=self.registry)
         evaluations = Evaluations(config.evaluations, self.registry.build)
-        missing = evaluations.prepare(loaded.images)
-        model = _model(loaded, head)
+        model = self._model(loaded, head)
+        missing = evaluations.prepare(model.images)
         try:
             evaluations.check(model)
         except DataError as error:
@@ -65,11 +65,11 @@ class Evaluate(Task):
             device = next(loaded.backbone.parameters()).device
             head = load_head(config.head, loaded.backbone, device=device, registry=self.registry)
             warn_of_another_backbone(head, loaded)
-        model = _model(loaded, head)
+        model = self._model(loaded, head)
         evaluations = plan.prepared if plan is not None else None
         if evaluations is None:
             evaluations = Evaluations(config.evaluations, self.registry.build)
-            if missing := evaluations.prepare(loaded.images):
+            if missing := evaluations.prepare(model.images):
                 raise DataError("\n".join(missing))
             evaluations.check(model)
         folder = config.feature_cache
@@ -93,9 +93,10 @@ class Evaluate(Task):
         for name, rows in tables.items():
             print_results(name, rows)
 
-
-def _model(loaded: LoadedBackbone, head: LoadedHead | None) -> Model:
-    if head is None:
-        return Model(loaded.backbone, loaded.images, size=loaded.size, name=loaded.name)
-    size = head.size or loaded.size
-    return Model(loaded.backbone, loaded.images, head.head, size, head.name)
+    def _model(self, loaded: LoadedBackbone, head: LoadedHead | None) -> Model:
+        if head is None:
+            return Model(loaded.backbone, loaded.images, size=loaded.size, name=loaded.name)
+        # A published head may want other means than its backbone was given.
+        published = self.config.head in self.registry.published
+        images = head.images if published else loaded.images
+        return Model(loaded.backbone, images, head.head, head.size or loaded.size, head.name)

@@ -23,6 +23,7 @@ from dinov3_framework import (
 from dinov3_framework.contracts.data import target_complaints
 from dinov3_framework.contracts.running import Build, Details
 from dinov3_framework.data.dense import DensePrediction, dense_predictions, dense_problems
+from dinov3_framework.data.samples import sample_complaints
 from dinov3_framework.data.saved_predictions import SavedPredictions
 from dinov3_framework.errors import problems_at
 from dinov3_framework.parallel.state_dicts import weights_hash
@@ -54,10 +55,15 @@ class SegmentationEvaluation(Evaluation):
             return [Problem("target", message, "give a head of masks")]
         found = problems_at("inference", RecipeError(dense_problems(model, config.inference, name)))
         wanted = {name: model.head.targets[name]}
-        complaints = target_complaints(wanted, self.dataset.targets)
+        complaints = list(target_complaints(wanted, self.dataset.targets))
         found += [
             Problem("data", each, "the same classes in the same order") for each in complaints
         ]
+        if not complaints:
+            found += [
+                Problem("data", each)
+                for each in sample_complaints(self.dataset, {name}, same_size=False)
+            ]
         return found
 
     # ------------------------------------------------------------------ measuring

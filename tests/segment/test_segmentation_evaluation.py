@@ -150,6 +150,8 @@ def test_problems_are_told_before_anything_runs() -> None:
     other = Drawn(SIZES)
     other.targets = {"it": Target("mask", classes=tuple("abcdf"))}
     assert "e, f" in complaints(other)["data"]
+    message = complaints(Odd(odd=0))["data"]
+    assert "the it holds the ids 77, and ids of 5 classes end at 4" in message
 
 
 def test_the_protocol_names_every_switch() -> None:
