@@ -121,20 +121,25 @@ def test_files_that_are_missing_or_cut_are_made_again(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_make_the_same_files_and_share_memory(tmp_path: Path) -> None:
-    many = (*STILL, *QUIET, "dataset.count=150", "iterations=40", "dataset.versioned=true")
-    many = (*many, "dataset.corrupt=[3]")
-    for name, more in (("one", ()), ("two", TWO)):
-        kept = f"feature_cache={tmp_path / name}"
-        found = run(tmp_path / f"{name}-files", *many, kept, *more, recipe=RECIPE)
-        assert found.returncode == 0, found.stderr
+    many = (*QUIET, "dataset.count=150", "iterations=40", "dataset.corrupt=[3]")
+    kept = ("dataset.versioned=true", *many)
+    trained(tmp_path / "alone", *kept, f"feature_cache={tmp_path / 'one'}")
+    found = [
+        run(tmp_path / name, *STILL, *options, *TWO, recipe=RECIPE)
+        for name, options in (
+            ("files", (*kept, f"feature_cache={tmp_path / 'two'}")),
+            ("memory", many),
+            ("half", (*many, "parallel.param_dtype=bf16")),
+        )
+    ]
+    assert [each.returncode for each in found] == [0, 0, 0], found[0].stderr
     one, two = (
         {file.name: file.read_bytes() for file in (tmp_path / name).glob("*/*.safetensors")}
         for name in ("one", "two")
     )
     assert one == two
-    found = run(tmp_path / "two-memory", *many, *TWO, recipe=RECIPE)
-    assert found.returncode == 0, found.stderr
-    assert losses(tmp_path / "two-memory") == losses(tmp_path / "two-files")
+    assert losses(tmp_path / "memory") == losses(tmp_path / "files")
+    assert figures(tmp_path / "half") == pytest.approx(figures(tmp_path / "memory"), rel=0.05)
 
 
 @pytest.mark.slow
