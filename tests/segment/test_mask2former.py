@@ -71,39 +71,6 @@ def test_images_need_not_be_multiples_of_the_coarsest_stride() -> None:
     assert head.predict(found, (48, 80))["mask"].shape == (1, 5, 48, 80)
 
 
-class Exported(torch.nn.Module):
-    """The head with tensors alone put in and out, as exporters want it."""
-
-    def __init__(self, head: Mask2Former) -> None:
-        super().__init__()
-        self.head = head
-
-    def forward(self, image: torch.Tensor, *maps: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        size = (image.shape[-2], image.shape[-1])
-        outputs = self.head(HeadFeatures(maps, (), size, image))
-        return outputs["pred_logits"], outputs["pred_masks"]
-
-
-@pytest.mark.slow
-def test_it_is_exported_for_any_number_and_size_of_images() -> None:
-    """Sides are multiples of 32: what is filled up depends on them."""
-
-    def drawn(count: int, height: int, width: int) -> tuple[torch.Tensor, ...]:
-        maps = [torch.randn(count, 32, height // 16, width // 16) for _ in range(4)]
-        return (torch.randn(count, 3, height, width), *maps)
-
-    whole = Exported(small().eval())
-    count, down, across = (torch.export.Dim(name, min=2, max=9) for name in "bhw")
-    image = {0: count, 2: 32 * down, 3: 32 * across}
-    grid = {0: count, 2: 2 * down, 3: 2 * across}
-    shapes = (image, (grid,) * 4)
-    exported = torch.export.export(whole, drawn(2, 64, 96), dynamic_shapes=shapes).module()
-    given = drawn(3, 96, 160)
-    with torch.no_grad():
-        for found, expected in zip(exported(*given), whole(*given), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
 def test_what_does_not_fit_is_said() -> None:
     targets = {"mask": Target("mask", 5)}
 
