@@ -62,6 +62,17 @@ globals().update(
 )
 
 
+def _head(
+    name: str,
+    backbone: _Any,
+    targets: dict[str, _Any],
+    weights: str | _Path | None,
+    known: dict[str, bool],
+) -> _Any:
+    runtime = {"features": backbone.feature_info, "targets": targets}
+    return _load_published(_CATALOG, name, weights=weights, runtime=runtime, **known)
+
+
 def dinov3_vit7b16_lc(
     *,
     pretrained: bool = True,
@@ -86,9 +97,9 @@ def dinov3_vit7b16_lc(
         _CATALOG, "dinov3_vit7b16", weights=backbone_weights, **known, **fields
     )
     targets = {"label": Target("class", n_classes=classes)}
-    runtime = {"features": backbone.feature_info, "targets": targets}
-    head = _load_published(_CATALOG, "dinov3_vit7b16_lc", weights=weights, runtime=runtime, **known)
-    return Classifier(backbone, head).eval()
+    return Classifier(
+        backbone, _head("dinov3_vit7b16_lc", backbone, targets, weights, known)
+    ).eval()
 
 
 def dinov3_vit7b16_ms(
@@ -115,9 +126,7 @@ def dinov3_vit7b16_ms(
         _CATALOG, "dinov3_vit7b16", weights=backbone_weights, **known, **fields
     )
     targets = {"mask": Target("mask", n_classes=classes)}
-    runtime = {"features": backbone.feature_info, "targets": targets}
-    head = _load_published(_CATALOG, "dinov3_vit7b16_ms", weights=weights, runtime=runtime, **known)
-    return Segmentor(backbone, head).eval()
+    return Segmentor(backbone, _head("dinov3_vit7b16_ms", backbone, targets, weights, known)).eval()
 
 
 def _depther(
@@ -136,9 +145,7 @@ def _depther(
     known = {"pretrained": pretrained, "check_hash": check_hash}
     backbone = _load_published(_CATALOG, backbone_name, weights=backbone_weights, **known, **fields)
     targets = {"depth": Target("map", unit="m")}
-    runtime = {"features": backbone.feature_info, "targets": targets}
-    head = _load_published(_CATALOG, name, weights=weights, runtime=runtime, **known)
-    return Depther(backbone, head).eval()
+    return Depther(backbone, _head(name, backbone, targets, weights, known)).eval()
 
 
 def dinov3_vit7b16_dd(

@@ -210,6 +210,7 @@ class PlainMaskTransformer(MaskHead):
 
 
 def _quarters(count: int) -> tuple[int, ...]:
+    # Not even_layers: of 24 layers the published one takes 5 first, and there may be fewer than 4.
     parts = min(4, count)
     return tuple((part + 1) * count // parts - 1 for part in range(parts))
 
